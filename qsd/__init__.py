@@ -1,0 +1,11 @@
+"""Quantized spike-driven vision transformers: training, lossless conversion to binary spikes, and what they cost.
+
+Importing this package makes its models known to timm: ``timm.create_model("qsd_15m", num_classes=10)``.
+"""
+
+from qsd._version import __version__
+from qsd.errors import QsdError
+from qsd.layers import initialize_steps
+from qsd.models import load_reference_weights, load_weights
+
+__all__ = ["QsdError", "__version__", "initialize_steps", "load_reference_weights", "load_weights"]

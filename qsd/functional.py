@@ -1,0 +1,129 @@
+"""Pure tensor functions: rounding, spike counts, weight quantization, the attention product.
+
+Notation: ``T`` time steps, ``B`` images, ``C`` channels, ``H x W`` positions, ``N = H * W`` tokens. In training there is
+no time axis: an activation is the number of spikes, ``0..T``, that the converted network fires over its window.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _SpikeCount(torch.autograd.Function):
+    """Keeps one bit of information per element for the backward pass (a bool), never the membrane itself."""
+
+    @staticmethod
+    def forward(drive: Tensor, time_steps: int) -> Tensor:
+        return torch.floor(drive + 0.5).clamp_(0, time_steps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        drive, time_steps = inputs
+        ctx.save_for_backward((drive > 0) & (drive < time_steps))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None
+
+
+def spike_count(drive: Tensor, time_steps: int) -> Tensor:
+    """Number of spikes that a membrane fires within its window: ``clip(floor(drive + 1/2), 0, T)``.
+
+    Halves round up, as an integrate-and-fire neuron that starts at half its threshold does; `torch.round` (half to
+    even) gives other counts for the same checkpoint. The gradient is 1 where ``0 < drive < T``, strictly, else 0
+    (rectangular straight-through estimator of QSD-Transformer's published code).
+
+    Args:
+        drive: accumulated input divided by the threshold, any shape.
+        time_steps: T, the most spikes that a neuron can fire.
+
+    Returns:
+        Integer-valued counts in ``0..T``, in the dtype and shape of ``drive``. Twice differentiating is an error.
+    """
+    return _SpikeCount.apply(drive, time_steps)
+
+
+class _LsqQuantize(torch.autograd.Function):
+    """The derivative written out: eight times fewer passes over the weights than through autograd's chain."""
+
+    @staticmethod
+    def forward(weight: Tensor, step: Tensor, q_min: int, q_max: int, step_gradient_factor: float) -> Tensor:
+        return (weight / step).round_().clamp_(q_min, q_max).mul_(step)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, float], output: Tensor) -> None:
+        weight, step, ctx.q_min, ctx.q_max, ctx.step_gradient_factor = inputs
+        ctx.save_for_backward(weight, step)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        weight, step = ctx.saved_tensors
+        scaled = weight / step
+        clamped = scaled.clamp(ctx.q_min, ctx.q_max)
+        inside = clamped == scaled
+        step_gradient = clamped.round() - scaled * inside
+        step_gradient = (grad * step_gradient).sum(dim=tuple(range(1, grad.dim())), keepdim=True)
+        return grad * inside, step_gradient.mul_(ctx.step_gradient_factor), None, None, None
+
+
+def lsq_quantize(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
+    """Round weights to the grid ``step * {q_min..q_max}`` with a learned step size per output channel.
+
+    Esser et al., "Learned Step Size Quantization" (2020), equations 1 to 5, as QSD-Transformer's published code uses
+    it: halves round to even; the step's gradient is scaled by ``1 / sqrt(numel * q_max)`` with the *whole* tensor's
+    number of elements although the steps are per channel.
+
+    Args:
+        weight: float weights ``[C_out, ...]``.
+        step: positive step sizes ``[C_out]``.
+        q_min: smallest integer, ``-2**(bits - 1)``.
+        q_max: largest integer, ``2**(bits - 1) - 1``.
+
+    Returns:
+        Quantized weights in the shape of ``weight``.
+    """
+    factor = (weight.numel() * q_max) ** -0.5
+    return _LsqQuantize.apply(weight, step.view(-1, *[1] * (weight.dim() - 1)), q_min, q_max, factor)
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The product ``q (k^T v)`` of spike-driven self-attention, linear in the number of tokens.
+
+    On integer-valued counts the result is an exact integer as long as it stays below 2**24 in float32 (it is at most
+    ``N * d_h * T**3``), which is why it never runs in half precision: exact ties at a threshold are common, and the
+    sums leave float16's range.
+
+    Args:
+        query: ``[B, heads, d_h, N]``, and so are key and value.
+        key: see ``query``.
+        value: see ``query``.
+
+    Returns:
+        ``[B, heads, d_h, N]``, in float32 or better.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        if query.dtype in (torch.float16, torch.bfloat16):
+            query, key, value = query.float(), key.float(), value.float()
+        return (value @ key.transpose(-1, -2)) @ query
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: in training, drop a whole residual branch per image with probability ``rate``.
+
+    Args:
+        x: a residual branch ``[B, ...]``.
+        rate: probability in ``[0, 1)``; what is kept is scaled by ``1 / (1 - rate)``.
+        training: does nothing if false.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    if rate == 0.0 or not training:
+        return x
+    keep = torch.empty(x.shape[0], *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
+    return x * keep.div_(1 - rate)

@@ -1,0 +1,182 @@
+"""The blocks of QSD-Transformer: down-sampling, convolutional block, transformer block."""
+
+import torch
+from torch import Tensor, nn
+
+from qsd.functional import drop_path
+from qsd.layers.attention import AttentionKind, SpikeDrivenSelfAttention
+from qsd.layers.chains import LinearChain
+from qsd.layers.quantized import QuantConv2d
+from qsd.neurons import build_neuron
+
+
+def conv_norm(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False, bits: int | None = 4
+) -> LinearChain:
+    """A convolution that keeps the size (at stride 1) and a batch norm.
+
+    Args:
+        in_channels: channels of the input ``[B, C_in, H, W]``.
+        out_channels: channels of the output ``[B, C_out, H', W']``.
+        kernel_size: odd side of the kernel; the padding is half of it.
+        stride: stride of the kernel.
+        bias: whether the convolution has a bias of its own.
+        bits: weight bits, 2 to 8, or ``None`` for float weights.
+    """
+    conv = QuantConv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias, weight_bits=bits)
+    return LinearChain(conv=conv, norm=nn.BatchNorm2d(out_channels))
+
+
+class Downsample(nn.Module):
+    """A neuron (unless it sees the image) and a strided convolution with batch norm.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: side of the kernel.
+        stride: stride.
+        first: the input is an image, not a residual stream: no neuron in front.
+        time_steps: T, or ``None`` for the float twin.
+        weight_bits: 2 to 8, or ``None`` for float weights.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 2,
+        first: bool = False,
+        time_steps: int | None = 4,
+        weight_bits: int | None = 4,
+    ) -> None:
+        super().__init__()
+        self.neuron = nn.Identity() if first else build_neuron(time_steps)
+        self.proj = conv_norm(in_channels, out_channels, kernel_size, stride, bias=True, bits=weight_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
+        return self.proj(self.neuron(x))
+
+
+class SepConv(nn.Module):
+    """Inverted separable convolution: pointwise to twice the channels, then depthwise 7x7 and pointwise back.
+
+    There is no neuron between the depthwise and the second pointwise convolution, as in the published network.
+
+    Args:
+        dim: channels of input and output.
+        time_steps: T, or ``None`` for the float twin.
+        weight_bits: 2 to 8, or ``None`` for float weights.
+    """
+
+    def __init__(self, dim: int, time_steps: int | None = 4, weight_bits: int | None = 4) -> None:
+        super().__init__()
+        hidden = 2 * dim
+        self.neuron1 = build_neuron(time_steps)
+        self.expand = conv_norm(dim, hidden, 1, bits=weight_bits)
+        self.neuron2 = build_neuron(time_steps)
+        self.reduce = LinearChain(
+            depthwise=QuantConv2d(hidden, hidden, 7, padding=3, groups=hidden, weight_bits=weight_bits),
+            pointwise=QuantConv2d(hidden, dim, 1, weight_bits=weight_bits),
+            norm=nn.BatchNorm2d(dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, H, W]``."""
+        return self.reduce(self.neuron2(self.expand(self.neuron1(x))))
+
+
+class Mlp(nn.Module):
+    """Two convolutions, each behind a neuron: 1x1 with bias in transformer blocks, 3x3 without in conv blocks.
+
+    Args:
+        dim: channels of input and output.
+        hidden: channels between.
+        kernel_size: side of both kernels.
+        bias: whether the convolutions have a bias.
+        time_steps: T, or ``None`` for the float twin.
+        weight_bits: 2 to 8, or ``None`` for float weights.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        kernel_size: int = 1,
+        bias: bool = True,
+        time_steps: int | None = 4,
+        weight_bits: int | None = 4,
+    ) -> None:
+        super().__init__()
+        self.neuron1 = build_neuron(time_steps)
+        self.fc1 = conv_norm(dim, hidden, kernel_size, bias=bias, bits=weight_bits)
+        self.neuron2 = build_neuron(time_steps)
+        self.fc2 = conv_norm(hidden, dim, kernel_size, bias=bias, bits=weight_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, H, W]``."""
+        return self.fc2(self.neuron2(self.fc1(self.neuron1(x))))
+
+
+class ConvBlock(nn.Module):
+    """Residual separable convolution and residual pair of dense 3x3 convolutions.
+
+    Args:
+        dim: channels.
+        mlp_ratio: channels between the dense convolutions, over ``dim``.
+        time_steps: T, or ``None`` for the float twin.
+        weight_bits: 2 to 8, or ``None`` for float weights.
+    """
+
+    def __init__(
+        self, dim: int, mlp_ratio: float = 4.0, time_steps: int | None = 4, weight_bits: int | None = 4
+    ) -> None:
+        super().__init__()
+        self.sep_conv = SepConv(dim, time_steps, weight_bits)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), 3, False, time_steps, weight_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, H, W]``."""
+        x = x + self.sep_conv(x)
+        return x + self.mlp(x)
+
+
+class TransformerBlock(nn.Module):
+    """Residual attention and residual MLP, each scaled per channel.
+
+    Args:
+        dim: channels.
+        num_heads: attention heads.
+        mlp_ratio: channels inside the MLP, over ``dim``.
+        time_steps: T, or ``None`` for the float twin.
+        weight_bits: 2 to 8, or ``None`` for float weights.
+        attention: see `SpikeDrivenSelfAttention`.
+        layer_scale: initial scale of both branches (published: 1e-6).
+        drop_path_rate: probability of dropping a branch in training, per image.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        time_steps: int | None = 4,
+        weight_bits: int | None = 4,
+        attention: AttentionKind = "linear",
+        layer_scale: float = 1e-6,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attn = SpikeDrivenSelfAttention(dim, num_heads, time_steps, weight_bits, attention)
+        self.layer_scale1 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), 1, True, time_steps, weight_bits)
+        self.layer_scale2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, H, W]``."""
+        attn = self.attn(x) * self.layer_scale1.view(1, -1, 1, 1)
+        x = x + drop_path(attn, self.drop_path_rate, self.training)
+        mlp = self.mlp(x) * self.layer_scale2.view(1, -1, 1, 1)
+        return x + drop_path(mlp, self.drop_path_rate, self.training)

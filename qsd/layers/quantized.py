@@ -1,0 +1,85 @@
+"""Convolution and linear layers whose weights are quantized to a few bits."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qsd.quantizers import StepSizeQuantizer
+
+
+class QuantConv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` with low-bit weights.
+
+    Args:
+        in_channels: channels of the input ``[B, C_in, H, W]``.
+        out_channels: channels of the output.
+        kernel_size: side of the square kernel.
+        stride: stride of the kernel.
+        padding: rows and columns of zeros around the input.
+        groups: groups of channels; ``in_channels`` makes it depthwise.
+        bias: whether a float bias is added.
+        weight_bits: 2 to 8, or ``None`` for float weights.
+    """
+
+    quantizer: StepSizeQuantizer | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        bias: bool = False,
+        weight_bits: int | None = 4,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
+        self.quantizer = None if weight_bits is None else StepSizeQuantizer(weight_bits, out_channels)
+        initialize_steps(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
+        return self._conv_forward(x, quantized_weight(self), self.bias)
+
+
+class QuantLinear(nn.Linear):
+    """`torch.nn.Linear` with low-bit weights.
+
+    Args:
+        in_features: features of the input ``[..., C_in]``.
+        out_features: features of the output.
+        bias: whether a float bias is added.
+        weight_bits: 2 to 8, or ``None`` for float weights.
+    """
+
+    quantizer: StepSizeQuantizer | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, weight_bits: int | None = 4) -> None:
+        super().__init__(in_features, out_features, bias)
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(self.bias)
+        self.quantizer = None if weight_bits is None else StepSizeQuantizer(weight_bits, out_features)
+        initialize_steps(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., C_in]`` to ``[..., C_out]``."""
+        return F.linear(x, quantized_weight(self), self.bias)
+
+
+def quantized_weight(layer: QuantConv2d | QuantLinear) -> Tensor:
+    """The weight that the layer computes with: quantized, or the float one if it has no quantizer."""
+    return layer.weight if layer.quantizer is None else layer.quantizer(layer.weight)
+
+
+def initialize_steps(model: nn.Module) -> None:
+    """Set the step sizes of all quantized layers from their present float weights.
+
+    Call it after float weights were loaded into a quantized model, or weights were initialised anew.
+
+    Args:
+        model: any module; quantized layers are found at any depth.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantConv2d | QuantLinear) and module.quantizer is not None:
+            module.quantizer.initialize(module.weight)

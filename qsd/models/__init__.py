@@ -1,0 +1,7 @@
+"""Models, registered with timm, and the reading of checkpoints."""
+
+from qsd.models import variants
+from qsd.models.checkpoints import load_reference_weights, load_weights
+from qsd.models.qsd_transformer import QsdTransformer
+
+__all__ = ["QsdTransformer", "load_reference_weights", "load_weights", "variants"]

@@ -1,0 +1,240 @@
+"""Reading weights: checkpoints of the published QSD-Transformer code, our own, and bare state dicts."""
+
+import logging
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from qsd.errors import QsdError
+from qsd.layers import initialize_steps
+
+logger = logging.getLogger(__name__)
+
+StateDict = Mapping[str, Tensor]
+
+# How the published classification code names what we name otherwise, applied in this order.
+_REFERENCE_NAMES = (
+    (r"^downsample1_1\.", "stem.downsample."),
+    (r"^downsample1_2\.", "stages.0.downsample."),
+    (r"^downsample([234])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
+    (r"^ConvBlock1_1\.(\d+)\.", r"stem.blocks.\1."),
+    (r"^ConvBlock1_2\.(\d+)\.", r"stages.0.blocks.\1."),
+    (r"^ConvBlock2_([12])\.0\.", lambda m: f"stages.1.blocks.{int(m[1]) - 1}."),
+    (r"^block([34])\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
+    (r"\.encode_conv\.", ".proj.conv."),
+    (r"\.encode_bn\.", ".proj.norm."),
+    (r"\.Conv\.pwconv1\.", ".sep_conv.expand.conv."),
+    (r"\.Conv\.bn1\.", ".sep_conv.expand.norm."),
+    (r"\.Conv\.dwconv\.", ".sep_conv.reduce.depthwise."),
+    (r"\.Conv\.pwconv2\.", ".sep_conv.reduce.pointwise."),
+    (r"\.Conv\.bn2\.", ".sep_conv.reduce.norm."),
+    (r"(blocks\.\d+)\.conv([12])\.", r"\1.mlp.fc\2.conv."),
+    (r"(blocks\.\d+)\.bn([12])\.", r"\1.mlp.fc\2.norm."),
+    (r"\.mlp\.fc([12])_conv\.", r".mlp.fc\1.conv."),
+    (r"\.mlp\.fc([12])_bn\.", r".mlp.fc\1.norm."),
+    (r"\.attn\.([qkv])_conv\.", r".attn.\1_proj."),
+    (r"\.attn\.proj_conv\.", ".attn.proj."),
+    (r"proj\.0\.body\.0\.", "proj.pointwise1."),
+    (r"proj\.0\.body\.1\.bn\.", "proj.norm_pad.norm."),
+    (r"proj\.0\.body\.2\.0\.", "proj.depthwise."),
+    (r"proj\.0\.body\.2\.1\.", "proj.pointwise2."),
+    (r"proj\.0\.body\.2\.2\.", "proj.norm1."),
+    (r"proj\.1\.", "proj.norm2."),
+    (r"\.alpha$", ".quantizer.step"),
+)
+# The activation quantizers of the published code return their input; their tensors never do anything.
+_DEAD_TENSORS = re.compile(r"\.act\.(alpha|zero_point|init_state|signed)$")
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+
+
+def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> None:
+    """Load a checkpoint of the published QSD-Transformer classification code.
+
+    The dead activation-quantizer tensors are dropped. A step size that the published code never initialised (a float
+    checkpoint, or one that was not trained) is computed from the weights. The classifier of another number of classes
+    is left out, with a warning, and keeps its initial values. Loading is otherwise strict, and nothing is changed
+    when it fails.
+
+    Args:
+        model: a QSD model of ours, of the checkpoint's size.
+        path_or_state_dict: a ``.pth`` file or what is in it; ``model`` / ``state_dict`` / ``module.`` wrappings are
+            taken off.
+
+    Raises:
+        QsdError: if the file cannot be read, holds something else, or does not fit the model.
+    """
+    source, state = _read(path_or_state_dict)
+    if not is_reference(state):
+        raise QsdError(
+            f"{source} is no checkpoint of the published QSD-Transformer code (no 'downsample1_1.*' tensors)."
+        )
+    _load(model, convert_reference(state), source)
+
+
+def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> None:
+    """Load weights of any kind that this package knows, to start a training from.
+
+    Args:
+        model: a QSD model of ours.
+        path_or_state_dict: a checkpoint of ours (``.ckpt``; with weight averaging, the averaged weights), a
+            ``.safetensors`` file, a bare state dict, or a checkpoint of the published code. A classifier of another
+            number of classes is left out, with a warning.
+
+    Raises:
+        QsdError: as `load_reference_weights`.
+    """
+    source, state = _read(path_or_state_dict)
+    _load(model, convert_reference(state) if is_reference(state) else dict(state), source)
+
+
+def is_reference(state: StateDict) -> bool:
+    """Whether an unwrapped state dict has the names of the published code."""
+    return any(name.startswith("downsample1_1.") for name in state)
+
+
+def reference_sizes(state: StateDict) -> dict[str, Any]:
+    """The arguments of `QsdTransformer` that an unwrapped reference state dict reveals.
+
+    Args:
+        state: state dict of the published code, wrappings taken off.
+
+    Returns:
+        ``embed_dims``, ``depth``, ``in_chans`` and ``num_classes``; the number of heads leaves no trace.
+    """
+    stages = ("downsample1_2", "downsample2", "downsample3", "downsample4")
+    weights = [state[f"{name}.encode_conv.weight"] for name in stages]
+    blocks = {m[0] for name in state if (m := re.match(r"block[34]\.\d+", name))}
+    return {
+        "embed_dims": tuple(weight.shape[0] for weight in weights),
+        "depth": len(blocks),
+        "in_chans": state["downsample1_1.encode_conv.weight"].shape[1],
+        "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
+    }
+
+
+def convert_reference(state: StateDict) -> dict[str, Tensor]:
+    """Rename an unwrapped state dict of the published code to our names, and reshape its 1-D convolutions.
+
+    Args:
+        state: state dict of the published code, wrappings taken off.
+
+    Returns:
+        A state dict of ours, without the step sizes that were never initialised.
+    """
+    converted = {}
+    for name, tensor in state.items():
+        if _DEAD_TENSORS.search(name) or name.endswith(".init_state"):
+            continue
+        flag = state.get(f"{name.removesuffix('.alpha')}.init_state") if name.endswith(".alpha") else None
+        if flag is not None and not bool(flag.any()):
+            continue  # uninitialised memory
+        for pattern, replacement in _REFERENCE_NAMES:
+            name = re.sub(pattern, replacement, name)  # type: ignore[arg-type]
+        converted[name] = tensor.unsqueeze(-1) if name.endswith(".weight") and tensor.dim() == 3 else tensor
+    return converted
+
+
+def read_state_dict(path_or_state_dict: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, without what wraps them.
+
+    Args:
+        path_or_state_dict: ``.pth``, ``.ckpt``, ``.pt`` or ``.safetensors`` file, or what is in one.
+
+    Raises:
+        QsdError: if there is no such file, it cannot be read safely, or it holds no tensors.
+    """
+    return _read(path_or_state_dict)[1]
+
+
+def _read(path_or_state_dict: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    if isinstance(path_or_state_dict, Mapping):
+        return "the state dict", _unwrap("the state dict", path_or_state_dict)
+    path = Path(path_or_state_dict)
+    if not path.is_file():
+        raise QsdError(f"checkpoint {path} does not exist.")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise QsdError(f"checkpoint {path} cannot be read: {reason}. Is the file complete?") from error
+    return str(path), _unwrap(str(path), content)
+
+
+def _unwrap(source: str, content: Any) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    state = dict(content) if isinstance(content, Mapping) else {}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise QsdError(
+            f"{source} holds no state dict: expected tensors by name, perhaps under 'model' or 'state_dict'."
+        )
+    while (prefix := next((w for w in _WRAPPERS if all(name.startswith(w) for name in state)), None)) is not None:
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    expected = model.state_dict()
+    steps = {name for name in expected if name.endswith(".quantizer.step")}
+    counters = {name for name in expected if name.endswith(".num_batches_tracked")}
+
+    def shape_differs(name: str) -> bool:
+        return name in expected and expected[name].shape != state[name].shape
+
+    head = {name for name in expected if name.startswith("head.")}
+    if any(shape_differs(name) for name in head) or not any(name.startswith("head.") for name in state):
+        if head:
+            logger.warning(
+                "%s has no classifier for %d classes; it starts afresh.", source, expected["head.bias"].numel()
+            )
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    else:
+        head = set()
+    # A float network has no steps to put them in, a float checkpoint has none to give.
+    state = {k: v for k, v in state.items() if k in expected or not k.endswith(".quantizer.step")}
+    _raise_on_mismatch(
+        source,
+        missing=sorted(expected.keys() - state.keys() - head - steps - counters),
+        unexpected=sorted(state.keys() - expected.keys()),
+        reshaped=[
+            f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in sorted(state)
+            if shape_differs(name)
+        ],
+    )
+    bad = [name for name in sorted(steps & state.keys()) if not bool((state[name] > 0).all())]
+    if bad:
+        raise QsdError(f"{source} has step sizes that are not positive: {_shorten(bad)}; it cannot be used.")
+    model.load_state_dict(state, strict=False)
+    fresh = steps - state.keys() - head
+    for name, module in model.named_modules():
+        if f"{name}.quantizer.step" in fresh:
+            initialize_steps(module)
+
+
+def _raise_on_mismatch(source: str, missing: list[str], unexpected: list[str], reshaped: list[str]) -> None:
+    parts = []
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
+        if names:
+            parts.append(f"{len(names)} {title}: {_shorten(names)}")
+    if parts:
+        raise QsdError(
+            f"{source} does not fit the model ({'; '.join(parts)}); build the model with the checkpoint's sizes."
+        )
+
+
+def _shorten(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    rest = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

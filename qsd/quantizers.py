@@ -1,0 +1,53 @@
+"""Weight quantization with learned step sizes (LSQ)."""
+
+import torch
+from torch import Tensor, nn
+
+from qsd.errors import QsdError
+from qsd.functional import lsq_quantize
+
+
+class StepSizeQuantizer(nn.Module):
+    """Signed LSQ quantizer with one learned step size per output channel.
+
+    The step exists and has its value when the constructor of the layer returns: averaging, distributed training and
+    strict loading rely on it.
+
+    Args:
+        bits: 2 to 8; integers lie in ``[-2**(bits-1), 2**(bits-1) - 1]``, without zero point.
+        out_channels: number of steps.
+
+    Raises:
+        QsdError: if ``bits`` is out of range.
+    """
+
+    def __init__(self, bits: int, out_channels: int) -> None:
+        super().__init__()
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise QsdError(f"weight_bits={bits!r} is not a whole number from 2 to 8; use None for float weights.")
+        self.bits = bits
+        self.q_min, self.q_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.step = nn.Parameter(torch.ones(out_channels))
+
+    @torch.no_grad()
+    def initialize(self, weight: Tensor) -> None:
+        """Set every step to ``2 * mean|W| / sqrt(q_max)``, the mean taken over the whole tensor.
+
+        The published code of QSD-Transformer does so, although its steps are per channel. A tensor of zeros, which
+        any grid represents, gets steps of one.
+        """
+        mean = weight.abs().mean()
+        self.step.copy_(torch.where(mean > 0, 2 * mean / self.q_max**0.5, torch.ones_like(mean)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Quantized weights, in the shape ``[C_out, ...]`` of ``weight``."""
+        return lsq_quantize(weight, self.step, self.q_min, self.q_max)
+
+    @torch.no_grad()
+    def integers(self, weight: Tensor) -> Tensor:
+        """The integers that stand for the quantized weights, int8 ``[C_out, ...]``."""
+        step = self.step.view(-1, *[1] * (weight.dim() - 1))
+        return (weight / step).round_().clamp_(self.q_min, self.q_max).to(torch.int8)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, out_channels={self.step.numel()}"
