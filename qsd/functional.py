@@ -11,6 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` where the mask holds, else 0. `torch.where` and `masked_fill` branch: eight times slower on a CPU."""
+    return mask.to(x.dtype).mul_(x)
+
+
 class _SpikeCount(torch.autograd.Function):
     """Keeps one bit of information per element for the backward pass (a bool), never the membrane itself."""
 
@@ -27,7 +32,7 @@ class _SpikeCount(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (inside,) = ctx.saved_tensors
-        return grad * inside, None
+        return _masked(grad, inside), None
 
 
 def spike_count(drive: Tensor, time_steps: int) -> Tensor:
@@ -66,9 +71,9 @@ class _LsqQuantize(torch.autograd.Function):
         scaled = weight / step
         clamped = scaled.clamp(ctx.q_min, ctx.q_max)
         inside = clamped == scaled
-        step_gradient = clamped.round() - scaled * inside
+        step_gradient = clamped.round() - _masked(scaled, inside)
         step_gradient = (grad * step_gradient).sum(dim=tuple(range(1, grad.dim())), keepdim=True)
-        return grad * inside, step_gradient.mul_(ctx.step_gradient_factor), None, None, None
+        return _masked(grad, inside), step_gradient.mul_(ctx.step_gradient_factor), None, None, None
 
 
 def lsq_quantize(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:

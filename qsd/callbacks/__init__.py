@@ -1,0 +1,5 @@
+"""Lightning callbacks."""
+
+from qsd.callbacks.predictions import PredictionWriter
+
+__all__ = ["PredictionWriter"]

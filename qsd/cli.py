@@ -1,0 +1,109 @@
+"""The command line: ``qsd fit --config configs/imagenet.yaml``, and the same program under the name ``lightning``."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+import qsd
+import qsd.callbacks
+import qsd.data
+import qsd.tasks  # noqa: F401 - imported before parsing, short class names such as `DigitsData` are known
+from qsd.errors import QsdError
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+# Mistakes of the user, which Lightning and Python report in a readable line of their own.
+_USER_ERRORS = (QsdError, MisconfigurationException, FileNotFoundError, PermissionError, torch.OutOfMemoryError)
+
+
+class QsdCLI(LightningCLI):
+    """Lightning's command line for our tasks and data, or any other that is imported by class path."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer methods on offer, with the arguments that the command line fills in itself."""
+        skip = {"model", "dataloaders", "datamodule"}
+        return {"fit": skip | {"train_dataloaders", "val_dataloaders"}, **dict.fromkeys(SUBCOMMANDS[1:], skip)}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Make classification the default task."""
+        parser.set_defaults({"model": {"class_path": "qsd.tasks.ClassificationTask"}})
+
+
+class SaveConfig(SaveConfigCallback):
+    """Write the complete configuration beside the logs, of fitting only: other runs must not replace it."""
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` when fitting begins."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: arguments without the program's name; ``None`` for those of the process.
+
+    Returns:
+        The exit code: 0, or 2 for a mistake that is reported in one line on standard error.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    traceback_wanted = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    if arguments == ["--version"]:
+        print(f"qsd {qsd.__version__}")
+        return 0
+    # Lightning's averaging warns of sharded models whenever the network is built in `configure_model`.
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
+    try:
+        QsdCLI(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"default_root_dir": "runs"},
+            seed_everything_default=0,
+            parser_kwargs={"prog": "qsd", "description": "Train and evaluate quantized spike-driven transformers."},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=arguments,
+        )
+    except SystemExit as exit_:
+        if exit_.code not in (None, 0) and traceback_wanted:
+            raise
+        return exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 2
+    except _USER_ERRORS as error:
+        if traceback_wanted:
+            raise
+        print(f"qsd: error: {' '.join(str(error).split())} (--traceback shows where)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run() -> None:
+    """Entry point of the console script ``qsd`` and of ``python -m qsd``."""
+    sys.exit(main())
+
+
+def run_lightning() -> None:
+    """Entry point of the console script ``lightning``.
+
+    The package ``lightning-sdk`` ships a command of that name too. Where it is installed, its subcommands go to it.
+    """
+    ours = {*SUBCOMMANDS, "-h", "--help", "--version", "--config", "--traceback"}
+    if sys.argv[1:] and sys.argv[1] not in ours and find_spec("lightning_sdk") is not None:
+        from lightning_sdk.cli.entrypoint import main_cli  # type: ignore[import-not-found]
+
+        main_cli()
+    else:
+        run()

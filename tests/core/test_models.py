@@ -1,0 +1,184 @@
+"""One contract test over everything registered, and the published numbers."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+
+from qsd import QsdError
+from qsd.layers import QuantConv2d, QuantLinear, TransformerBlock
+from qsd.neurons import SpikeNeuron
+
+NAMES = timm.list_models("qsd_*", exclude_filters="")
+SMALL = {"embed_dims": (8, 8, 16, 24), "num_heads": 4, "depth": 4, "num_classes": 5, "layer_scale": 0.5}
+
+
+def small(name, **kwargs):
+    return timm.create_model(name, **{**SMALL, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("qsd_8m", 8.337), ("qsd_15m", 15.117), ("qsd_31m", 31.340), ("qsd_55m", 55.359), ("qsd_75m", 74.663), ("qsd_124m", 123.754)],
+)
+def test_parameter_counts_are_the_published_network_s(name, millions):
+    # Published code, float parameters at 1000 classes; step sizes are not counted.
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        twin = timm.create_model(f"{name}_ann")
+    count = sum(p.numel() for n, p in model.named_parameters() if not n.endswith(".step"))
+    assert count == pytest.approx(millions * 1e6, abs=500)
+    assert sum(p.numel() for p in twin.parameters()) == count
+
+
+def test_the_registry_holds_every_size_and_its_twin():
+    assert {n.removesuffix("_ann") for n in NAMES} == {
+        "qsd_8m", "qsd_15m", "qsd_31m", "qsd_55m", "qsd_75m", "qsd_124m", "qsd_tiny",
+    }  # fmt: skip
+    assert len(NAMES) == 14
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name):
+    model = small(name, in_chans=2, drop_path_rate=0.1)
+    images = torch.randn(2, 2, 48, 32)
+    model.train()
+    model(images).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters()), "a dead parameter would stop distributed training"
+
+    model.eval()
+    with torch.no_grad():
+        features = model.forward_features(images)
+        logits = model(images)
+        assert features.shape == (2, model.num_features, 3, 2)
+        assert logits.shape == (2, 5)
+        torch.testing.assert_close(logits, model.forward_head(features))
+        torch.testing.assert_close(model.get_classifier()(model.forward_head(features, pre_logits=True)), logits)
+        final, stages = model.forward_intermediates(images)
+        assert torch.equal(final, features)
+        assert [tuple(s.shape[1:]) for s in stages] == [(8, 12, 8), (8, 6, 4), (16, 3, 2), (24, 3, 2)]
+        assert torch.equal(model.forward_intermediates(images, indices=[1], intermediates_only=True, stop_early=True)[0], stages[1])
+        extractor = small(name, in_chans=2, features_only=True, out_indices=(0, 2)).eval()
+        assert extractor.feature_info.channels() == [8, 16]
+        assert extractor.feature_info.reduction() == [4, 16]
+        extractor.model.load_state_dict(model.state_dict(), strict=False)
+        for ours, theirs in zip(extractor(images), (stages[0], stages[2])):
+            torch.testing.assert_close(ours, theirs)
+
+    other = small(name, in_chans=2).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(images), logits)
+
+    model.double()
+    doubles = images.double()
+    # float64, since convolutions choose their kernel by batch size
+    torch.testing.assert_close(model(doubles)[:1], model(doubles[:1]), msg="a sample's output depends on its batch")
+    model.float()
+
+    model.reset_classifier(3)
+    assert model(images).shape == (2, 3)
+    model.reset_classifier(0)
+    assert model(images).shape == (2, 24)
+    assert model.prune_intermediate_layers([1]) == [1]
+    assert model.forward_features(images).shape == (2, 8, 6, 4)
+
+
+@pytest.mark.parametrize("name", ["qsd_tiny", "qsd_tiny_ann"])
+def test_the_network_compiles_without_a_graph_break_and_exports(name):
+    model, images = small(name).train(), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), model(images))
+    compiled(images).sum().backward()
+    model.eval()
+    program = torch.export.export(model, (images,))
+    torch.testing.assert_close(program.module()(images), model(images))
+
+
+def test_gradient_checkpointing_is_bit_equal():
+    model, images = small("qsd_tiny").train(), torch.randn(2, 3, 32, 32)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    gradients = []
+    for enable in (False, True):
+        model.load_state_dict(state)
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()] + [b.clone() for b in model.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_stochastic_depth_grows_linearly_over_both_stages():
+    blocks = [m for m in small("qsd_tiny", depth=8, drop_path_rate=0.7).modules() if isinstance(m, TransformerBlock)]
+    assert [b.drop_path_rate for b in blocks] == pytest.approx([0.1 * i for i in range(8)])
+
+
+def test_one_dimensional_parameters_are_exempt_from_weight_decay():
+    optimizer = create_optimizer_v2(small("qsd_tiny"), opt="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.7)
+    decayed = [g for g in optimizer.param_groups if g["weight_decay"] > 0]
+    exempt = [g for g in optimizer.param_groups if g["weight_decay"] == 0]
+    assert all(p.dim() > 1 for g in decayed for p in g["params"])
+    assert all(p.dim() == 1 for g in exempt for p in g["params"])
+    assert len({g["lr_scale"] for g in optimizer.param_groups}) >= 4  # groups by depth
+
+
+def test_twins_have_the_same_topology_without_spikes_or_quantizers():
+    spiking, twin = small("qsd_15m"), small("qsd_15m_ann")
+    assert not any(isinstance(m, SpikeNeuron) for m in twin.modules())
+    assert not [k for k in twin.state_dict() if k.endswith("step")]
+    assert {k for k in spiking.state_dict() if not k.endswith("step")} == set(twin.state_dict())
+    layers = [m for m in spiking.modules() if isinstance(m, QuantConv2d | QuantLinear)]
+    assert all(layer.quantizer.bits == 4 for layer in layers)
+    assert small("qsd_15m_ann", attention="softmax")(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_time_steps_and_bits_can_be_overridden():
+    model = small("qsd_15m", time_steps=6, weight_bits=2).eval()
+    assert {m.time_steps for m in model.modules() if isinstance(m, SpikeNeuron)} == {6}
+    assert {m.quantizer.q_max for m in model.modules() if isinstance(m, QuantConv2d)} == {1}
+
+
+def test_smaller_strides_keep_more_tokens_of_small_images():
+    model = small("qsd_tiny", strides=(1, 1, 2, 2, 1))
+    assert model.forward_features(torch.randn(1, 3, 32, 32)).shape[-2:] == (8, 8)
+    assert [info["reduction"] for info in model.feature_info] == [1, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"embed_dims": (8, 8, 18, 24)}, r"embed_dims\[2\]=18 is not divisible by num_heads=4; pick a multiple of 4"),
+        ({"embed_dims": (7, 8, 16, 24)}, "the first one even"),
+        ({"embed_dims": (8, 8, 16)}, "four positive sizes"),
+        ({"depth": 1}, "depth=1"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"num_classes": -1}, "num_classes=-1"),
+        ({"strides": (2, 2)}, "five positive strides"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
+        ({"weight_bits": 1}, "weight_bits=1"),
+        ({"time_steps": 0}, "time_steps=0"),
+        ({"global_pool": "max"}, "only 'avg' exists"),
+        ({"attention": "softmax"}, "not spike-driven"),
+        ({"pretrained": True}, "no pretrained weights are distributed"),
+    ],
+)
+def test_sizes_that_do_not_fit_together_are_named(kwargs, message):
+    with pytest.raises(QsdError, match=message):
+        small("qsd_tiny", **kwargs)
+
+
+def test_images_that_are_too_small_or_of_other_channels_are_named():
+    model = small("qsd_tiny")
+    with pytest.raises(QsdError, match="15x40 pixels are smaller than the network's total stride 16"):
+        model(torch.randn(1, 3, 15, 40))
+    with pytest.raises(QsdError, match="1 channels, the network expects in_chans=3"):
+        model(torch.randn(1, 1, 32, 32))
+
+
+def test_half_precision_autocast_trains():
+    model = small("qsd_tiny").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(2, 3, 32, 32)).float().square().sum()
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
