@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import qsd
-import qsd.callbacks
 import qsd.data
-import qsd.tasks  # noqa: F401 - imported before parsing, short class names such as `DigitsData` are known
+import qsd.tasks
+from qsd.callbacks import PredictionWriter
 from qsd.errors import QsdError
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -35,6 +36,30 @@ class QsdCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make classification the default task."""
         parser.set_defaults({"model": {"class_path": "qsd.tasks.ClassificationTask"}})
+
+    def before_instantiate_classes(self) -> None:
+        """Give the loggers of a run one folder, and let ``predict`` write its predictions."""
+        config = self.config.get(self.subcommand).trainer
+        _share_version(config.logger if isinstance(config.logger, list) else [])
+        if self.subcommand == "predict":
+            callbacks = config.callbacks if isinstance(config.callbacks, list) else []
+            if not any("PredictionWriter" in str(callback) for callback in callbacks):
+                self.trainer_defaults["callbacks"] = [PredictionWriter()]
+
+
+def _share_version(loggers: list[Any]) -> None:
+    # Each logger would count up by itself, the second one past the folder that the first one has just made.
+    folders = [
+        Path(logger.init_args.save_dir, logger.init_args.name or "") for logger in loggers if _has_folder(logger)
+    ]
+    used = [int(p.name[8:]) for f in folders for p in f.glob("version_*") if p.name[8:].isdecimal()]
+    for logger in filter(_has_folder, loggers):
+        if logger.init_args.version is None:
+            logger.init_args.version = max(used, default=-1) + 1
+
+
+def _has_folder(logger: Any) -> bool:
+    return logger.class_path.endswith(("CSVLogger", "TensorBoardLogger"))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -61,6 +86,11 @@ def main(args: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"qsd {qsd.__version__}")
         return 0
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+    # Digits are loaded fastest in the training process.
+    warnings.filterwarnings("ignore", message="The '.*' does not have many workers")
+    # Checkpoints chosen while training are evaluated without the callbacks that chose them.
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
     # Lightning's averaging warns of sharded models whenever the network is built in `configure_model`.
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
     try:
@@ -74,6 +104,7 @@ def main(args: Sequence[str] | None = None) -> int:
             parser_kwargs={"prog": "qsd", "description": "Train and evaluate quantized spike-driven transformers."},
             subclass_mode_model=True,
             subclass_mode_data=True,
+            auto_configure_optimizers=False,
             args=arguments,
         )
     except SystemExit as exit_:

@@ -1,7 +1,7 @@
 """Pure tensor functions: rounding, spike counts, weight quantization, the attention product.
 
-Notation: ``T`` time steps, ``B`` images, ``C`` channels, ``H x W`` positions, ``N = H * W`` tokens. In training there is
-no time axis: an activation is the number of spikes, ``0..T``, that the converted network fires over its window.
+Notation: ``T`` time steps, ``B`` images, ``C`` channels, ``H x W`` positions, ``N = H * W`` tokens. In training there
+is no time axis: an activation is the number of spikes, ``0..T``, that the converted network fires over its window.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ class _SpikeCount(torch.autograd.Function):
         ctx.save_for_backward((drive > 0) & (drive < time_steps))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (inside,) = ctx.saved_tensors
         return _masked(grad, inside), None
@@ -65,7 +65,7 @@ class _LsqQuantize(torch.autograd.Function):
         ctx.save_for_backward(weight, step)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         weight, step = ctx.saved_tensors
         scaled = weight / step

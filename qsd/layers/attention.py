@@ -57,12 +57,13 @@ class SpikeDrivenSelfAttention(nn.Module):
         self.softmax = attention == "softmax"
         self.neuron = build_neuron(time_steps)
         self.q_proj, self.k_proj, self.v_proj = (rep_conv(dim, weight_bits) for _ in range(3))
-        if self.softmax:
-            self.q_neuron, self.k_neuron, self.v_neuron, self.attn_neuron = (nn.Identity() for _ in range(4))
-        else:
-            self.q_neuron, self.k_neuron, self.v_neuron = (build_neuron(time_steps, amplitude=1.0) for _ in range(3))
-            steps = time_steps or 1
-            self.attn_neuron = build_neuron(time_steps, threshold=4.0 * steps**2, amplitude=2.0 / steps)
+        steps = time_steps or 1
+
+        def tap(threshold: float | None, amplitude: float) -> nn.Module:
+            return nn.Identity() if self.softmax else build_neuron(time_steps, threshold, amplitude)
+
+        self.q_neuron, self.k_neuron, self.v_neuron = (tap(None, 1.0) for _ in range(3))
+        self.attn_neuron = tap(4.0 * steps**2, 2.0 / steps)
         # Between its thresholds the spiking attention has the slope 1/2 of the product of the values; the float
         # twin, which has no amplitudes, gets it here.
         self.product_scale = 0.5 if time_steps is None else None

@@ -136,7 +136,7 @@ def convert_reference(state: StateDict) -> dict[str, Tensor]:
         if flag is not None and not bool(flag.any()):
             continue  # uninitialised memory
         for pattern, replacement in _REFERENCE_NAMES:
-            name = re.sub(pattern, replacement, name)  # type: ignore[arg-type]
+            name = re.sub(pattern, replacement, name)
         converted[name] = tensor.unsqueeze(-1) if name.endswith(".weight") and tensor.dim() == 3 else tensor
     return converted
 
@@ -186,41 +186,31 @@ def _unwrap(source: str, content: Any) -> dict[str, Tensor]:
 
 def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     expected = model.state_dict()
-    steps = {name for name in expected if name.endswith(".quantizer.step")}
-    counters = {name for name in expected if name.endswith(".num_batches_tracked")}
-
-    def shape_differs(name: str) -> bool:
-        return name in expected and expected[name].shape != state[name].shape
-
+    reshaped = {name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape}
     head = {name for name in expected if name.startswith("head.")}
-    if any(shape_differs(name) for name in head) or not any(name.startswith("head.") for name in state):
-        if head:
-            logger.warning(
-                "%s has no classifier for %d classes; it starts afresh.", source, expected["head.bias"].numel()
-            )
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    if head and (head & reshaped or not head & state.keys()):
+        logger.warning("%s has no classifier for %d classes; it starts afresh.", source, len(expected["head.bias"]))
+        optional = head
     else:
-        head = set()
+        optional = set()
+    state = {name: tensor for name, tensor in state.items() if name not in optional}
+    reshaped -= optional
     # A float network has no steps to put them in, a float checkpoint has none to give.
-    state = {k: v for k, v in state.items() if k in expected or not k.endswith(".quantizer.step")}
+    steps = {name for name in expected if name.endswith(".quantizer.step")}
+    state = {name: t for name, t in state.items() if name in expected or not name.endswith(".quantizer.step")}
+    counters = {name for name in expected if name.endswith(".num_batches_tracked")}
     _raise_on_mismatch(
         source,
-        missing=sorted(expected.keys() - state.keys() - head - steps - counters),
+        missing=sorted(expected.keys() - state.keys() - optional - steps - counters),
         unexpected=sorted(state.keys() - expected.keys()),
-        reshaped=[
-            f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
-            for name in sorted(state)
-            if shape_differs(name)
-        ],
+        reshaped=[f"{n} {tuple(state[n].shape)} instead of {tuple(expected[n].shape)}" for n in sorted(reshaped)],
     )
     bad = [name for name in sorted(steps & state.keys()) if not bool((state[name] > 0).all())]
     if bad:
         raise QsdError(f"{source} has step sizes that are not positive: {_shorten(bad)}; it cannot be used.")
     model.load_state_dict(state, strict=False)
-    fresh = steps - state.keys() - head
-    for name, module in model.named_modules():
-        if f"{name}.quantizer.step" in fresh:
-            initialize_steps(module)
+    for name in steps - state.keys() - optional:
+        initialize_steps(model.get_submodule(name.removesuffix(".quantizer.step")))
 
 
 def _raise_on_mismatch(source: str, missing: list[str], unexpected: list[str], reshaped: list[str]) -> None:

@@ -240,7 +240,7 @@ class QsdTransformer(nn.Module):
         if num_classes < 0 or global_pool not in (None, "avg"):
             raise QsdError(f"num_classes={num_classes}, global_pool={global_pool!r}: use num_classes >= 0 and 'avg'.")
         self.num_classes = num_classes
-        reference = self.stem.downsample.proj.conv.weight
+        reference = next(self.parameters())
         self.head = self._build_head(num_classes).to(device=reference.device, dtype=reference.dtype)
 
     def no_weight_decay(self) -> set[str]:

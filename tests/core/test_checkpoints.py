@@ -98,7 +98,9 @@ def test_another_class_count_leaves_a_fresh_classifier_and_says_so(reference, mo
     assert "no classifier for 7 classes" in caplog.text
     assert torch.equal(model.head.weight, before)
     with torch.no_grad():
-        assert_near(model.eval().forward_intermediates(tensors["input"], intermediates_only=True)[3], tensors["eval.stage4"])
+        assert_near(
+            model.eval().forward_intermediates(tensors["input"], intermediates_only=True)[3], tensors["eval.stage4"]
+        )
 
 
 def test_a_mismatch_is_one_short_line_and_changes_nothing(reference, model):

@@ -80,9 +80,7 @@ def test_lsq_equals_torch_s_own_operator_away_from_the_half_bin_at_the_ends():
     weight = (integers * step[:, None]).requires_grad_()
     learned = step.clone().requires_grad_()
     factor = (weight.numel() * q_max) ** -0.5
-    theirs = torch._fake_quantize_learnable_per_channel_affine(
-        weight, learned, torch.zeros(3), 0, q_min, q_max, factor
-    )
+    theirs = torch._fake_quantize_learnable_per_channel_affine(weight, learned, torch.zeros(3), 0, q_min, q_max, factor)
     ours = lsq_quantize(weight, learned, q_min, q_max)
     torch.testing.assert_close(ours, theirs)
     cotangent = torch.randn_like(ours)

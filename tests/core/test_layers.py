@@ -8,7 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from qsd import QsdError
-from qsd.layers import BatchNormPad2d, ConvBlock, SpikeDrivenSelfAttention, TransformerBlock, quantized_weight, recompute, rep_conv
+from qsd.layers import (
+    BatchNormPad2d,
+    ConvBlock,
+    SpikeDrivenSelfAttention,
+    TransformerBlock,
+    quantized_weight,
+    recompute,
+    rep_conv,
+)
 from qsd.neurons import SpikeNeuron
 
 
@@ -26,7 +34,9 @@ def randomize_norms(module):
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 7)])
 def test_rep_conv_is_one_zero_padded_3x3_convolution_borders_included(size):
     chain = randomize_norms(rep_conv(6)).double().eval()
-    first, depthwise, second = (quantized_weight(chain.get_submodule(n)) for n in ("pointwise1", "depthwise", "pointwise2"))
+    first, depthwise, second = (
+        quantized_weight(chain.get_submodule(n)) for n in ("pointwise1", "depthwise", "pointwise2")
+    )
     inner = chain.norm_pad.norm
     scale = inner.weight / (inner.running_var + inner.eps).sqrt()
     kernel = torch.einsum("om,mkl,m,mi->oikl", second[:, :, 0, 0], depthwise[:, 0], scale, first[:, :, 0, 0])

@@ -21,7 +21,14 @@ def small(name, **kwargs):
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("qsd_8m", 8.337), ("qsd_15m", 15.117), ("qsd_31m", 31.340), ("qsd_55m", 55.359), ("qsd_75m", 74.663), ("qsd_124m", 123.754)],
+    [
+        ("qsd_8m", 8.337),
+        ("qsd_15m", 15.117),
+        ("qsd_31m", 31.340),
+        ("qsd_55m", 55.359),
+        ("qsd_75m", 74.663),
+        ("qsd_124m", 123.754),
+    ],
 )
 def test_parameter_counts_are_the_published_network_s(name, millions):
     # Published code, float parameters at 1000 classes; step sizes are not counted.
@@ -59,7 +66,9 @@ def test_contract(name):
         final, stages = model.forward_intermediates(images)
         assert torch.equal(final, features)
         assert [tuple(s.shape[1:]) for s in stages] == [(8, 12, 8), (8, 6, 4), (16, 3, 2), (24, 3, 2)]
-        assert torch.equal(model.forward_intermediates(images, indices=[1], intermediates_only=True, stop_early=True)[0], stages[1])
+        assert torch.equal(
+            model.forward_intermediates(images, indices=[1], intermediates_only=True, stop_early=True)[0], stages[1]
+        )
         extractor = small(name, in_chans=2, features_only=True, out_indices=(0, 2)).eval()
         assert extractor.feature_info.channels() == [8, 16]
         assert extractor.feature_info.reduction() == [4, 16]

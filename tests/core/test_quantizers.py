@@ -48,13 +48,19 @@ def test_other_widths_are_refused(bits):
 
 
 def test_without_bits_a_layer_is_the_plain_one_with_the_plain_state():
-    conv, linear = QuantConv2d(3, 4, 3, stride=2, padding=1, bias=True, weight_bits=None), QuantLinear(4, 2, weight_bits=None)
+    conv, linear = (
+        QuantConv2d(3, 4, 3, stride=2, padding=1, bias=True, weight_bits=None),
+        QuantLinear(4, 2, weight_bits=None),
+    )
     x = torch.randn(2, 3, 9, 9)
     assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, 2, 1))
     assert set(conv.state_dict()) == {"weight", "bias"} == set(linear.state_dict())
 
 
 def test_every_parameter_of_a_layer_gets_a_gradient():
-    for layer, x in ((QuantConv2d(3, 4, 3, bias=True), torch.randn(2, 3, 5, 5)), (QuantLinear(3, 4), torch.randn(2, 3))):
+    for layer, x in (
+        (QuantConv2d(3, 4, 3, bias=True), torch.randn(2, 3, 5, 5)),
+        (QuantLinear(3, 4), torch.randn(2, 3)),
+    ):
         layer(x).square().sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())

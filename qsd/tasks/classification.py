@@ -1,30 +1,26 @@
-"""Lightning tasks: what a training run optimises, measures and writes down."""
+"""Image classification: what a training run optimises, measures and writes down."""
 
 import difflib
-import logging
-import random
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import timm
-import timm.data
-import timm.optim
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from qsd.errors import QsdError
 from qsd.models import load_weights
 from qsd.quantizers import StepSizeQuantizer
-
-logger = logging.getLogger(__name__)
+from qsd.tasks.diagnosis import collapsed_step, first_non_finite, non_finite_parameter
+from qsd.tasks.random_state import get_random_state, set_random_state
 
 AuxiliaryLoss = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
@@ -47,6 +43,8 @@ class ClassificationTask(LightningModule):
             (images per process x processes x accumulated batches).
         min_lr: where the cosine schedule ends.
         warmup_epochs: epochs of linear warm-up, a step at a time.
+        step_lr: learning rate of the quantizers' step sizes, over that of the other parameters. Adam and its kin move
+            every parameter by about the learning rate per step, which is as much as a whole step size.
         weight_decay: one-dimensional parameters (norms, biases, step sizes, layer scales) are exempt.
         layer_decay: factor of the learning rate from one layer group to the one below; ``None`` for none.
         label_smoothing: of the training loss.
@@ -70,6 +68,7 @@ class ClassificationTask(LightningModule):
         base_lr: float = 6e-4,
         min_lr: float = 1e-6,
         warmup_epochs: float = 15,
+        step_lr: float = 0.01,
         weight_decay: float = 0.05,
         layer_decay: float | None = None,
         label_smoothing: float = 0.1,
@@ -83,9 +82,8 @@ class ClassificationTask(LightningModule):
             near = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
             raise QsdError(f"model {model!r} is unknown to timm; nearest names: {', '.join(near) or 'none'}.")
         self.save_hyperparameters()
-        self.model: nn.Module | None = None
-        self._mixup: timm.data.Mixup | None = None
-        self._broadcast_suspended = False
+        self.model: Any = None  # a network, once `configure_model` has built it
+        self._mixup: Mixup | None = None
         self._auxiliary_losses: list[AuxiliaryLoss] = []
         self._random_states: list[dict[str, Any]] | None = None
 
@@ -96,7 +94,7 @@ class ClassificationTask(LightningModule):
         self._complete_sizes_from_data()
         h = self.hparams
         trainer = self._trainer
-        model = timm.create_model(h["model"], num_classes=h["num_classes"], **h["model_args"])
+        model: Any = timm.create_model(h["model"], num_classes=h["num_classes"], **h["model_args"])
         if h["init_from"] is not None and not (trainer and trainer.ckpt_path):
             load_weights(model, h["init_from"])
         if h["grad_checkpointing"]:
@@ -108,14 +106,15 @@ class ClassificationTask(LightningModule):
             model.compile(**({"backend": h["compile"]} if isinstance(h["compile"], str) else {}))
         self.model = model
         if h["mixup"] or h["cutmix"]:
-            self._mixup = timm.data.Mixup(
+            self._mixup = Mixup(
                 h["mixup"], h["cutmix"], label_smoothing=h["label_smoothing"], num_classes=h["num_classes"]
             )
-        metrics = {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(h["num_classes"], average="micro")}
+        metrics: dict[str, Metric | MetricCollection] = {"loss": MeanMetric()}
+        metrics["accuracy"] = MulticlassAccuracy(h["num_classes"], average="micro")
         if h["num_classes"] > 5:
             metrics["accuracy_top5"] = MulticlassAccuracy(h["num_classes"], top_k=5, average="micro")
         collection = MetricCollection(metrics, compute_groups=False)
-        self.metrics = nn.ModuleDict({stage: collection.clone(f"{stage}/") for stage in ("val", "test")})
+        self.val_metrics, self.test_metrics = collection.clone("val/"), collection.clone("test/")
 
     def _complete_sizes_from_data(self) -> None:
         data = getattr(self._trainer, "datamodule", None)
@@ -130,24 +129,38 @@ class ClassificationTask(LightningModule):
                 f"num_classes={self.hparams['num_classes']}; raise it, or leave it out to take it from the data."
             )
         arguments = dict(self.hparams["model_args"] or {})
-        if "in_chans" not in arguments and hasattr(data, "in_chans"):
-            arguments["in_chans"] = data.in_chans
+        if (channels := getattr(data, "in_chans", None)) is not None:
+            arguments.setdefault("in_chans", channels)
         self.hparams["model_args"] = arguments
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser by timm's registry, and a warm-up and cosine schedule that advances by steps."""
         h = self.hparams
-        optimizer = timm.optim.create_optimizer_v2(
-            self.model,
-            opt=h["optimizer"],
-            lr=h["base_lr"] * self.total_batch_size / 256,
-            weight_decay=h["weight_decay"],
-            layer_decay=h["layer_decay"],
-            **(h["optimizer_args"] or {}),
+        lr = h["base_lr"] * self.total_batch_size / 256
+        optimizer = create_optimizer_v2(
+            self._parameter_groups(lr), opt=h["optimizer"], lr=lr, **(h["optimizer_args"] or {})
         )
-        for group in optimizer.param_groups:
-            group["lr"] *= group.get("lr_scale", 1.0)  # timm leaves layer decay to its own schedulers
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"}}
+
+    def _parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        h = self.hparams
+        exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()
+        if h["layer_decay"] is None:
+            groups = param_groups_weight_decay(self.model, h["weight_decay"], no_weight_decay_list=exempt)
+        else:
+            groups = param_groups_layer_decay(
+                self.model, h["weight_decay"], no_weight_decay_list=exempt, layer_decay=h["layer_decay"]
+            )
+        steps = {id(module.step) for module in self.model.modules() if isinstance(module, StepSizeQuantizer)}
+        split = []
+        for group in groups:
+            lr_group = lr * group.get("lr_scale", 1.0)
+            for are_steps, factor in ((False, 1.0), (True, h["step_lr"])):
+                parameters = [p for p in group["params"] if (id(p) in steps) == are_steps]
+                if parameters:
+                    decay = group["weight_decay"]
+                    split.append({"params": parameters, "weight_decay": decay, "lr": lr_group * factor})
+        return split
 
     @property
     def total_batch_size(self) -> int:
@@ -192,12 +205,12 @@ class ClassificationTask(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
-        assert self.model is not None, "call configure_model() first"
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch, with the auxiliary terms."""
         images, labels = batch
+        self._check_labels(labels)
         if self._mixup is None:
             logits = self(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.hparams["label_smoothing"])
@@ -211,73 +224,53 @@ class ClassificationTask(LightningModule):
         if terms:
             self.log_dict({"train/loss_task": loss, **{f"train/{name}": term for name, term in terms.items()}})
             loss = loss + torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
-            self._stop_non_finite(loss, images, batch_idx)
+        self._check_loss(loss, images)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch to the validation metrics."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch, self.val_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch to the test metrics."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch, self.test_metrics)
 
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:
         """Class probabilities by image: ``{"name": [B names], "probabilities": [B, num_classes]}``."""
         images, names = batch
         return {"name": list(names), "probabilities": self(images).float().softmax(dim=-1)}
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: Literal["val", "test"]) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection) -> None:
         images, labels = batch
+        self._check_labels(labels)
         logits = self(images).float()
-        for name, metric in self.metrics[stage].items(keep_base=True):
+        for name, metric in metrics.items(keep_base=True):
             if name == "loss":
                 metric.update(F.cross_entropy(logits, labels, reduction="none"))
             else:
                 metric.update(logits, labels)
 
-    def _log_metrics(self, stage: Literal["val", "test"]) -> None:
+    def _log_metrics(self, metrics: MetricCollection) -> None:
         # Computed here and not batch by batch: processes may have unequal numbers of batches.
-        self.log_dict(self.metrics[stage].compute(), prog_bar=True)
-        self.metrics[stage].reset()
+        self.log_dict(metrics.compute(), prog_bar=True)
+        metrics.reset()
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics over all processes."""
-        self._log_metrics("val")
+        self._log_metrics(self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics over all processes."""
-        self._log_metrics("test")
+        self._log_metrics(self.test_metrics)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse labels that the classifier has no output for, while they are still on the CPU."""
-        labels = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
-        if isinstance(labels, Tensor) and labels.numel():
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= self.hparams["num_classes"]:
-                label = low if low < 0 else high
+    def _check_labels(self, labels: Tensor) -> None:
+        # Data that declares its classes was compared with the classifier once; other data has to be looked at.
+        if hasattr(getattr(self.trainer, "datamodule", None), "num_classes"):
+            return
+        for label in (int(labels.min()), int(labels.max())):
+            if not 0 <= label < self.hparams["num_classes"]:
                 raise QsdError(f"label {label} is outside the classifier's num_classes={self.hparams['num_classes']}.")
-        return batch
-
-    # Distributed validation: `DistributedDataParallel` broadcasts buffers in every forward pass, which would hang
-    # where processes have unequal numbers of batches. Once before the first batch is enough.
-
-    def on_validation_epoch_start(self) -> None:
-        """Make all processes validate with the statistics of the first."""
-        ddp = self.trainer.strategy.model
-        if isinstance(ddp, DistributedDataParallel) and ddp.broadcast_buffers:
-            for buffer in self.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-            ddp.broadcast_buffers = False
-            self._broadcast_suspended = True
-
-    def on_validation_end(self) -> None:
-        """Let training broadcast its buffers again."""
-        if self._broadcast_suspended:
-            self.trainer.strategy.model.broadcast_buffers = True  # type: ignore[union-attr]
-            self._broadcast_suspended = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the random states of a resumed training, right before the first thing that may draw from them."""
@@ -285,7 +278,7 @@ class ClassificationTask(LightningModule):
             rank, states = self.global_rank, self._random_states
             self._random_states = None
             if rank < len(states):
-                _set_random_state(states[rank])
+                set_random_state(states[rank])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop when a step size is no longer positive."""
@@ -293,17 +286,17 @@ class ClassificationTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to write a broken network over a good checkpoint; add the random states of all processes."""
-        broken = [name for name, parameter in self.named_parameters() if not torch.isfinite(parameter).all()]
-        if broken:
-            raise QsdError(f"parameter {broken[0]} is not finite at step {self.global_step}; nothing was saved.")
+        broken = non_finite_parameter(self)
+        if broken is not None:
+            raise QsdError(f"parameter {broken} is not finite at step {self.global_step}; nothing was saved.")
         self._check_step_sizes()
         # The weights are in this checkpoint; where they once started from may be gone when it is loaded.
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"]["init_from"] = None
-        states: list[Any] = [_get_random_state(self.device)]
+        states: list[Any] = [get_random_state(self.device)]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, _get_random_state(self.device))
+            torch.distributed.all_gather_object(states, get_random_state(self.device))
         checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -311,78 +304,22 @@ class ClassificationTask(LightningModule):
         self._random_states = checkpoint.get("random_states")
 
     def _check_step_sizes(self) -> None:
-        assert self.model is not None
-        steps = {n: m.step for n, m in self.model.named_modules() if isinstance(m, StepSizeQuantizer)}
-        if not steps or bool((torch.cat([step.detach() for step in steps.values()]) > 0).all()):
-            return
-        name = next(name for name, step in steps.items() if not bool((step > 0).all()))
-        raise QsdError(
-            f"a step size of {name} is {float(steps[name].min()):.3g} at step {self.global_step}, not positive; "
-            f"{self._advice()}"
-        )
+        collapsed = collapsed_step(self)
+        if collapsed is not None:
+            name, value = collapsed
+            raise QsdError(
+                f"a step size of {name} is {value:.3g} at step {self.global_step}, not positive; {self._advice()}"
+            )
 
-    def _stop_non_finite(self, loss: Tensor, images: Tensor, batch_idx: int) -> None:
-        assert self.model is not None
-        raise QsdError(
-            f"loss is {float(loss)} at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx}); "
-            f"first not finite: {first_non_finite(self.model, images)}; {self._advice()}"
-        )
+    def _check_loss(self, loss: Tensor, images: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise QsdError(
+                f"loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); "
+                f"first not finite: {first_non_finite(self.model, images)}; {self._advice()}"
+            )
 
     def _advice(self) -> str:
         callback = self.trainer.checkpoint_callback
         path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
         kept = f"the last good checkpoint is {path}" if path else "no checkpoint was written yet"
-        return f"training stopped, {kept}; try a lower base_lr, gradient clipping or 32-bit precision."
-
-
-def first_non_finite(model: nn.Module, images: Tensor) -> str:
-    """Say where infinities or NaNs first appear in a forward pass, in one phrase.
-
-    Args:
-        model: the network; it is run once more.
-        images: the batch ``[B, C, H, W]`` that made them.
-    """
-    if not torch.isfinite(images).all():
-        return "the images"
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"parameter {name}"
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
-                found.append(f"the output of layer {name}")
-
-        return hook
-
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else "the loss itself"
-
-
-def _get_random_state(device: torch.device) -> dict[str, Any]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+        return f"training stopped, {kept}; try a lower base_lr or step_lr, gradient clipping or 32-bit precision."

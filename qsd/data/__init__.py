@@ -1,0 +1,28 @@
+"""Data modules for Lightning, and the loaders and samplers that they are made of."""
+
+from qsd.data.base import ImageData
+from qsd.data.cifar import CifarData
+from qsd.data.dataset import ImageArray, ImageDataset, ImageFiles
+from qsd.data.decoding import BadImage, load_image
+from qsd.data.digits import DigitsData
+from qsd.data.image_folder import ImageFolderData
+from qsd.data.loading import BadImagePolicy, ImageLoader, TrainLoader
+from qsd.data.sampling import EvalSampler, TrainSampler, stratified_split
+
+__all__ = [
+    "BadImage",
+    "BadImagePolicy",
+    "CifarData",
+    "DigitsData",
+    "EvalSampler",
+    "ImageArray",
+    "ImageData",
+    "ImageDataset",
+    "ImageFiles",
+    "ImageFolderData",
+    "ImageLoader",
+    "TrainLoader",
+    "TrainSampler",
+    "load_image",
+    "stratified_split",
+]

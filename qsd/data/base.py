@@ -1,0 +1,190 @@
+"""What all data modules share: the three parts of a data set, their loaders, and the errors of a wrong argument."""
+
+import os
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+
+from qsd.data.dataset import ImageDataset, ImageFiles, ImageSource, Transform
+from qsd.data.files import find_images
+from qsd.data.loading import BadImagePolicy, ImageLoader, TrainLoader
+from qsd.data.resuming import finish_loaded_epoch
+from qsd.data.sampling import EvalSampler, TrainSampler
+from qsd.errors import QsdError
+
+__all__ = ["ImageData", "Part"]
+
+Part = Literal["train", "val", "test"]
+
+_PARTS: dict[str | None, tuple[Part, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+    None: ("train", "val", "test"),
+}
+
+
+class ImageData(LightningDataModule, ABC):
+    """Images and their classes, for one classifier.
+
+    Batches for training, validation and test are ``(images, labels)``: float32 ``[B, C, H, W]``, normalised, and int64
+    ``[B]``. Batches for prediction are ``(images, names)`` with a list of B strings: paths, or names like "digit 123".
+
+    Order and augmentation depend on the seed, the epoch and the image alone, not on workers, processes, batch size or
+    an interruption. Every process sees equally many training images, and every evaluated image is seen exactly once.
+
+    Args:
+        img_size: height and width in pixels; one number for a square.
+        batch_size: images per step and process.
+        num_workers: loading processes per training process; 0 loads in the training process, None chooses the number
+            of cores per training process, at most 8.
+        seed: of order and augmentation; None takes that of ``seed_everything``, or 0.
+        predict_path: an image file, or a folder searched recursively, to predict; None predicts the test part.
+        on_bad_image: ``"error"`` stops at an image that cannot be read; ``"skip"`` replaces it by the next one in
+            training, leaves it out elsewhere, and reports it.
+
+    Attributes:
+        img_size: (height, width) in pixels.
+        in_chans: channels of the images, C.
+        mean: of every channel before normalisation, in units of full scale (0 to 1).
+        std: standard deviation of every channel, in the same units.
+    """
+
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        batch_size: int,
+        num_workers: int | None = None,
+        seed: int | None = None,
+        predict_path: str | None = None,
+        on_bad_image: Literal["error", "skip"] = "error",
+    ) -> None:
+        super().__init__()
+        self.img_size = _checked_size(img_size)
+        self.batch_size = _at_least("batch_size", batch_size, 1)
+        self.num_workers = None if num_workers is None else _at_least("num_workers", num_workers, 0)
+        self.seed = None if seed is None else _at_least("seed", seed, 0)
+        self.predict_path = predict_path
+        self._bad_images = BadImagePolicy(on_bad_image)
+        self._sources: dict[Part, ImageSource] = {}
+        self._predict_source: ImageSource | None = None
+        self._augmentation: Transform | None = None
+
+    @property
+    @abstractmethod
+    def class_names(self) -> list[str]:
+        """The name of every class, by label."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def skipped_images(self) -> list[str]:
+        """Images that this process skipped so far because they could not be read."""
+        return list(self._bad_images.reasons)
+
+    @abstractmethod
+    def load_part(self, part: Part) -> ImageSource:
+        """Find the images of one part.
+
+        Args:
+            part: "train", "val" or "test".
+        """
+
+    @abstractmethod
+    def train_transform(self) -> Transform:
+        """Augmentation, from the decoded image to float32 ``[C, H, W]``."""
+
+    @abstractmethod
+    def eval_transform(self) -> Transform:
+        """From the decoded image to float32 ``[C, H, W]``, without chance."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the images of the parts that a stage needs; what is found already is kept.
+
+        Args:
+            stage: "fit", "validate", "test", "predict", or None for all.
+        """
+        if stage == "predict" and self.predict_path is not None:
+            if self._predict_source is None:
+                self._predict_source = ImageFiles(find_images(self.predict_path))
+            return
+        for part in _PARTS[stage]:
+            if part not in self._sources:
+                self._sources[part] = self.load_part(part)
+        if "train" in _PARTS[stage] and self._augmentation is None:
+            self._augmentation = self.train_transform()  # here, so that a wrong argument shows before the first epoch
+
+    def train_dataloader(self) -> TrainLoader:
+        """Augmented images in random order; the last incomplete batch is left out if there is a complete one."""
+        if self.trainer is not None:
+            finish_loaded_epoch(self.trainer)
+        self.setup("fit")
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        augmentation = self._augmentation or self.train_transform()
+        replace_bad = self._bad_images.action == "skip"
+        dataset = ImageDataset(self._sources["train"], augmentation, seed, replace_bad=replace_bad)
+        sampler = TrainSampler(dataset, seed)
+        drop_last = len(sampler) >= self.batch_size
+        return TrainLoader(dataset, sampler=sampler, drop_last=drop_last, **self._loader_options())
+
+    def val_dataloader(self) -> ImageLoader:
+        """The validation part, in order."""
+        self.setup("validate")
+        return self._eval_loader(self._sources["val"])
+
+    def test_dataloader(self) -> ImageLoader:
+        """The test part, in order."""
+        self.setup("test")
+        return self._eval_loader(self._sources["test"])
+
+    def predict_dataloader(self) -> ImageLoader:
+        """The images of ``predict_path``, or the test part, in order and with names instead of labels."""
+        self.setup("predict")
+        return self._eval_loader(self._predict_source or self._sources["test"], named=True)
+
+    def _eval_loader(self, source: ImageSource, named: bool = False) -> ImageLoader:
+        dataset = ImageDataset(source, self.eval_transform(), named=named)
+        return ImageLoader(dataset, sampler=EvalSampler(dataset), **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        workers = self.num_workers
+        if workers is None:
+            processes = self.trainer.num_devices if self.trainer is not None else 1
+            workers = min(8, _num_cores() // processes)
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "bad_images": self._bad_images,
+        }
+
+
+def _num_cores() -> int:
+    # the cores of this process, which a cluster's scheduler may have limited; macOS and Windows cannot tell
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _at_least(name: str, value: int, minimum: int) -> int:
+    if value < minimum:
+        raise QsdError(f"{name}={value} is too small; it must be at least {minimum}")
+    return value
+
+
+def _checked_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if min(height, width) < 1:
+        raise QsdError(f"img_size={img_size} is too small; height and width must be at least 1")
+    return height, width

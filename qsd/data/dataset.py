@@ -1,0 +1,186 @@
+"""Where images come from, and the map-style data set that decodes, augments and normalises them."""
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from qsd.data.decoding import BadImage, load_image
+
+__all__ = ["ImageArray", "ImageDataset", "ImageFiles", "ImageSource", "Sample"]
+
+# without an end, a data set of a million broken files would be read through once per sample before anyone is told
+_MAX_ATTEMPTS = 1000
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+class ImageSource(Protocol):
+    """Undecoded images with labels and names, by index."""
+
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Image.Image | BadImage:
+        """Decode one image.
+
+        Args:
+            index: ``0..len - 1``.
+        """
+
+    def name(self, index: int) -> str:
+        """What to call one image in a table of predictions.
+
+        Args:
+            index: ``0..len - 1``.
+        """
+
+
+class ImageFiles:
+    """Image files on disk.
+
+    Args:
+        paths: the files.
+        labels: their classes; None where they are unknown.
+    """
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None) -> None:
+        # one block of bytes: workers that touch the reference counts of a million strings would each copy them all
+        self._paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = np.asarray(labels if labels is not None else [-1] * len(paths), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def load(self, index: int) -> Image.Image | BadImage:
+        """See `ImageSource`."""
+        return load_image(self.name(index))
+
+    def name(self, index: int) -> str:
+        """The path of the file."""
+        return os.fsdecode(bytes(self._paths[index]))
+
+
+class ImageArray:
+    """Images in memory.
+
+    Args:
+        images: uint8 ``[N, H, W]`` (grey) or ``[N, H, W, 3]`` (RGB).
+        labels: their classes ``[N]``.
+        names: what to call them.
+    """
+
+    def __init__(self, images: np.ndarray, labels: Sequence[int] | np.ndarray, names: Sequence[str]) -> None:
+        self._images = images
+        self._names = names
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def load(self, index: int) -> Image.Image:
+        """See `ImageSource`."""
+        return Image.fromarray(self._images[index])
+
+    def name(self, index: int) -> str:
+        """See `ImageSource`."""
+        return self._names[index]
+
+
+class Sample(NamedTuple):
+    """One item of an `ImageDataset`.
+
+    Attributes:
+        image: float32 ``[C, H, W]``; None where the image could not be read.
+        target: the label or the name.
+        bad: images that could not be read on the way to this one.
+    """
+
+    image: Tensor | None
+    target: int | str
+    bad: list[BadImage]
+
+
+class ImageDataset(Dataset[Sample]):
+    """Decoded, transformed images of a source.
+
+    For training (``seed`` given) the key is ``(epoch, index)``. The augmentation then is a function of the seed, the
+    epoch and the index: not of the workers, the process, the batch size, or what was loaded before. A bare index means
+    epoch 0.
+
+    Args:
+        source: the images.
+        transform: from the decoded image to float32 ``[C, H, W]``.
+        seed: of the augmentation; None for evaluation, where the transform is deterministic and the key a bare index.
+        named: the target is the name instead of the label.
+        replace_bad: an image that cannot be read is replaced by the next one that can, so that the number of samples
+            stays what it is.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Transform,
+        seed: int | None = None,
+        named: bool = False,
+        replace_bad: bool = False,
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.named = named
+        self.replace_bad = replace_bad
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        bad: list[BadImage] = []
+        for attempt in range(min(len(self), _MAX_ATTEMPTS) if self.replace_bad else 1):
+            candidate = (index + attempt) % len(self)
+            loaded = self.source.load(candidate)
+            if isinstance(loaded, BadImage):
+                bad.append(loaded)
+                continue
+            if self.seed is None:
+                image = self.transform(loaded)
+            else:
+                # the index asked for, not the candidate: else a replacement would equal the image that it repeats
+                with _seeded(self.seed, epoch, index):
+                    image = self.transform(loaded)
+            return Sample(image, self._target(candidate), bad)
+        return Sample(None, self._target(index), bad)
+
+    def _target(self, index: int) -> int | str:
+        return self.source.name(index) if self.named else int(self.source.labels[index])
+
+
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Seed the generators that transforms draw from, and put them back: with no workers they are the training loop's.
+
+    Args:
+        *key: non-negative numbers.
+    """
+    # timm draws from all three, numpy's legacy one included
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    words = np.random.SeedSequence(key).generate_state(4)
+    random.seed(words.tobytes())
+    np.random.seed(words)  # noqa: NPY002
+    # not `torch.manual_seed`, which also seeds every GPU
+    torch.default_generator.manual_seed(int.from_bytes(words[:2].tobytes(), "little") >> 1)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(torch_state)

@@ -1,0 +1,176 @@
+"""Data loaders that skip or report unreadable images, and that resume in the middle of an epoch."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from qsd.data.dataset import ImageDataset, Sample
+from qsd.data.decoding import BadImage
+from qsd.data.sampling import TrainSampler
+from qsd.errors import QsdError
+
+__all__ = ["BadImagePolicy", "Batch", "ImageLoader", "TrainLoader"]
+
+logger = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor | list[str]]
+"""Images ``[B, C, H, W]`` and their labels ``[B]`` or names."""
+
+_CollatedBatch = tuple[Tensor | None, Tensor | list[str], list[BadImage]]
+
+
+def collate(samples: list[Sample]) -> _CollatedBatch:
+    """Stack the images that could be read, and gather the others.
+
+    Args:
+        samples: at least one.
+
+    Returns:
+        Images ``[B, C, H, W]`` or None where none could be read, labels ``[B]`` or names, and what could not be read.
+    """
+    bad = [image for sample in samples for image in sample.bad]
+    good = [sample for sample in samples if sample.image is not None]
+    if not good:
+        return None, [], bad
+    images, targets = default_collate([(sample.image, sample.target) for sample in good])
+    return images, list(targets) if isinstance(targets, tuple) else targets, bad
+
+
+class BadImagePolicy:
+    """What to do about images that cannot be read, and which ones were met.
+
+    Args:
+        action: ``"error"`` raises at the first one; ``"skip"`` goes on and reports.
+
+    Attributes:
+        reasons: reason by path, of the images skipped so far.
+    """
+
+    def __init__(self, action: Literal["error", "skip"] = "error") -> None:
+        if action not in ("error", "skip"):
+            raise QsdError(f"on_bad_image={action!r} is unknown; choose 'error' or 'skip'")
+        self.action = action
+        self.reasons: dict[str, str] = {}
+        self._reported = 0
+
+    def meet(self, bad: list[BadImage]) -> None:
+        """Raise, or remember.
+
+        Args:
+            bad: images that could not be read.
+        """
+        if bad and self.action == "error":
+            path, reason = bad[0]
+            raise QsdError(f"cannot read the image {path}: {reason}; repair or remove it, or --data.on_bad_image skip")
+        self.reasons.update(bad)
+
+    def report(self) -> None:
+        """Warn about the images skipped since the last report."""
+        new = list(self.reasons.items())[self._reported :]
+        if not new:
+            return
+        self._reported = len(self.reasons)
+        shown = ", ".join(f"{path} ({reason})" for path, reason in new[:3])
+        more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+        logger.warning("skipped %d image(s) that cannot be read: %s%s", len(new), shown, more)
+
+    def all_bad(self) -> NoReturn:
+        """Raise because no readable image was found."""
+        self._reported = len(self.reasons)
+        path, reason = next(iter(self.reasons.items()))
+        raise QsdError(f"none of {len(self.reasons)} images can be read; the first is {path}: {reason}")
+
+
+class ImageLoader(DataLoader[Sample]):
+    """Yields `Batch`; nothing is drawn from the sampler before the first batch is asked for.
+
+    Lightning makes the iterator before it tells the sampler the epoch, so it must not begin any earlier. The loader
+    draws its workers' seeds from a generator of its own: making an iterator leaves torch's global generator alone.
+
+    Args:
+        dataset: the images.
+        bad_images: what to do about images that cannot be read; shared by the loaders of one data module.
+        **kwargs: as for `torch.utils.data.DataLoader`.
+    """
+
+    dataset: ImageDataset
+
+    def __init__(self, dataset: ImageDataset, *, bad_images: BadImagePolicy, **kwargs: Any) -> None:
+        # defaults and not fixed, because Lightning copies a loader from all of its attributes
+        kwargs.setdefault("collate_fn", collate)
+        kwargs.setdefault("generator", torch.Generator())
+        super().__init__(dataset, **kwargs)
+        self.bad_images = bad_images
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yield the batches of one epoch; one in which nothing could be read is left out."""
+        return self._read(done=0)
+
+    def _read(self, done: int) -> Iterator[Batch]:
+        any_read = False
+        try:
+            for number, (images, targets, bad) in enumerate(super().__iter__(), start=done + 1):
+                self.bad_images.meet(bad)
+                if number == len(self):
+                    self.bad_images.report()  # now, because Lightning never asks for more than the last batch
+                if images is not None:
+                    any_read = True
+                    yield images, targets
+                elif self.dataset.replace_bad:
+                    self.bad_images.all_bad()  # there was no readable image to put in place of any
+            if not any_read:
+                self.bad_images.all_bad()
+        finally:
+            self.bad_images.report()
+
+
+class TrainLoader(ImageLoader):
+    """Resumes in the middle of an epoch, with the batch that would have come next.
+
+    Lightning stores `state_dict` in its checkpoints, and restores it before the first batch.
+
+    Args:
+        dataset: the images.
+        bad_images: what to do about images that cannot be read.
+        **kwargs: as for `torch.utils.data.DataLoader`; ``sampler`` is a `TrainSampler`.
+    """
+
+    def __init__(self, dataset: ImageDataset, *, bad_images: BadImagePolicy, **kwargs: Any) -> None:
+        super().__init__(dataset, bad_images=bad_images, **kwargs)
+        self._state = {"epoch": 0, "batches": 0}
+        self._resuming = False
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were handed out."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration continue the epoch of the state, if it is of that epoch and batches are left.
+
+        Args:
+            state: from `state_dict`.
+        """
+        self._state = dict(state)
+        self._resuming = True
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yield the remaining batches of an epoch that is being resumed, else all of the epoch."""
+        for batch in self._read(done=self._begin_epoch()):
+            self._state["batches"] += 1
+            yield batch
+
+    def _begin_epoch(self) -> int:
+        sampler = self.sampler
+        if not isinstance(sampler, TrainSampler):
+            return 0  # Lightning's `overfit_batches` has put a sampler without epochs here
+        done = self._state["batches"] if self._resuming and self._state["epoch"] == sampler.epoch else 0
+        if done >= len(self):
+            done = 0  # the checkpoint was written after the last batch
+        self._resuming = False
+        self._state = {"epoch": sampler.epoch, "batches": done}
+        sampler.skip = done * (self.batch_size or 1)
+        return done

@@ -1,0 +1,97 @@
+"""The augmentation and the preprocessing of the published recipes, built by timm."""
+
+from typing import Any, Literal, get_args
+
+from timm.data.transforms_factory import create_transform
+from torchvision import transforms
+
+from qsd.data.dataset import Transform
+from qsd.errors import QsdError
+
+__all__ = ["Interpolation", "crop_transform", "eval_transform", "padded_transform"]
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+def crop_transform(img_size: tuple[int, int], interpolation: Interpolation, **options: Any) -> Transform:
+    """ImageNet's augmentation: a random crop resized, a flip, a policy of distortions, erasing.
+
+    Args:
+        img_size: height and width in pixels.
+        interpolation: of every resizing.
+        **options: for `timm.data.create_transform`.
+
+    Returns:
+        From an RGB image to float32 ``[3, H, W]``.
+    """
+    return _checked_transform(interpolation, input_size=(3, *img_size), is_training=True, re_mode="pixel", **options)
+
+
+def padded_transform(
+    img_size: tuple[int, int], interpolation: Interpolation, padding: int, hflip: float, **options: Any
+) -> Transform:
+    """CIFAR's augmentation: a shift into black padding, a flip, a policy of distortions, erasing.
+
+    Args:
+        img_size: height and width of the images in pixels.
+        interpolation: of the distortions.
+        padding: greatest shift in pixels.
+        hflip: probability of the horizontal flip.
+        **options: for `timm.data.create_transform`.
+
+    Returns:
+        From an RGB image to float32 ``[3, H, W]``.
+    """
+    _, policy, normalize = _checked_transform(
+        interpolation,
+        input_size=(3, *img_size),
+        is_training=True,
+        re_mode="pixel",
+        separate=True,
+        hflip=hflip,
+        **options,
+    )
+    crop = transforms.RandomCrop(img_size, padding=padding)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(hflip), policy, normalize])
+
+
+def eval_transform(
+    img_size: tuple[int, int], interpolation: Interpolation, crop_pct: float, **options: Any
+) -> Transform:
+    """Resize and cut out the centre.
+
+    Args:
+        img_size: height and width in pixels.
+        interpolation: of every resizing.
+        crop_pct: the part of the resized image's side that is kept: 0.875 resizes to 256 and keeps 224.
+        **options: for `timm.data.create_transform`.
+
+    Returns:
+        From an RGB image to float32 ``[3, H, W]``.
+    """
+    if not 0 < crop_pct <= 1:
+        raise QsdError(f"crop_pct={crop_pct} is not a part of the image; choose above 0 and up to 1")
+    return _checked_transform(interpolation, input_size=(3, *img_size), crop_pct=crop_pct, **options)
+
+
+def _checked_transform(interpolation: Interpolation, **options: Any) -> Any:
+    for name in ("hflip", "re_prob"):
+        if not 0 <= options.get(name, 0) <= 1:
+            label = "random_erasing" if name == "re_prob" else name
+            raise QsdError(f"{label}={options[name]} is not a probability; choose from 0 to 1")
+    if interpolation not in get_args(Interpolation):
+        known = ", ".join(get_args(Interpolation))
+        raise QsdError(f"interpolation={interpolation!r} is unknown; choose one of {known}")
+    policy = options.get("auto_augment")
+    try:
+        # timm passes over a section without a number, such as a mistyped "m-9"
+        if policy and not all(
+            section[:1] == "t" or any(map(str.isdigit, section)) for section in policy.split("-")[1:]
+        ):
+            raise ValueError("a section has no number")
+        return create_transform(interpolation=interpolation, **options)
+    except (AssertionError, KeyError, ValueError) as error:
+        reason = error or type(error).__name__
+        raise QsdError(
+            f"auto_augment={policy!r} is not understood by timm ({reason}); for example 'rand-m9-mstd0.5-inc1'"
+        ) from error
