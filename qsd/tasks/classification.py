@@ -95,7 +95,7 @@ class ClassificationTask(LightningModule):
         h = self.hparams
         trainer = self._trainer
         model: Any = timm.create_model(h["model"], num_classes=h["num_classes"], **h["model_args"])
-        if h["init_from"] is not None and not (trainer and trainer.ckpt_path):
+        if h["init_from"] is not None:
             load_weights(model, h["init_from"])
         if h["grad_checkpointing"]:
             model.set_grad_checkpointing()
@@ -174,6 +174,9 @@ class ClassificationTask(LightningModule):
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise QsdError("the length of the training is unknown; set --trainer.max_epochs or --trainer.max_steps.")
+        # Counting the batches has set up the training data. It must be set up again once a checkpoint's progress is
+        # loaded, or Lightning (2.6) forgets to hand the loader its place in the epoch.
+        self.trainer.fit_loop._combined_loader = None
         steps = int(total)
         batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         warmup = min(int(self.hparams["warmup_epochs"] * batches), steps - 1)

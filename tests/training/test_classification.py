@@ -1,0 +1,273 @@
+"""The task: schedules, auxiliary losses, resuming, and every way in which a training must stop."""
+
+import csv
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import timm
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from qsd import QsdError
+from qsd.data import DigitsData, ImageArray
+from qsd.quantizers import StepSizeQuantizer
+from qsd.tasks import ClassificationTask
+
+SMALL = {"embed_dims": (8, 8, 8, 8), "num_heads": 2, "depth": 4, "strides": (1, 2, 2, 2, 1), "layer_scale": 0.5}
+
+
+class FewDigits(DigitsData):
+    """Twenty training images, eight for validation."""
+
+    def __init__(self, batch_size=8, **kwargs):
+        super().__init__(img_size=16, batch_size=batch_size, **kwargs)
+
+    def load_part(self, part):
+        source, count = super().load_part(part), 20 if part == "train" else 8
+        images = np.stack([np.asarray(source.load(i)) for i in range(count)])
+        return ImageArray(images, source.labels[:count], [str(i) for i in range(count)])
+
+
+def make_task(**kwargs):
+    arguments = {"optimizer": "adamw", "base_lr": 0.05, "warmup_epochs": 1, **kwargs}
+    arguments["model_args"] = {**SMALL, **arguments.get("model_args", {})}
+    return ClassificationTask("qsd_tiny", **arguments)
+
+
+def make_trainer(folder, callbacks=(), **kwargs):
+    return L.Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        logger=kwargs.pop("logger", False),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 2, **kwargs},
+    )
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptAfter(Callback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.steps:
+            raise Interrupted
+
+
+def _fit(folder, interrupt_after=None, resume=None):
+    """Everything random at once: order, augmentation, Mixup (numpy), stochastic depth (torch), averaged weights."""
+    L.seed_everything(5)
+    task = make_task(mixup=0.5, model_args={"drop_path_rate": 0.3})
+    callbacks = [
+        EMAWeightAveraging(decay=0.8, use_buffers=True),
+        ModelCheckpoint(folder, "last", every_n_train_steps=1, save_on_train_epoch_end=False, enable_version_counter=False),
+    ]
+    if interrupt_after is not None:
+        callbacks.append(InterruptAfter(interrupt_after))
+    make_trainer(folder, callbacks, max_epochs=3).fit(task, FewDigits(), ckpt_path=resume)
+    return task
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])  # two steps an epoch: within epochs and at their end
+def test_an_interrupted_and_resumed_training_ends_with_the_same_bits(step, tmp_path):
+    whole = _fit(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        _fit(tmp_path / "part", interrupt_after=step)
+    torch.manual_seed(99)  # another process has other random states
+    resumed = _fit(tmp_path / "part", resume=tmp_path / "part" / "last.ckpt")
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+# -- what is optimised ------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_follows_the_total_batch_warms_up_and_ends_at_its_minimum(tmp_path):
+    rates = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append([g["lr"] for g in trainer.optimizers[0].param_groups])
+
+    task = make_task(base_lr=0.32, warmup_epochs=2, min_lr=1e-5, step_lr=0.1)
+    make_trainer(tmp_path, [Watch()], max_epochs=8, accumulate_grad_batches=2, limit_val_batches=0).fit(task, FewDigits(4))
+    peak = 0.32 * 4 * 2 / 256  # four images, two batches accumulated
+    main = [max(r) for r in rates]
+    assert max(main) == pytest.approx(peak)
+    # five batches and so three optimiser steps an epoch (the last one of a single batch): warm-up of 2 x 2.5 steps
+    assert main[0] == pytest.approx(peak / 5)
+    assert all(b <= a + 1e-12 for a, b in zip(main[main.index(max(main)) :], main[main.index(max(main)) + 1 :]))
+    assert main[-1] < peak * 0.1
+    steps = [m for m in task.model.modules() if isinstance(m, StepSizeQuantizer)]
+    optimizer = task.trainer.optimizers[0]
+    slow = [g for g in optimizer.param_groups if any(p is steps[0].step for p in g["params"])]
+    assert len(slow) == 1
+    assert len(slow[0]["params"]) == len(steps)
+    assert slow[0]["weight_decay"] == 0
+    assert all(r[optimizer.param_groups.index(slow[0])] == pytest.approx(0.1 * m) for r, m in zip(rates[:1], main))
+    decayed = [p for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]]
+    assert all(p.dim() > 1 for p in decayed)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(task.model.parameters()))
+
+
+def test_layer_decay_slows_early_layers(tmp_path):
+    task = make_task(layer_decay=0.5, model_args={})
+    trainer = make_trainer(tmp_path, fast_dev_run=True)
+    trainer.fit(task, FewDigits())
+    rate = {id(p): g["initial_lr"] for g in trainer.optimizers[0].param_groups for p in g["params"]}
+    assert rate[id(task.model.stem.downsample.proj.conv.weight)] < rate[id(task.model.head.weight)]
+
+
+def test_auxiliary_losses_add_to_the_loss_are_logged_and_stay_out_of_copies_and_checkpoints(tmp_path):
+    teacher = torch.nn.Linear(3, 3)
+
+    class Owner(Callback):
+        def setup(self, trainer, pl_module, stage):
+            pl_module.add_auxiliary_loss(self.loss)
+
+        def loss(self, images, logits):
+            assert logits.shape == (len(images), 10)
+            return {"teacher": 7 + 0 * teacher.weight.sum() + 0 * logits.sum()}
+
+    task = make_task()
+    average = EMAWeightAveraging(decay=0.5)
+    logger = CSVLogger(tmp_path)
+    checkpoint = ModelCheckpoint(tmp_path, "x", save_last=True)
+    make_trainer(tmp_path, [Owner(), average, checkpoint], logger=logger, log_every_n_steps=1).fit(task, FewDigits())
+    rows = [r for r in csv.DictReader(Path(logger.log_dir, "metrics.csv").open()) if r["train/loss"]]
+    assert all(float(r["train/loss"]) == pytest.approx(float(r["train/loss_task"]) + 7, abs=1e-4) for r in rows)
+    assert {float(r["train/teacher"]) for r in rows} == {7}
+    assert average._average_model.module._auxiliary_losses == []
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == {f"model.{k}" for k in task.model.state_dict()}
+
+
+def test_a_checkpoint_rebuilds_the_task_without_its_data(tmp_path):
+    task, trainer = make_task(init_from=None), make_trainer(tmp_path)
+    trainer.fit(task, FewDigits())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = ClassificationTask.load_from_checkpoint(tmp_path / "x.ckpt").eval()
+    images = torch.randn(2, 1, 16, 16)  # ten classes and one channel came from the data
+    torch.testing.assert_close(again(images), task.eval()(images))
+
+
+def test_training_starts_from_given_weights_which_its_checkpoints_do_not_need(tmp_path):
+    source = timm.create_model("qsd_tiny", num_classes=3, in_chans=1, **SMALL)
+    torch.save(source.state_dict(), tmp_path / "start.pth")
+    task = make_task(init_from=str(tmp_path / "start.pth"), base_lr=0.0, min_lr=0.0)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(task, FewDigits())
+    conv = "stem.downsample.proj.conv.weight"
+    assert torch.equal(task.model.get_parameter(conv), source.get_parameter(conv))
+    assert task.model.num_classes == 10
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    Path(tmp_path, "start.pth").unlink()
+    assert ClassificationTask.load_from_checkpoint(tmp_path / "x.ckpt").hparams["init_from"] is None
+
+
+def test_gradient_checkpointing_and_compilation_train_the_same_weights(tmp_path):
+    trained = []
+    for options in ({}, {"grad_checkpointing": True}, {"compile": "aot_eager"}):
+        L.seed_everything(1)
+        task = make_task(**options)
+        make_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(task, FewDigits())
+        trained.append(task.model.state_dict())
+    assert all(torch.equal(v, trained[1][k]) for k, v in trained[0].items())
+    assert trained[2].keys() == trained[0].keys()
+    for name, value in trained[2].items():
+        # Adam's first steps have the size of the learning rate, whatever the gradient: signs of zeros may differ.
+        torch.testing.assert_close(value, trained[0][name], rtol=0.1, atol=0.01)
+
+
+def test_validation_counts_every_image_once(tmp_path):
+    task, data = make_task(), FewDigits(batch_size=3)
+    metrics = make_trainer(tmp_path).validate(task, data, verbose=False)[0]
+    task.eval()
+    with torch.no_grad():
+        images, labels = (torch.cat(column) for column in zip(*data.val_dataloader()))
+        logits = task(images)
+    assert metrics["val/accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert metrics["val/accuracy_top5"] == pytest.approx(
+        (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
+    )
+    assert metrics["val/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+# -- when training must stop ------------------------------------------------------------------------------------------
+
+
+def test_a_nan_loss_stops_says_where_and_keeps_the_last_good_checkpoint(tmp_path):
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 3:
+                norm = pl_module.model.stages[1].blocks[0].mlp.fc1.norm
+                norm.register_forward_hook(lambda m, i, o: o * float("nan"))
+
+    checkpoint = ModelCheckpoint(tmp_path, "good", save_last=True)
+    with pytest.raises(QsdError) as error:
+        make_trainer(tmp_path, [Poison(), checkpoint], max_epochs=5).fit(make_task(), FewDigits())
+    message = str(error.value)
+    assert "loss is nan at step 3 (epoch 1)" in message
+    assert "the output of layer stages.1.blocks.0.mlp.fc1.norm" in message
+    assert str(tmp_path / "last.ckpt") in message
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+    assert all(torch.isfinite(v).all() for v in saved["state_dict"].values())
+
+
+def test_broken_parameters_are_never_saved(tmp_path):
+    task, trainer = make_task(), make_trainer(tmp_path)
+    trainer.fit(task, FewDigits())
+    task.model.head.weight.data[0, 0] = float("inf")
+    with pytest.raises(QsdError, match=r"parameter model\.head\.weight is not finite at step 4; nothing was saved"):
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert not (tmp_path / "x.ckpt").exists()
+
+
+def test_a_step_size_that_is_no_longer_positive_stops_and_is_named(tmp_path):
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.model.head.quantizer.step.data[3] = -1.0
+
+    with pytest.raises(QsdError, match=r"a step size of model\.head\.quantizer is -1 at step 1, not positive"):
+        make_trainer(tmp_path, [Poison()]).fit(make_task(base_lr=1e-9), FewDigits())
+
+
+def test_a_classifier_with_fewer_outputs_than_classes_is_refused(tmp_path):
+    with pytest.raises(QsdError, match=r"the data has 10 classes \(labels 0 to 9\), the model only num_classes=5"):
+        make_trainer(tmp_path).fit(make_task(num_classes=5), FewDigits())
+
+
+def test_a_label_outside_the_classifier_is_named_when_the_data_does_not_declare_its_classes(tmp_path):
+    batches = torch.utils.data.DataLoader([(torch.randn(1, 16, 16), label) for label in (0, 1, 7)], batch_size=3)
+    task = make_task(num_classes=5, model_args={"in_chans": 1})
+    with pytest.raises(QsdError, match=r"label 7 is outside the classifier's num_classes=5"):
+        make_trainer(tmp_path).validate(task, batches, verbose=False)
+
+
+def test_the_number_of_classes_must_come_from_somewhere(tmp_path):
+    with pytest.raises(QsdError, match=r"num_classes is not given"):
+        make_trainer(tmp_path).validate(make_task(), torch.utils.data.DataLoader([(0, 0)]))
+
+
+def test_an_unknown_model_is_answered_with_the_nearest_names():
+    with pytest.raises(QsdError, match=r"'qsd_15' is unknown to timm; nearest names: qsd_15m"):
+        ClassificationTask("qsd_15")
+
+
+def test_an_endless_training_has_no_schedule(tmp_path):
+    with pytest.raises(QsdError, match="length of the training is unknown"):
+        make_trainer(tmp_path, max_epochs=-1).fit(make_task(), FewDigits())
+
+
