@@ -24,6 +24,18 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _USER_ERRORS = (QsdError, MisconfigurationException, FileNotFoundError, PermissionError, torch.OutOfMemoryError)
 
 
+# Warnings that mean nothing here.
+_NOISE = (
+    "LightningCLI's args parameter is intended to run from within Python",
+    "The '.*' does not have many workers",  # digits are loaded fastest in the training process
+    # Checkpoints are evaluated without the callbacks that wrote them; an average is in their weights already.
+    "Be aware that when using `ckpt_path`, callbacks used to create",
+    "You're using the WeightAveraging callback, but loading a checkpoint outside",
+    "You're using the WeightAveraging callback with a model that overrides",  # of sharded models, which there are none
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own use of torch
+)
+
+
 class QsdCLI(LightningCLI):
     """Lightning's command line for our tasks and data, or any other that is imported by class path."""
 
@@ -45,6 +57,19 @@ class QsdCLI(LightningCLI):
             callbacks = config.callbacks if isinstance(config.callbacks, list) else []
             if not any("PredictionWriter" in str(callback) for callback in callbacks):
                 self.trainer_defaults["callbacks"] = [PredictionWriter()]
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, task and data; what fails here is an argument's fault."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            # jsonargparse wraps what a constructor says into a list of types that it tried
+            cause: BaseException = error
+            while cause.__cause__ is not None or cause.__context__ is not None:
+                cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+                if isinstance(cause, QsdError):
+                    break
+            raise QsdError(str(cause if isinstance(cause, QsdError) else error)) from error
 
 
 def _share_version(loggers: list[Any]) -> None:
@@ -86,13 +111,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"qsd {qsd.__version__}")
         return 0
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
-    # Digits are loaded fastest in the training process.
-    warnings.filterwarnings("ignore", message="The '.*' does not have many workers")
-    # Checkpoints chosen while training are evaluated without the callbacks that chose them.
-    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
-    # Lightning's averaging warns of sharded models whenever the network is built in `configure_model`.
-    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
+    for message in _NOISE if arguments[:1] == ["fit"] else (*_NOISE, "The dirpath has changed"):
+        warnings.filterwarnings("ignore", message=message)
     try:
         QsdCLI(
             LightningModule,

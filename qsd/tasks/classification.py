@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -101,7 +102,6 @@ class ClassificationTask(LightningModule):
             model.set_grad_checkpointing()
         if trainer and trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model.to(memory_format=torch.channels_last)  # convolutions run up to twice as fast
         if h["compile"]:
             model.compile(**({"backend": h["compile"]} if isinstance(h["compile"], str) else {}))
         self.model = model
@@ -119,19 +119,19 @@ class ClassificationTask(LightningModule):
     def _complete_sizes_from_data(self) -> None:
         data = getattr(self._trainer, "datamodule", None)
         available = getattr(data, "num_classes", None)
-        if self.hparams["num_classes"] is None:
-            if available is None:
-                raise QsdError("num_classes is not given and no data module tells it; pass --model.num_classes.")
-            self.hparams["num_classes"] = available
-        elif available is not None and available > self.hparams["num_classes"]:
+        num_classes = self.hparams["num_classes"] or available
+        if num_classes is None:
+            raise QsdError("num_classes is not given and no data module tells it; pass --model.num_classes.")
+        if available is not None and available > num_classes:
             raise QsdError(
                 f"the data has {available} classes (labels 0 to {available - 1}), the model only "
-                f"num_classes={self.hparams['num_classes']}; raise it, or leave it out to take it from the data."
+                f"num_classes={num_classes}; raise it, or leave it out to take it from the data."
             )
-        arguments = dict(self.hparams["model_args"] or {})
+        model_args = dict(self.hparams["model_args"] or {})
         if (channels := getattr(data, "in_chans", None)) is not None:
-            arguments.setdefault("in_chans", channels)
-        self.hparams["model_args"] = arguments
+            model_args.setdefault("in_chans", channels)
+        # Saved, so that loggers and checkpoints tell the real sizes.
+        self.save_hyperparameters({"num_classes": num_classes, "model_args": model_args})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser by timm's registry, and a warm-up and cosine schedule that advances by steps."""
@@ -174,8 +174,9 @@ class ClassificationTask(LightningModule):
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise QsdError("the length of the training is unknown; set --trainer.max_epochs or --trainer.max_steps.")
-        # Counting the batches has set up the training data. It must be set up again once a checkpoint's progress is
-        # loaded, or Lightning (2.6) forgets to hand the loader its place in the epoch.
+        # To count the batches, the training data is set up here. It must be set up again once a checkpoint's progress
+        # is loaded, or Lightning (2.6) forgets to hand the loader its place in the epoch.
+        self.trainer.fit_loop.setup_data()
         self.trainer.fit_loop._combined_loader = None
         steps = int(total)
         batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
@@ -208,6 +209,7 @@ class ClassificationTask(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
+        # Channels last, convolutions run up to twice as fast. Input is enough: all that follows takes its layout.
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -322,7 +324,7 @@ class ClassificationTask(LightningModule):
             )
 
     def _advice(self) -> str:
-        callback = self.trainer.checkpoint_callback
-        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        written = (Path(getattr(c, "best_model_path", "")) for c in self.trainer.checkpoint_callbacks)
+        path = max((p for p in written if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
         kept = f"the last good checkpoint is {path}" if path else "no checkpoint was written yet"
         return f"training stopped, {kept}; try a lower base_lr or step_lr, gradient clipping or 32-bit precision."

@@ -71,7 +71,9 @@ def _fit(folder, interrupt_after=None, resume=None):
     task = make_task(mixup=0.5, model_args={"drop_path_rate": 0.3})
     callbacks = [
         EMAWeightAveraging(decay=0.8, use_buffers=True),
-        ModelCheckpoint(folder, "last", every_n_train_steps=1, save_on_train_epoch_end=False, enable_version_counter=False),
+        ModelCheckpoint(
+            folder, "last", every_n_train_steps=1, save_on_train_epoch_end=False, enable_version_counter=False
+        ),
     ]
     if interrupt_after is not None:
         callbacks.append(InterruptAfter(interrupt_after))
@@ -101,7 +103,9 @@ def test_the_learning_rate_follows_the_total_batch_warms_up_and_ends_at_its_mini
             rates.append([g["lr"] for g in trainer.optimizers[0].param_groups])
 
     task = make_task(base_lr=0.32, warmup_epochs=2, min_lr=1e-5, step_lr=0.1)
-    make_trainer(tmp_path, [Watch()], max_epochs=8, accumulate_grad_batches=2, limit_val_batches=0).fit(task, FewDigits(4))
+    make_trainer(tmp_path, [Watch()], max_epochs=8, accumulate_grad_batches=2, limit_val_batches=0).fit(
+        task, FewDigits(4)
+    )
     peak = 0.32 * 4 * 2 / 256  # four images, two batches accumulated
     main = [max(r) for r in rates]
     assert max(main) == pytest.approx(peak)
@@ -178,7 +182,7 @@ def test_training_starts_from_given_weights_which_its_checkpoints_do_not_need(tm
 
 def test_gradient_checkpointing_and_compilation_train_the_same_weights(tmp_path):
     trained = []
-    for options in ({}, {"grad_checkpointing": True}, {"compile": "aot_eager"}):
+    for options in ({}, {"grad_checkpointing": True}, {"compile": "eager"}):
         L.seed_everything(1)
         task = make_task(**options)
         make_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(task, FewDigits())
@@ -214,7 +218,7 @@ def test_a_nan_loss_stops_says_where_and_keeps_the_last_good_checkpoint(tmp_path
                 norm = pl_module.model.stages[1].blocks[0].mlp.fc1.norm
                 norm.register_forward_hook(lambda m, i, o: o * float("nan"))
 
-    checkpoint = ModelCheckpoint(tmp_path, "good", save_last=True)
+    checkpoint = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
     with pytest.raises(QsdError) as error:
         make_trainer(tmp_path, [Poison(), checkpoint], max_epochs=5).fit(make_task(), FewDigits())
     message = str(error.value)
@@ -269,5 +273,3 @@ def test_an_unknown_model_is_answered_with_the_nearest_names():
 def test_an_endless_training_has_no_schedule(tmp_path):
     with pytest.raises(QsdError, match="length of the training is unknown"):
         make_trainer(tmp_path, max_epochs=-1).fit(make_task(), FewDigits())
-
-

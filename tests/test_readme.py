@@ -1,0 +1,125 @@
+"""The README is true: each of its commands runs, shortened and in-process where it is long."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from qsd import cli
+from qsd.data import ImageArray
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2}
+SHORT = [
+    "--model.model_args=" + json.dumps(SIZES), "--data.img_size=32", "--data.num_workers=0", "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+]  # fmt: skip
+EVALUATE = [option for option in SHORT if "max_epochs" not in option and "limit_train" not in option]
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def workplace(tmp_path, tree, monkeypatch):
+    """A folder as the README's reader has it: configurations, data, a run, a reference checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    state = load_file(ROOT / "tests/data/qsd_reference_tiny.safetensors")
+    state = {name.removeprefix("state."): tensor.float() for name, tensor in state.items() if name.startswith("state.")}
+    torch.save({"model": state}, tmp_path / "REFERENCE.pth")
+    return tmp_path
+
+
+def needs_a_run(command):
+    return "runs/digits" in command
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("qsd ")])
+def test_qsd_commands(command, workplace, tree, monkeypatch):
+    if needs_a_run(command):
+        assert cli.main(["fit", "--config", "configs/digits.yaml", *SHORT]) == 0
+    if "cifar" in command:
+        monkeypatch.setattr("qsd.data.CifarData.load_part", _noise)
+        torch.save(timm.create_model("qsd_15m", num_classes=5, **SIZES).state_dict(), "CHECKPOINT")
+        command = command.replace("--data.download true", "")  # no network in a test
+    if "imported.ckpt" in command:
+        assert tool("import_checkpoint").main(["REFERENCE.pth", "imported.ckpt", "--num-heads=4"]) == 0
+    words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]
+    short = [*SHORT, "--trainer.precision=32"] if words[0] == "fit" else EVALUATE
+    if "ckpt_path" in command:  # the model comes from the checkpoint
+        short = [option for option in short if "model_args" not in option]
+    if "--trainer.devices" in words:  # as another process starts it, it is tested with the distributed tests
+        words = words[: words.index("--trainer.devices")]
+    words = [
+        word.replace("true", "eager") if words[i - 1] == "--model.compile" else word for i, word in enumerate(words)
+    ]
+    if "--print_config" in words:
+        short = []
+    assert cli.main([*words, *short]) == 0
+    if words[0] == "predict":
+        assert len(list(workplace.rglob("predictions.csv"))) == 1
+
+
+def _noise(self, part):
+    """In place of CIFAR's files."""
+    images = np.random.RandomState(0).randint(0, 256, (8, 32, 32, 3)).astype(np.uint8)
+    return ImageArray(images, [0, 1] * 4, [f"{part} {i}" for i in range(8)])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_commands(command):
+    done = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert {"make demo": "tools/demo.py", "make test": "pytest"}[command] in done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
+def test_tools(command, workplace, monkeypatch, capsys):
+    script, *arguments = shlex.split(command)[1:]
+    assert tool(Path(script).stem).main([*arguments, "--num-heads=4"]) == 0
+    assert "imported.ckpt: " in capsys.readouterr().out
+
+
+def test_no_command_is_left_out():
+    assert len(COMMANDS) > 15
+    assert all(c.startswith(("qsd ", "make ", "python ", "pip install -e .")) for c in COMMANDS)
+
+
+def test_python_examples(monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(block.replace("224, 224", "32, 32"), names)
+    assert names["logits"].shape == (2, 10)
+    assert [tuple(f.shape[-2:]) for f in names["pyramid"]] == [(8, 8), (4, 4), (2, 2), (2, 2)]
+
+
+def test_the_files_it_names_exist():
+    for path in re.findall(r"(?:configs|tools)/\w+\.(?:yaml|py)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_demonstration_runs_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [o for o in SHORT if "model_args" not in o]
+    evaluate_too = [o for o in options if "num_workers" not in o]
+    assert tool("demo").main(["--", "--trainer.fast_dev_run=false", *evaluate_too]) == 0
+    out = capsys.readouterr().out
+    assert "test accuracy" in out
+    assert (tmp_path / "runs/digits/version_0/checkpoints/best.ckpt").is_file()

@@ -1,0 +1,73 @@
+"""Every file in ``configs/`` is parsed and instantiated, so that none can rot."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from qsd.cli import QsdCLI
+from qsd.quantizers import StepSizeQuantizer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+BASES = ("imagenet", "cifar10", "cifar100", "digits")
+
+
+def base_of(path):
+    if path.stem in BASES:
+        return None
+    return CONFIGS / ("cifar100.yaml" if path.stem == "cifar_finetune" else "imagenet.yaml")
+
+
+class InstantiateOnly(QsdCLI):
+    """Everything up to running the subcommand."""
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+def instantiate(layers):
+    return InstantiateOnly(
+        LightningModule,
+        LightningDataModule,
+        args=["fit", *[a for path in layers for a in ("--config", str(path))], "--trainer.accelerator=cpu"],
+        save_config_callback=None,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+    )
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_config_is_parsed_and_instantiated(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layers = [p for p in (base_of(path), path) if p is not None]
+    cli = instantiate(layers)
+    hparams = cli.model.hparams
+    with torch.device("meta"):
+        model = timm.create_model(hparams["model"], num_classes=10, **hparams["model_args"])
+    bits = {m.bits for m in model.modules() if isinstance(m, StepSizeQuantizer)}
+    assert bits == {3 if path.stem == "imagenet_w3" else 2 if path.stem == "imagenet_w2" else 4}
+    assert [c.filename for c in cli.trainer.checkpoint_callbacks] == ["best", "last"]
+    assert len(cli.trainer.loggers) == 2
+
+
+def test_the_published_imagenet_recipe():
+    # Published train.sh and its parser's defaults: blr 6e-4, 196 images per process, LAMB, 300 epochs, 15 warm-up, ...
+    config = yaml.safe_load((CONFIGS / "imagenet.yaml").read_text())
+    model, data, trainer = (config[k] for k in ("model", "data", "trainer"))
+    assert {k: model["init_args"][k] for k in ("optimizer", "base_lr", "warmup_epochs", "weight_decay", "label_smoothing")} == {
+        "optimizer": "lamb", "base_lr": 6e-4, "warmup_epochs": 15, "weight_decay": 0.05, "label_smoothing": 0.1,
+    }  # fmt: skip
+    assert data["init_args"]["batch_size"] == 196
+    assert data["init_args"]["auto_augment"] == "rand-m9-mstd0.5-inc1"
+    assert data["init_args"]["random_erasing"] == 0.25
+    assert trainer["max_epochs"] == 300
+
+
+def test_fine_tuning_drops_the_small_images_strides():
+    cli = instantiate([CONFIGS / "cifar100.yaml", CONFIGS / "cifar_finetune.yaml"])
+    assert "strides" not in cli.model.hparams["model_args"]
+    assert cli.datamodule.img_size == (224, 224)

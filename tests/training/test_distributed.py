@@ -1,0 +1,84 @@
+"""Two CPU processes against one."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qsd import cli
+
+ROOT = Path(__file__).parents[2]
+SMALL = "--model.model_args=" + json.dumps({"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 4})
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo is not built in")
+
+
+def run(*command, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_averaged_gradients_of_two_processes_equal_those_of_one(tmp_path):
+    gradients = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        run(ROOT / "tests/programs/one_step.py", processes, out, cwd=tmp_path)
+        gradients.append(torch.load(out))
+    one, two = gradients
+    assert one.keys() == two.keys()
+    for name, gradient in one.items():
+        assert gradient.dtype == torch.float64
+        assert (gradient - two[name]).abs().max() <= 1e-9 * max(1, gradient.abs().max()), name
+
+
+def test_two_processes_train_and_validate_every_image_once(tree, write_tree, tmp_path, monkeypatch):
+    # Five images to validate: the set divides neither by processes nor by batches, and the batches are unequal.
+    common = [
+        "--data.root", tree, "--data.img_size=32", "--data.num_workers=0", "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+    ]  # fmt: skip
+    ddp = ["--trainer.strategy=ddp", "--trainer.devices=2"]
+    config = ["--config", ROOT / "configs/imagenet.yaml"]
+    fit = [
+        "--data.batch_size=2",
+        "--trainer.max_epochs=2",
+        "--trainer.precision=32",
+        "--trainer.callbacks+=EMAWeightAveraging",
+    ]
+    run("-m", "qsd", "fit", *config, *common, SMALL, *fit, *ddp, cwd=tmp_path)
+    checkpoints = tmp_path / "runs/imagenet/version_0/checkpoints"
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 4  # eleven images: 2 x 2 x 2
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.init_args.save_dir=logs", "--data.batch_size=1"]
+    data = ["--data=ImageFolderData", *common, *logger, "--ckpt_path", checkpoints / "last.ckpt"]
+    run("-m", "qsd", "validate", *data, *ddp, "--trainer.logger.init_args.name=two", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["validate", *map(str, data), "--trainer.logger.init_args.name=one"]) == 0
+    metrics = []
+    for name in ("one", "two"):
+        with (tmp_path / f"logs/{name}/version_0/metrics.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        metrics.append(row)
+    assert metrics[0]["val/accuracy"] == metrics[1]["val/accuracy"]
+    assert float(metrics[0]["val/loss"]) == pytest.approx(float(metrics[1]["val/loss"]), rel=1e-6)
+
+
+def test_fewer_images_than_processes_are_named(tmp_path, write_tree):
+    tree = write_tree(tmp_path / "small", {"train": {"cat": 4, "dog": 4}, "val": {"cat": 1}})
+    command = [
+        "-m", "qsd", "validate", "--data=ImageFolderData", "--data.root", tree, "--data.img_size=32", SMALL,
+        "--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=0",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "qsd: error: " in done.stderr
+    assert "processes" in done.stderr
