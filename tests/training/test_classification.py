@@ -149,7 +149,8 @@ def test_auxiliary_losses_add_to_the_loss_are_logged_and_stay_out_of_copies_and_
     logger = CSVLogger(tmp_path)
     checkpoint = ModelCheckpoint(tmp_path, "x", save_last=True)
     make_trainer(tmp_path, [Owner(), average, checkpoint], logger=logger, log_every_n_steps=1).fit(task, FewDigits())
-    rows = [r for r in csv.DictReader(Path(logger.log_dir, "metrics.csv").open()) if r["train/loss"]]
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     assert all(float(r["train/loss"]) == pytest.approx(float(r["train/loss_task"]) + 7, abs=1e-4) for r in rows)
     assert {float(r["train/teacher"]) for r in rows} == {7}
     assert average._average_model.module._auxiliary_losses == []

@@ -58,9 +58,8 @@ def test_the_published_imagenet_recipe():
     # Published train.sh and its parser's defaults: blr 6e-4, 196 images per process, LAMB, 300 epochs, 15 warm-up, ...
     config = yaml.safe_load((CONFIGS / "imagenet.yaml").read_text())
     model, data, trainer = (config[k] for k in ("model", "data", "trainer"))
-    assert {k: model["init_args"][k] for k in ("optimizer", "base_lr", "warmup_epochs", "weight_decay", "label_smoothing")} == {
-        "optimizer": "lamb", "base_lr": 6e-4, "warmup_epochs": 15, "weight_decay": 0.05, "label_smoothing": 0.1,
-    }  # fmt: skip
+    recipe = {"optimizer": "lamb", "base_lr": 6e-4, "warmup_epochs": 15, "weight_decay": 0.05, "label_smoothing": 0.1}
+    assert {key: model["init_args"][key] for key in recipe} == recipe
     assert data["init_args"]["batch_size"] == 196
     assert data["init_args"]["auto_augment"] == "rand-m9-mstd0.5-inc1"
     assert data["init_args"]["random_erasing"] == 0.25
