@@ -103,9 +103,11 @@ def test_no_command_is_left_out():
 
 
 def test_python_examples(monkeypatch):
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
-    exec(block.replace("224, 224", "32, 32"), names)
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block.replace("224, 224", "32, 32").replace('"qsd_15m", num', f'"qsd_15m", **{SIZES}, num'), names)
+    torch.testing.assert_close(names["trace"].logits, names["logits"])
+    assert names["hasty"].shape == (2, 10)
     assert names["logits"].shape == (2, 10)
     assert [tuple(f.shape[-2:]) for f in names["pyramid"]] == [(8, 8), (4, 4), (2, 2), (2, 2)]
 

@@ -1,0 +1,7 @@
+"""From spike counts to binary spikes: conversion, and everything about time."""
+
+from qsd.spiking.network import SpikingNetwork, count_spikes, to_spike_driven
+from qsd.spiking.rules import Conversion, register_conversion
+from qsd.spiking.runtime import Trace
+
+__all__ = ["Conversion", "SpikingNetwork", "Trace", "count_spikes", "register_conversion", "to_spike_driven"]

@@ -1,0 +1,251 @@
+"""Conversion of a trained network into one of binary spikes, and the two ways to run it."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsd.errors import QsdError
+from qsd.layers import QuantConv2d
+from qsd.neurons import SpikeNeuron
+from qsd.spiking.layers import DelayedNeuron, SpikingLinear
+from qsd.spiking.rules import Conversion, Merge
+from qsd.spiking.runtime import Runtime, Trace, TracedTensor, delay_choice
+
+Delay = int | Mapping[str, int] | None
+
+
+class SpikingNetwork(nn.Module):
+    """A converted network. Calling it evaluates the count domain; `simulate` fires spike by spike.
+
+    At delays of T - 1 and more both give the same counts: calling costs one pass, T times less than simulating.
+
+    Args:
+        network: converted modules in the trained model's structure.
+        runtime: which they share.
+        example: an input to trace with, ``[1, ...]``.
+    """
+
+    example: Tensor
+
+    def __init__(self, network: nn.Module, runtime: Runtime, example: Tensor) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.runtime = runtime
+        self.register_buffer("example", example, persistent=False)
+        self.eval()
+
+    @property
+    def time_steps(self) -> int:
+        """T of all neurons."""
+        return self.runtime.time_steps
+
+    def neurons(self) -> dict[str, DelayedNeuron]:
+        """All neurons, by their dotted names in the trained model, in the order of registration."""
+        return {m.name: m for m in self.network.modules() if isinstance(m, DelayedNeuron)}
+
+    def train(self, mode: bool = True) -> "SpikingNetwork":
+        """Stays in evaluation: a converted network is not trained."""
+        del mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Any:
+        """The network's output in the count domain, where all delays are lossless.
+
+        Args:
+            images: ``[B, C, H, W]``.
+
+        Raises:
+            QsdError: if a stored delay is below T - 1: the counts then depend on time, use `simulate`.
+        """
+        for name, neuron in self.neurons().items():
+            if neuron.delay < self.time_steps - 1:
+                raise QsdError(
+                    f"neuron {name} has a delay of {neuron.delay}, below T - 1 = {self.time_steps - 1}: its counts "
+                    "depend on time; call simulate(images)."
+                )
+        with self.runtime.running("count"):
+            return self.network(images)
+
+    @torch.no_grad()
+    def simulate(self, images: Tensor, delay: Delay = None, record: str | Iterable[str] = ()) -> Trace:
+        """Run the network on binary spikes, a layer at a time over its window of T steps.
+
+        Args:
+            images: ``[B, C, H, W]``.
+            delay: overrides the stored delays: one for all, or by name or glob.
+            record: names or globs of neurons to record; each keeps its spikes and membranes for all steps.
+
+        Returns:
+            Output, recordings and latency.
+        """
+        runtime = self.runtime
+        runtime.record = (record,) if isinstance(record, str) else tuple(record)
+        unknown = [r for r in runtime.record if not any(runtime.records(n) for n in self.neurons())]
+        if unknown:
+            raise QsdError(
+                f"record={unknown[0]!r} names no neuron; names are {', '.join(list(self.neurons())[:3])}, ..."
+            )
+        trace = runtime.trace = Trace(torch.empty(0), self.latency(delay))
+        with runtime.running("step", delay_choice(delay), len(images)):
+            trace.logits = runtime.split(self.network(images)).sum(0)
+        runtime.record, runtime.trace = (), Trace(torch.empty(0), 0)  # what was recorded belongs to the caller
+        return trace
+
+    @torch.no_grad()
+    def latency(self, delay: Delay = None) -> int:
+        """Steps from the first of the image to the last of the output, on one global clock.
+
+        ``T`` plus the delays on the longest path, plus ``T - 1`` for every attention on it, whose query waits for
+        ``k^T v`` to be complete.
+
+        Args:
+            delay: as in `simulate`.
+        """
+        return self.time_steps + self._trace(delay).arrival
+
+    def _trace(self, delay: Delay = None) -> TracedTensor:
+        with self.runtime.running("trace", delay_choice(delay)):
+            self.runtime.sources.clear()
+            output = self.network(TracedTensor.mark(self.example.clone(), None, 0))
+        if not isinstance(output, TracedTensor):
+            raise QsdError(f"the model returns a {type(output).__name__}; only a single tensor can be converted.")
+        return output
+
+    def _absorb_amplitudes(self) -> None:
+        """Move what spikes are worth into the weights that they meet."""
+        scaled = -1
+        while scaled != (scaled := sum(neuron.scaled for neuron in self.neurons().values())):
+            output = self._trace()
+            if output.source is not None:
+                output.source.scaled = True
+        for layer in self.network.modules():
+            if isinstance(layer, SpikingLinear) and (source := self.runtime.sources.get(layer.name)) is not None:
+                layer.absorb(source.amplitude)
+
+
+@torch.no_grad()
+def to_spike_driven(
+    model: nn.Module,
+    delay: Delay = None,
+    merge: Merge = True,
+    merged_bits: int | None = None,
+    example: Tensor | None = None,
+) -> SpikingNetwork:
+    """Convert a trained network into one whose neurons exchange binary spikes, without losing anything.
+
+    Batch norms and layer scales go into weights, attention's scale is in its neuron's threshold. Before it returns,
+    a random image is run through the trained network and both forms of the new one, in float64, and all counts are
+    compared.
+
+    Args:
+        model: a model of ours, or built from our layers; it is not changed.
+        delay: steps by which neurons wait, for all or by name or glob; ``None`` for T - 1, which is lossless.
+        merge: turn chains of convolutions without a neuron between (RepConv, SepConv) into one convolution each, so
+            that every synaptic operation but the first sees spikes; ``"rep"`` or ``"sep"`` for one kind only.
+        merged_bits: quantize the merged kernels (symmetric, per output channel); not lossless.
+        example: an input ``[1, ...]`` to compare with; ``None`` for a random image of 64 x 64 pixels.
+
+    Returns:
+        The spiking network.
+
+    Raises:
+        QsdError: for a layer without a conversion rule, a float model, or counts that differ (say, because of a
+            functional ReLU in the model's own ``forward``).
+    """
+    if merge not in (True, False, "rep", "sep"):
+        raise QsdError(f"merge={merge!r} is unknown; use True, False, 'rep' or 'sep'.")
+    if merged_bits is not None and merge is False:
+        raise QsdError("merged_bits needs merged kernels; leave merge=True.")
+    steps = {m.time_steps for m in model.modules() if isinstance(m, SpikeNeuron)}
+    if len(steps) != 1:
+        found = ", ".join(map(str, sorted(steps))) or "none"
+        raise QsdError(f"all neurons need one number of time steps; found: {found}. Float twins cannot be converted.")
+    (time_steps,) = steps
+    example = _random_image(model) if example is None else example
+    parameter = next(model.parameters())
+
+    choose = delay_choice(delay)
+    runtime = Runtime(time_steps)
+    conversion = Conversion(runtime, lambda name: choose(name, time_steps - 1), merge, merged_bits)
+    # Converted in float64, so that folding rounds once; the trained model keeps its type.
+    trained = copy.deepcopy(model).double().eval()
+    network = conversion.convert(copy.deepcopy(trained), "")
+    spiking = SpikingNetwork(network, runtime, example.to("cpu", torch.float64)).to(parameter.device)
+    negative = [name for name, neuron in spiking.neurons().items() if neuron.delay < 0]
+    if negative:
+        raise QsdError(f"the delay of neuron {negative[0]} is negative.")
+    spiking._absorb_amplitudes()
+    if merged_bits is None:
+        _compare(trained, spiking)
+    return spiking.to(parameter.dtype)
+
+
+@torch.no_grad()
+def count_spikes(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Spike counts of every neuron, from a trained network or a converted one (in the count domain).
+
+    Args:
+        model: a trained model, evaluated as it is, or a `SpikingNetwork`.
+        images: ``[B, C, H, W]``.
+
+    Returns:
+        Integer-valued counts ``[B, ...]`` by the neurons' dotted names in the trained model.
+    """
+    counts: dict[str, Tensor] = {}
+    if isinstance(model, SpikingNetwork):
+        with model.runtime.counting(counts):
+            model(images)
+        return counts
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, SpikeNeuron):
+            hook = _counting(counts, name)
+            handles.append(module.register_forward_hook(hook))
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def _counting(counts: dict[str, Tensor], name: str) -> Any:
+    def hook(module: SpikeNeuron, inputs: tuple[Tensor], _output: Tensor) -> None:
+        counts[name] = module.counts(inputs[0])
+
+    return hook
+
+
+def _random_image(model: nn.Module) -> Tensor:
+    first = next((m.in_channels for m in model.modules() if isinstance(m, QuantConv2d)), 3)
+    channels = getattr(model, "in_chans", first)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, channels, 64, 64, generator=generator, dtype=torch.float64)
+
+
+def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
+    images = spiking.example
+    expected = count_spikes(trained, images)
+    counted: dict[str, Tensor] = {}
+    stepped: dict[str, Tensor] = {}
+    with spiking.runtime.counting(counted), spiking.runtime.running("count"):
+        logits = spiking.network(images)
+    with spiking.runtime.counting(stepped):
+        summed = spiking.simulate(images, delay=spiking.time_steps - 1).logits
+    for way, counts in (("count domain", counted), ("simulation", stepped)):
+        for name, count in expected.items():
+            if name not in counts or not torch.equal(count, counts[name]):
+                raise QsdError(
+                    f"the {way} differs from the trained network at neuron {name}: something in the model's forward is "
+                    "no layer of qsd (a functional ReLU, a constant that is added, ...); make it one."
+                )
+    outputs = trained(images)
+    if not all(torch.allclose(output, outputs, rtol=1e-9, atol=1e-9) for output in (logits, summed)):
+        raise QsdError(
+            "the converted network's output differs although all counts are equal: what follows the last neuron is no "
+            "layer of qsd; make it one."
+        )

@@ -1,0 +1,182 @@
+"""What a converted network does at the moment: counting, stepping, or being traced."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+Mode = Literal["count", "step", "trace"]
+DelayChoice = Callable[[str, int], int]
+
+
+@dataclass
+class Trace:
+    """What a simulation recorded. Names are those of the trained model's neurons.
+
+    Attributes:
+        logits: the network's output ``[B, classes]``, accumulated over its window.
+        spikes: binary spikes ``[T, B, ...]`` (bool) of the recorded neurons, in their own window.
+        counts: their sums over the window ``[B, ...]`` (uint8).
+        membrane: their potentials after each step's charge ``[T + delay, B, ...]``.
+        latency: steps from the first of the image to the last of the output on one global clock.
+    """
+
+    logits: Tensor
+    latency: int
+    spikes: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    membrane: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Runtime:
+    """Shared by all layers of one converted network: the mode, the window, and what is recorded.
+
+    Args:
+        time_steps: T of the network.
+    """
+
+    def __init__(self, time_steps: int) -> None:
+        self.time_steps = time_steps
+        self.mode: Mode = "count"
+        self.batch = 0
+        self.delay = delay_choice(None)
+        self.record: tuple[str, ...] = ()
+        # While tracing: the neuron whose spikes each synapse sees (`None`: something else), by the synapse's name.
+        self.sources: dict[str, Any] = {}
+        self.on_counts: Callable[[str, Tensor], None] | None = None
+        self.trace = Trace(torch.empty(0), 0)
+
+    @contextmanager
+    def running(self, mode: Mode, delay: DelayChoice | None = None, batch: int = 0) -> Iterator[None]:
+        """Run the network in a mode, then return to the one before.
+
+        Args:
+            mode: what layers are to do.
+            delay: chooses a neuron's delay by its name and the stored one; ``None`` for the stored one.
+            batch: B of the images, if steps are taken.
+        """
+        before = self.mode, self.delay, self.batch
+        self.mode, self.delay, self.batch = mode, delay or delay_choice(None), batch
+        try:
+            yield
+        finally:
+            self.mode, self.delay, self.batch = before
+
+    @contextmanager
+    def counting(self, counts: dict[str, Tensor]) -> Iterator[None]:
+        """Put every neuron's counts ``[B, ...]`` of a run into a dictionary.
+
+        Args:
+            counts: by dotted names of the trained model.
+        """
+        self.on_counts = counts.__setitem__
+        try:
+            yield
+        finally:
+            self.on_counts = None
+
+    def records(self, name: str) -> bool:
+        """Whether a neuron is to be recorded.
+
+        Args:
+            name: dotted name in the trained model.
+        """
+        return any(fnmatchcase(name, pattern) for pattern in self.record)
+
+    def is_constant(self, x: Tensor) -> bool:
+        """Whether a tensor has no time axis yet: an image, a current that is the same in all T steps.
+
+        Args:
+            x: ``[B, ...]``, or ``[T * B, ...]`` with the steps in front.
+        """
+        return x.shape[0] != self.time_steps * self.batch
+
+    def split(self, x: Tensor) -> Tensor:
+        """``[T * B, ...]`` to ``[T, B, ...]``.
+
+        Args:
+            x: a tensor with time and batch in its first axis.
+        """
+        return x.reshape(self.time_steps, self.batch, *x.shape[1:])
+
+
+def delay_choice(delay: int | Mapping[str, int] | None) -> DelayChoice:
+    """How a delay argument answers for a neuron: one number for all, names and globs, or what is stored.
+
+    Args:
+        delay: steps by which neurons wait after their input begins; a mapping's last match counts.
+    """
+    if delay is None:
+        return lambda _name, stored: stored
+    if isinstance(delay, int):
+        return lambda _name, _stored: delay
+    patterns = list(delay.items())
+
+    def choose(name: str, stored: int) -> int:
+        return next((steps for pattern, steps in reversed(patterns) if fnmatchcase(name, pattern)), stored)
+
+    return choose
+
+
+class TracedTensor(torch.Tensor):
+    """A tensor that knows whose spikes it holds and when it arrives on a global clock.
+
+    Attributes:
+        source: the neuron whose spikes these are, perhaps rearranged, or ``None`` for a current. A neuron whose spikes
+            meet any other operation than a rearrangement or one of our layers is told so (``scaled``).
+        arrival: step at which its window begins.
+    """
+
+    source: Any
+    arrival: int
+
+    _REARRANGEMENTS = frozenset(
+        {
+            "reshape", "view", "flatten", "permute", "transpose", "contiguous", "unsqueeze", "squeeze", "__getitem__",
+            "clone", "detach", "unflatten", "movedim", "dropout", "to", "double", "float", "__get__", "as_subclass",
+        }
+    )  # fmt: skip
+
+    @classmethod
+    def mark(cls, x: Tensor, source: Any, arrival: int) -> "TracedTensor":
+        """Give a tensor its marks.
+
+        Args:
+            x: any tensor.
+            source: see the class.
+            arrival: see the class.
+        """
+        marked = x.as_subclass(cls)
+        marked.source, marked.arrival = source, arrival
+        return marked
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        marked = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, TracedTensor) and hasattr(x, "source")]
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        results = [x for x in tree_leaves(result) if isinstance(x, TracedTensor)]
+        keeps = getattr(func, "__name__", "") in cls._REARRANGEMENTS
+        for x in results:
+            x.source = marked[0].source if marked and keeps else None
+            x.arrival = max((m.arrival for m in marked), default=0)
+        if results and not keeps:
+            for x in marked:
+                if x.source is not None:
+                    x.source.scaled = True
+        return result
+
+
+def plain(x: Tensor) -> Tensor:
+    """The tensor without marks.
+
+    Args:
+        x: any tensor.
+    """
+    return x.as_subclass(Tensor)

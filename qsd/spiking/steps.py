@@ -1,0 +1,56 @@
+"""One-step functions of a network of binary spikes: what a chip does in one tick.
+
+A neuron of threshold ``theta`` starts at ``theta / 2``. In every step charge comes before fire; a spike lowers the
+membrane by ``theta`` (soft reset); there is no leak and no floor. Over its window of T steps the currents of a neuron
+add up to the pre-activation that the quantized network computes at once.
+
+The delayed neuron and the temporal decomposition are those of CSDformer (Zhang et al., 2025, Algorithm 1 and equations
+20 to 23, as reconstructed from its text).
+"""
+
+import torch
+from torch import Tensor
+
+
+def charge(membrane: Tensor, current: Tensor) -> Tensor:
+    """Add a step's current to the membrane.
+
+    Args:
+        membrane: potential ``[B, ...]``, in units of the input.
+        current: input of this step, the same shape.
+    """
+    return membrane + current
+
+
+def fire(membrane: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Fire where the membrane has reached the threshold, and take the threshold off there.
+
+    Args:
+        membrane: potential after the step's charge ``[B, ...]``.
+        threshold: potential that one spike is worth.
+
+    Returns:
+        Binary spikes (bool ``[B, ...]``) and the membrane behind them.
+    """
+    spikes = membrane >= threshold
+    return spikes, torch.where(spikes, membrane - threshold, membrane)
+
+
+def outer_increment(key: Tensor, value: Tensor, key_sum: Tensor, value_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """This step's part of ``sum_t(key) sum_t(value)^T``, in terms with one binary operand each.
+
+    ``S_v(t) S_k(t)^T - S_v(t-1) S_k(t-1)^T = v(t) S_k(t)^T + S_v(t-1) k(t)^T``: summed over the steps, the left side
+    telescopes to the product of the counts.
+
+    Args:
+        key: binary spikes of this step ``[B, heads, d_h, N]``.
+        value: the same.
+        key_sum: spikes of all earlier steps.
+        value_sum: the same.
+
+    Returns:
+        The increment ``[B, heads, d_h, d_h]`` (value by key channels), and both running sums with this step in them.
+    """
+    key_total = key_sum + key
+    increment = value @ key_total.transpose(-1, -2) + value_sum @ key.transpose(-1, -2)
+    return increment, key_total, value_sum + value

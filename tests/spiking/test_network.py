@@ -1,0 +1,233 @@
+"""Conversion: the trained network, the count domain and binary spikes agree, neuron by neuron."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qsd import QsdError
+from qsd.layers import LinearChain, QuantConv2d, QuantLinear, SepConv, conv_norm, rep_conv
+from qsd.neurons import SpikeNeuron
+from qsd.spiking import count_spikes, register_conversion, to_spike_driven
+from qsd.spiking.layers import SpikingChain
+from qsd.spiking.rules import RULES, fold_norms, merge_factors
+
+NAMES = timm.list_models("qsd_*", exclude_filters="*_ann")
+SMALL = {"embed_dims": (8, 8, 16, 24), "num_heads": 4, "depth": 4, "num_classes": 5, "layer_scale": 0.5}
+
+
+def dense_network(name="qsd_tiny", **kwargs):
+    """A shrunk model in evaluation whose statistics make neurons fire at about half their capacity."""
+    model = timm.create_model(name, **{**SMALL, **kwargs}).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.3, 1)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0.2, 0.3)
+        if hasattr(module, "step"):
+            module.step.data.mul_(torch.empty_like(module.step).uniform_(0.7, 1.3))
+    return model
+
+
+def assert_same_counts(model, spiking, images):
+    trained, counted, stepped = count_spikes(model, images), count_spikes(spiking, images), {}
+    with spiking.runtime.counting(stepped):
+        trace = spiking.simulate(images)
+    assert trained.keys() == counted.keys() == stepped.keys()
+    for name, counts in trained.items():
+        assert torch.equal(counts, counted[name]), name
+        assert torch.equal(counts, stepped[name]), name
+    torch.testing.assert_close(trace.logits, model(images), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(spiking(images), model(images), rtol=1e-10, atol=1e-12)
+    mean = sum(c.mean() for c in trained.values()) / len(trained) / spiking.time_steps
+    assert 0.1 < mean < 0.9, "silent or saturated neurons would prove nothing"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_registered_variant_converts_without_loss(name):
+    model = dense_network(name)
+    assert_same_counts(model, to_spike_driven(model), torch.randn(2, 3, 32, 48, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("time_steps", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("merge", [True, False, "rep", "sep"])
+def test_every_window_and_merge_with_odd_sizes_and_batches(time_steps, merge):
+    model = dense_network(time_steps=time_steps)
+    spiking = to_spike_driven(model, merge=merge)
+    for batch in (1, 3):
+        assert_same_counts(model, spiking, torch.randn(batch, 3, 41, 50, dtype=torch.float64))
+
+
+def test_latency_is_the_published_network_s():
+    # T + the neurons on the longest path times T - 1 + T - 1 for each attention: 4 + 61 * 3 + 8 * 3
+    spiking = to_spike_driven(timm.create_model("qsd_15m", **{**SMALL, "depth": 8}), merge=False)
+    assert spiking.latency() == 4 + 61 * 3 + 8 * 3 == 211
+    assert spiking.latency(0) == 4 + 8 * 3
+    assert spiking.latency({"stem.blocks.0.*neuron1": 0}) == 211 - 2 * 3  # of the separable and of the dense pair
+
+
+def test_spikes_are_binary_contiguous_and_recorded_by_name():
+    model = dense_network()
+    spiking, images = to_spike_driven(model), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    counts = count_spikes(model, images)
+    trace = spiking.simulate(images, record=("head_neuron", "*.attn.q_neuron"))
+    assert set(trace.spikes) == {"head_neuron", *(n for n in counts if n.endswith("attn.q_neuron"))}
+    for name, spikes in trace.spikes.items():
+        assert spikes.dtype == torch.bool
+        assert spikes.shape == (4, *counts[name].shape)
+        assert torch.equal(spikes, torch.arange(4).view(4, *[1] * counts[name].dim()) < counts[name])
+        assert torch.equal(trace.counts[name], counts[name].to(torch.uint8))
+        assert trace.membrane[name].shape == (7, *counts[name].shape)
+    neuron = spiking.neurons()["head_neuron"]
+    final = trace.membrane["head_neuron"][3]  # all input is in, nothing was fired yet
+    assert torch.equal(((final / neuron.threshold).floor()).clamp(0, 4), counts["head_neuron"])
+
+
+def test_below_the_lossless_delay_counts_err_within_the_bound_and_calling_is_refused():
+    model = dense_network()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    lossless, hasty = to_spike_driven(model), to_spike_driven(model, delay={"*": 3, "head_neuron": 1})
+    with pytest.raises(QsdError, match=r"head_neuron has a delay of 1, below T - 1 = 3.*simulate"):
+        hasty(images)
+    exact = lossless.simulate(images, record="head_neuron").counts["head_neuron"].int()
+    early = hasty.simulate(images, record="head_neuron").counts["head_neuron"].int()
+    assert (exact - early).abs().max() <= 4 - 1 - 1
+    logits = [lossless.simulate(images, delay=d).logits for d in range(4)]
+    assert torch.equal(logits[3], lossless.simulate(images).logits)
+    assert not torch.allclose(logits[0], logits[3])
+    assert torch.equal(hasty.simulate(images, delay=3).logits, logits[3])  # an argument overrides what is stored
+
+
+def test_results_do_not_depend_on_the_rest_of_the_batch():
+    spiking = to_spike_driven(dense_network())
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    for delay in (0, 3):
+        together = spiking.simulate(images, delay=delay).logits
+        alone = torch.cat([spiking.simulate(image[None], delay=delay).logits for image in images])
+        torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+
+
+def test_the_trained_model_stays_as_it_was_and_keeps_its_type():
+    model = dense_network().float().train()
+    before = copy.deepcopy(model.state_dict())
+    spiking = to_spike_driven(model)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert {b.dtype for b in spiking.network.buffers()} == {torch.float32}
+    assert not list(spiking.parameters())
+
+
+@pytest.mark.parametrize(
+    "chain", [rep_conv(6), SepConv(4).reduce, conv_norm(5, 7, 3, stride=2, bias=True)], ids=["rep", "sep", "plain"]
+)
+@pytest.mark.parametrize("size", [(1, 1), (5, 6)])
+def test_merged_kernels_are_exact_borders_included(chain, size):
+    chain = chain.double().eval()
+    for norm in chain.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            norm.bias.data.normal_()
+    merged = merge_factors(fold_norms(chain, "chain"), "chain")
+    first = next(m for m in chain.modules() if isinstance(m, QuantConv2d))
+    x = torch.randn(2, first.in_channels, *size, dtype=torch.float64)
+    torch.testing.assert_close(merged.apply(x, 1.0), chain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_merged_bits_quantize_merged_kernels_and_both_ways_still_agree():
+    model = dense_network()
+    spiking, images = to_spike_driven(model, merged_bits=4), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    chain = next(m for m in spiking.modules() if isinstance(m, SpikingChain) and m.convolutions("merged"))
+    kernel = chain.convolutions("merged")[0].weight[0]
+    assert len((kernel / kernel.abs().max()).unique()) <= 15
+    stepped = {}
+    with spiking.runtime.counting(stepped):
+        spiking.simulate(images)
+    assert all(torch.equal(count, stepped[name]) for name, count in count_spikes(spiking, images).items())
+    exact = count_spikes(model, images)
+    assert any(not torch.equal(count, exact[name]) for name, count in count_spikes(spiking, images).items())
+
+
+# -- models of users ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_built_from_our_layers_converts():
+    model = nn.Sequential(
+        conv_norm(2, 6, 3), SpikeNeuron(3), nn.Dropout(0.5), QuantConv2d(6, 4, 3, stride=2, bias=True, weight_bits=3),
+        SpikeNeuron(3, threshold=0.7), nn.Flatten(), QuantLinear(4 * 3 * 3, 5),
+    ).double().eval()  # fmt: skip
+    images = torch.randn(4, 2, 8, 8, dtype=torch.float64)
+    spiking = to_spike_driven(model, example=images[:1])
+    assert_same_counts(model, spiking, images)
+    assert spiking.latency() == 3 + 2 * 2
+
+
+class Cheat(nn.Module):
+    def __init__(self, trick):
+        super().__init__()
+        self.first, self.neuron, self.second = conv_norm(3, 4, 3), SpikeNeuron(4), conv_norm(4, 4, 3)
+        self.last, self.trick = SpikeNeuron(4), trick
+
+    def forward(self, x):
+        return self.last(self.trick(self.second(self.neuron(self.first(x)))))
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [F.relu, lambda x: x + 0.3, torch.square, lambda x: 9 * x * x.abs().mean()],
+    ids=["relu", "constant", "square", "gate"],
+)
+def test_what_a_forward_does_behind_our_back_is_found(trick):
+    with pytest.raises(QsdError, match=r"the simulation differs from the trained network at neuron last"):
+        to_spike_driven(Cheat(trick))
+
+
+def test_layers_without_a_rule_are_named_and_can_get_one():
+    class Halve(nn.Module):
+        def forward(self, x):
+            return x / 2
+
+    model = nn.Sequential(conv_norm(3, 4, 3), SpikeNeuron(4), nn.Sequential(Halve()), conv_norm(4, 2, 3))
+    with pytest.raises(QsdError, match=r"layer 2\.0 \(Halve\) is no layer of qsd.*register_conversion\(Halve\)"):
+        to_spike_driven(model)
+    register_conversion(Halve)(lambda module, name, conversion: module)
+    try:
+        model.eval()
+        images = torch.randn(1, 3, 8, 8)
+        torch.testing.assert_close(to_spike_driven(model).simulate(images).logits, model(images))
+    finally:
+        del RULES[Halve]
+    with pytest.raises(QsdError, match=r"layer 1 \(ReLU\) is no layer of qsd"):
+        to_spike_driven(nn.Sequential(conv_norm(3, 4, 3), nn.ReLU(), SpikeNeuron(4)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"merge": "all"}, "merge='all' is unknown"),
+        ({"merge": False, "merged_bits": 4}, "merged_bits needs merged kernels"),
+        ({"merged_bits": 1}, "merged_bits=1 is not from 2 to 16"),
+        ({"delay": -1}, "is negative"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(QsdError, match=message):
+        to_spike_driven(dense_network(), **arguments)
+
+
+def test_networks_that_cannot_be_converted_say_why():
+    with pytest.raises(QsdError, match=r"found: none\. Float twins cannot be converted"):
+        to_spike_driven(timm.create_model("qsd_tiny_ann", **SMALL))
+    with pytest.raises(QsdError, match="found: 2, 4"):
+        to_spike_driven(nn.Sequential(conv_norm(3, 4, 3), SpikeNeuron(4), conv_norm(4, 4, 3), SpikeNeuron(2)))
+    with pytest.raises(QsdError, match="names no neuron"):
+        to_spike_driven(dense_network()).simulate(torch.randn(1, 3, 32, 32, dtype=torch.float64), record="nothing")
+    two = LinearChain(a=QuantConv2d(4, 4, 3, padding=1), b=QuantConv2d(4, 4, 3, padding=1))
+    model = nn.Sequential(conv_norm(3, 4, 3), SpikeNeuron(4), two, SpikeNeuron(4))
+    with pytest.raises(QsdError, match="chain 2 is no single convolution; convert it with merge=False"):
+        to_spike_driven(model)
+    to_spike_driven(model, merge=False)

@@ -1,0 +1,81 @@
+"""One-step functions against exhaustive and integer arithmetic."""
+
+import itertools
+
+import pytest
+import torch
+
+from qsd.neurons import SpikeNeuron
+from qsd.spiking.layers import DelayedNeuron
+from qsd.spiking.runtime import Runtime
+from qsd.spiking.steps import fire, outer_increment
+
+
+def integrate(currents, threshold, delay):
+    """The delayed neuron over its window, by the module that networks use: ``[T, M]`` to spikes ``[T, M]``."""
+    steps = len(currents)
+    runtime = Runtime(steps)
+    neuron = DelayedNeuron(SpikeNeuron(steps, threshold=float(threshold)), "n", delay, runtime)
+    with runtime.running("step", batch=currents.shape[1]):
+        return neuron(currents.flatten(0, 1)).view(currents.shape)
+
+
+@pytest.mark.parametrize("time_steps", [1, 2, 3, 4])
+def test_the_delayed_neuron_obeys_its_closed_form_for_every_sequence(time_steps):
+    # Theorem: with Q = clip(k, 0, T), k = floor(sum / theta + 1/2), and n0 spikes before the last input, it fires
+    # clip(k, n0, n0 + d + 1) spikes; |N - Q| <= T - 1 - d, attained; equal for every input iff d >= T - 1.
+    threshold = 4
+    sequences = torch.tensor(list(itertools.product(range(-12, 13, 4), repeat=time_steps)), dtype=torch.float64).T
+    k = torch.floor(sequences.sum(0) / threshold + 0.5)
+    quantized = k.clamp(0, time_steps)
+    for delay in range(time_steps + 2):
+        spikes = integrate(sequences, threshold, delay)
+        before = spikes[: max(0, time_steps - 1 - delay)].sum(0)
+        count = spikes.sum(0)
+        assert torch.equal(count, torch.minimum(torch.maximum(k, before), before + min(time_steps, delay + 1)))
+        assert (count - quantized).abs().max() == max(0, time_steps - 1 - delay)
+        if delay >= time_steps - 1:  # all input is in: the spikes are contiguous from the first step
+            assert torch.equal(spikes, (torch.arange(time_steps)[:, None] < count).double())
+
+
+def test_a_constant_current_needs_no_delay():
+    total = torch.arange(-200, 400, dtype=torch.float64)
+    for time_steps in (1, 2, 4, 8):
+        currents = (total / time_steps).repeat(time_steps, 1)  # binary fractions: exact
+        counts = integrate(currents, 64, 0).sum(0)
+        assert torch.equal(counts, torch.floor(total / 64 + 0.5).clamp(0, time_steps))
+
+
+@pytest.mark.parametrize("deviation", ["hard reset", "floor at zero", "start at zero", "strict threshold"])
+def test_every_simplification_of_the_neuron_breaks_exactness(deviation):
+    # So that nobody "simplifies" to them: each fires other counts on some input, at the lossless delay.
+    time_steps, threshold = 4, 4.0
+    currents = torch.randint(-10, 14, (time_steps, 5000)).double()
+    membrane = torch.full((5000,), 0.0 if deviation == "start at zero" else threshold / 2, dtype=torch.float64)
+    for current in currents:
+        membrane = membrane + current
+        if deviation == "floor at zero":
+            membrane = membrane.clamp(min=0)
+    count = torch.zeros(5000, dtype=torch.float64)
+    for _ in range(time_steps):
+        spikes = membrane > threshold if deviation == "strict threshold" else fire(membrane, threshold)[0]
+        membrane = membrane.where(~spikes, torch.tensor(0.0) if deviation == "hard reset" else membrane - threshold)
+        count += spikes
+    exact = integrate(currents, threshold, time_steps - 1).sum(0)
+    assert torch.equal(exact, torch.floor(currents.sum(0) / threshold + 0.5).clamp(0, time_steps))
+    assert (count != exact).double().mean() > 0.02
+
+
+@pytest.mark.parametrize("lead", [0, 1, 3])
+def test_increments_add_up_to_the_product_of_counts_also_when_windows_are_offset(lead):
+    steps = 4 + lead
+    key, value = torch.zeros(steps, 2, 3, 5, 7), torch.zeros(steps, 2, 3, 5, 7)
+    key[:4] = torch.randint(0, 2, key[:4].shape)
+    value[lead:] = torch.randint(0, 2, value[lead:].shape)
+    key_sum, value_sum = torch.zeros_like(key[0]), torch.zeros_like(value[0])
+    total = torch.zeros(2, 3, 5, 5)
+    for k, v in zip(key, value):
+        increment, key_sum, value_sum = outer_increment(k, v, key_sum, value_sum)
+        total += increment
+    slow = torch.einsum("bhen,bhdn->bhed", value.sum(0).long(), key.sum(0).long())
+    assert torch.equal(total.long(), slow)
