@@ -59,7 +59,7 @@ class Conversion:
             return rule(module, name, self)
         own = [key for key, _ in module.named_parameters(recurse=False)]
         children = dict(module.named_children())
-        if own or not children:
+        if own or not (children or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)):
             what = f"owns the parameter {own[0]!r}" if own else "is no layer of qsd"
             raise QsdError(
                 f"layer {name or 'the model'} ({type(module).__name__}) {what} and cannot be converted; build it from "
