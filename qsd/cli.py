@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,11 +17,12 @@ import qsd.data
 import qsd.tasks
 from qsd.callbacks import PredictionWriter
 from qsd.errors import QsdError
+from qsd.models.checkpoints import read_checkpoint
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 # Mistakes of the user, which Lightning and Python report in a readable line of their own.
-_USER_ERRORS = (QsdError, MisconfigurationException, FileNotFoundError, PermissionError, torch.OutOfMemoryError)
+_USER_ERRORS = (QsdError, MisconfigurationException, OSError, UnicodeDecodeError, torch.OutOfMemoryError)
 
 
 # Warnings that mean nothing here.
@@ -32,8 +33,23 @@ _NOISE = (
     "Be aware that when using `ckpt_path`, callbacks used to create",
     "You're using the WeightAveraging callback, but loading a checkpoint outside",
     "You're using the WeightAveraging callback with a model that overrides",  # of sharded models, which there are none
+    "It is recommended to use `self.log\\(.*sync_dist=True",  # the metrics are synchronised by torchmetrics
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own use of torch
 )
+
+
+class Parser(LightningArgumentParser):
+    """Says in one line what is wrong with an argument."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Stop with the parser's message, folded into one line.
+
+        Args:
+            message: what the parser has to say, over many lines.
+            ex: the exception that it comes from.
+        """
+        line = " ".join(message.split())
+        raise QsdError(line if len(line) <= 400 else f"{line[:400]} ...") from ex
 
 
 class QsdCLI(LightningCLI):
@@ -49,9 +65,35 @@ class QsdCLI(LightningCLI):
         """Make classification the default task."""
         parser.set_defaults({"model": {"class_path": "qsd.tasks.ClassificationTask"}})
 
+    def _parse_ckpt_path(self) -> None:
+        """Take the network from a checkpoint, and nothing else: all other settings are the user's.
+
+        Lightning's own version lets every hyper-parameter of the checkpoint override the command line.
+        """
+        config = self.config.get(self.config.subcommand)
+        if config is None or config.get("ckpt_path") is None:
+            return
+        path = config.ckpt_path
+        if path in ("", "best"):
+            raise QsdError(f"ckpt_path={path!r} names no file; give the path of a checkpoint.")
+        if path in ("last", "hpc") or str(path).startswith("registry"):
+            return
+        checkpoint = read_checkpoint(path)
+        if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+            raise QsdError(f"{path} is no checkpoint of a training; to start from its weights use --model.init_from.")
+        saved = checkpoint.get("hyper_parameters", {})
+        network = {key: saved[key] for key in ("model", "model_args", "num_classes") if key in saved}
+        if network and "init_args" in (config.get("model") or {}):
+            network = {"class_path": config.model.class_path, "init_args": network}
+            self.config = self.parser.parse_object({self.config.subcommand: {"model": network}}, self.config)
+
     def before_instantiate_classes(self) -> None:
         """Give the loggers of a run one folder, and let ``predict`` write its predictions."""
-        config = self.config.get(self.subcommand).trainer
+        chosen = self.config.get(self.subcommand)
+        config = chosen.trainer
+        initial = ((chosen.get("model") or {}).get("init_args") or {}).get("init_from", "")
+        if self.subcommand != "fit" and chosen.get("ckpt_path") is None and initial is None:
+            raise QsdError(f"{self.subcommand} needs trained weights; pass --ckpt_path or --model.init_from.")
         _share_version(config.logger if isinstance(config.logger, list) else [])
         if self.subcommand == "predict":
             callbacks = config.callbacks if isinstance(config.callbacks, list) else []
@@ -125,6 +167,7 @@ def main(args: Sequence[str] | None = None) -> int:
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            parser_class=Parser,
             args=arguments,
         )
     except SystemExit as exit_:

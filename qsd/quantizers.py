@@ -24,7 +24,7 @@ class StepSizeQuantizer(nn.Module):
     def __init__(self, bits: int, out_channels: int) -> None:
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-            raise QsdError(f"weight_bits={bits!r} is not a whole number from 2 to 8; use None for float weights.")
+            raise QsdError(f"weight_bits={bits!r} is not a whole number from 2 to 8; use 0 for float weights.")
         self.bits = bits
         self.q_min, self.q_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         self.step = nn.Parameter(torch.ones(out_channels))

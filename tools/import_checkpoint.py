@@ -39,6 +39,10 @@ def import_checkpoint(source: Path, target: Path, num_heads: int = 8, weight_bit
         raise QsdError(f"{source} is no checkpoint of the published QSD-Transformer code.")
     sizes = reference_sizes(state)
     num_classes = sizes.pop("num_classes")
+    if num_classes == 0:
+        raise QsdError(f"{source} has no classifier; start from it with --model.init_from {source} instead.")
+    if not target.parent.is_dir():
+        raise QsdError(f"the folder {target.parent} does not exist; make it first.")
     same = (name for name, row in QSD_VARIANTS.items() if (row["embed_dims"], row.get("depth", 8)) == _key(sizes))
     name = next(same, "qsd_15m")
     arguments = {**sizes, "embed_dims": list(sizes["embed_dims"]), "num_heads": num_heads, "weight_bits": weight_bits}

@@ -56,6 +56,11 @@ class PredictionWriter(BasePredictionWriter):
         path = self._partial.replace(self._path(trainer))
         rank_zero_info(f"predictions: {path}")
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing half-written behind."""
+        if self._partial is not None:
+            self._partial.unlink(missing_ok=True)
+
     def _path(self, trainer: Trainer) -> Path:
         path = Path(trainer.log_dir or trainer.default_root_dir, self.filename)
         return path.with_suffix(f".rank{trainer.global_rank}{path.suffix}") if trainer.global_rank else path

@@ -2,6 +2,8 @@
 
 from typing import Any, Literal, get_args
 
+from PIL import Image, ImageOps
+from timm.data import auto_augment
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
@@ -89,9 +91,30 @@ def _checked_transform(interpolation: Interpolation, **options: Any) -> Any:
             section[:1] == "t" or any(map(str.isdigit, section)) for section in policy.split("-")[1:]
         ):
             raise ValueError("a section has no number")
-        return create_transform(interpolation=interpolation, **options)
+        built = create_transform(interpolation=interpolation, **options)
     except (AssertionError, KeyError, ValueError) as error:
         reason = error or type(error).__name__
         raise QsdError(
             f"auto_augment={policy!r} is not understood by timm ({reason}); for example 'rand-m9-mstd0.5-inc1'"
         ) from error
+    _mend_posterize(built)
+    return built
+
+
+def _mend_posterize(transform: Any) -> None:
+    """Put our posterization into the policies of a transform, at any depth."""
+    if isinstance(transform, list | tuple):
+        for part in transform:
+            _mend_posterize(part)
+    elif getattr(transform, "aug_fn", None) is auto_augment.posterize:
+        transform.aug_fn = _posterize
+    else:
+        for holder in ("transforms", "ops", "policy"):
+            _mend_posterize(getattr(transform, holder, ()))
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    # timm's policies ask for 0 bits at their greatest magnitude: black up to Pillow 12, an error from 13 on
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -71,9 +71,9 @@ class SpikeDrivenSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The residual stream ``[B, C, H, W]`` to the branch that is added to it, in the same shape."""
-        batch, _, height, width = x.shape
+        batch, channels, height, width = x.shape
         spikes = self.neuron(x)
-        heads = (batch, self.num_heads, -1, height * width)
+        heads = (batch, self.num_heads, channels // self.num_heads, height * width)
         query = self.q_neuron(self.q_proj(spikes)).reshape(heads)
         key = self.k_neuron(self.k_proj(spikes)).reshape(heads)
         value = self.v_neuron(self.v_proj(spikes)).reshape(heads)

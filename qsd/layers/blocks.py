@@ -169,9 +169,9 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.attn = SpikeDrivenSelfAttention(dim, num_heads, time_steps, weight_bits, attention)
-        self.layer_scale1 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.layer_scale1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.mlp = Mlp(dim, int(dim * mlp_ratio), 1, True, time_steps, weight_bits)
-        self.layer_scale2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.layer_scale2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.drop_path_rate = drop_path_rate
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Reading weights: checkpoints of the published QSD-Transformer code, our own, and bare state dicts."""
 
+import argparse
 import logging
 import pickle
 import re
@@ -7,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -51,6 +53,14 @@ _REFERENCE_NAMES = (
 )
 # The activation quantizers of the published code return their input; their tensors never do anything.
 _DEAD_TENSORS = re.compile(r"\.act\.(alpha|zero_point|init_state|signed)$")
+# What training scripts put beside the weights: their arguments and numpy's numbers.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    np.float64(0).__reduce__()[0],
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+]
+_REFERENCE_STAGES = ("downsample1_1", "downsample1_2", "downsample2", "downsample3", "downsample4")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
@@ -107,9 +117,14 @@ def reference_sizes(state: StateDict) -> dict[str, Any]:
 
     Returns:
         ``embed_dims``, ``depth``, ``in_chans`` and ``num_classes``; the number of heads leaves no trace.
+
+    Raises:
+        QsdError: if tensors are missing.
     """
-    stages = ("downsample1_2", "downsample2", "downsample3", "downsample4")
-    weights = [state[f"{name}.encode_conv.weight"] for name in stages]
+    missing = [f"{n}.encode_conv.weight" for n in _REFERENCE_STAGES if f"{n}.encode_conv.weight" not in state]
+    if missing:
+        raise QsdError(f"the checkpoint of the published code is incomplete: {_shorten(missing)} missing.")
+    weights = [state[f"{name}.encode_conv.weight"] for name in _REFERENCE_STAGES[1:]]
     blocks = {m[0] for name in state if (m := re.match(r"block[34]\.\d+", name))}
     return {
         "embed_dims": tuple(weight.shape[0] for weight in weights),
@@ -153,21 +168,37 @@ def read_state_dict(path_or_state_dict: str | Path | Mapping[str, Any]) -> dict[
     return _read(path_or_state_dict)[1]
 
 
+def read_checkpoint(path: str | Path) -> Any:
+    """Load what is in a checkpoint file, without running code from it.
+
+    Args:
+        path: ``.pth``, ``.ckpt``, ``.pt`` or ``.safetensors`` file.
+
+    Raises:
+        QsdError: if there is no such file, or it cannot be read safely.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise QsdError(f"checkpoint {path} does not exist." if not path.exists() else f"{path} is no file.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        blocked = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        reason = (
+            f"it holds {blocked[1]}, which could run code; save its state dict alone"
+            if blocked
+            else f"it is damaged, incomplete or no checkpoint ({type(error).__name__})"
+        )
+        raise QsdError(f"checkpoint {path} cannot be read: {reason}.") from error
+
+
 def _read(path_or_state_dict: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
     if isinstance(path_or_state_dict, Mapping):
         return "the state dict", _unwrap("the state dict", path_or_state_dict)
-    path = Path(path_or_state_dict)
-    if not path.is_file():
-        raise QsdError(f"checkpoint {path} does not exist.")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise QsdError(f"checkpoint {path} cannot be read: {reason}. Is the file complete?") from error
-    return str(path), _unwrap(str(path), content)
+    return str(path_or_state_dict), _unwrap(str(path_or_state_dict), read_checkpoint(path_or_state_dict))
 
 
 def _unwrap(source: str, content: Any) -> dict[str, Tensor]:
@@ -186,31 +217,56 @@ def _unwrap(source: str, content: Any) -> dict[str, Tensor]:
 
 def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     expected = model.state_dict()
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    head = {name for name in expected if name.startswith(f"{classifier}.")}
     reshaped = {name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape}
-    head = {name for name in expected if name.startswith("head.")}
-    if head and (head & reshaped or not head & state.keys()):
-        logger.warning("%s has no classifier for %d classes; it starts afresh.", source, len(expected["head.bias"]))
+    optional: set[str] = set()
+    if not head:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{classifier}.")}
+    elif head & reshaped or not head & state.keys():
+        logger.warning(
+            "%s has no classifier for %s classes; it starts afresh.", source, getattr(model, "num_classes", "its")
+        )
         optional = head
-    else:
-        optional = set()
-    state = {name: tensor for name, tensor in state.items() if name not in optional}
-    reshaped -= optional
+        state = {name: tensor for name, tensor in state.items() if name not in head}
     # A float network has no steps to put them in, a float checkpoint has none to give.
     steps = {name for name in expected if name.endswith(".quantizer.step")}
     state = {name: t for name, t in state.items() if name in expected or not name.endswith(".quantizer.step")}
     counters = {name for name in expected if name.endswith(".num_batches_tracked")}
-    _raise_on_mismatch(
-        source,
-        missing=sorted(expected.keys() - state.keys() - optional - steps - counters),
-        unexpected=sorted(state.keys() - expected.keys()),
-        reshaped=[f"{n} {tuple(state[n].shape)} instead of {tuple(expected[n].shape)}" for n in sorted(reshaped)],
-    )
-    bad = [name for name in sorted(steps & state.keys()) if not bool((state[name] > 0).all())]
-    if bad:
-        raise QsdError(f"{source} has step sizes that are not positive: {_shorten(bad)}; it cannot be used.")
+    check_weights(state, expected, source, may_lack=optional | steps | counters)
     model.load_state_dict(state, strict=False)
     for name in steps - state.keys() - optional:
         initialize_steps(model.get_submodule(name.removesuffix(".quantizer.step")))
+
+
+def check_weights(
+    state: StateDict, expected: StateDict, source: str, may_lack: frozenset[str] | set[str] = frozenset()
+) -> None:
+    """Refuse weights that a network could not use.
+
+    Args:
+        state: what is to be loaded.
+        expected: the network's own state dict.
+        source: where the weights come from, for the message.
+        may_lack: names that may be missing.
+
+    Raises:
+        QsdError: for names that are missing or unexpected, other shapes, values that are not finite, and step sizes
+            that are not positive.
+    """
+    reshaped = [name for name in sorted(expected.keys() & state.keys()) if expected[name].shape != state[name].shape]
+    _raise_on_mismatch(
+        source,
+        missing=sorted(expected.keys() - state.keys() - may_lack),
+        unexpected=sorted(state.keys() - expected.keys()),
+        reshaped=[f"{n} {tuple(state[n].shape)} instead of {tuple(expected[n].shape)}" for n in reshaped],
+    )
+    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise QsdError(f"{source} has weights that are not finite: {_shorten(broken)}; it cannot be used.")
+    bad = [name for name, t in state.items() if name.endswith(".quantizer.step") and not bool((t > 0).all())]
+    if bad:
+        raise QsdError(f"{source} has step sizes that are not positive: {_shorten(bad)}; it cannot be used.")
 
 
 def _raise_on_mismatch(source: str, missing: list[str], unexpected: list[str], reshaped: list[str]) -> None:

@@ -53,8 +53,9 @@ class QsdTransformer(nn.Module):
         mlp_ratio: channels inside MLPs and dense convolution pairs, over the block's channels.
         num_classes: outputs of the classifier; 0 removes it.
         in_chans: channels of the image.
-        time_steps: T, the most spikes a neuron fires per image; ``None`` for the float twin (ReLU).
-        weight_bits: 2 to 8, or ``None`` for float weights.
+        time_steps: T, the most spikes a neuron fires per image; 0 or ``None`` for ReLUs instead of neurons. (Where
+            ``timm.create_model`` is asked, 0: it drops arguments that are ``None``.)
+        weight_bits: 2 to 8, or 0 or ``None`` for float weights.
         attention: ``"linear"``, or ``"softmax"`` in a float twin.
         layer_scale: initial scale of the transformer blocks' branches.
         drop_rate: dropout in front of the classifier.
@@ -84,7 +85,8 @@ class QsdTransformer(nn.Module):
         global_pool: Literal["avg"] = "avg",
     ) -> None:
         super().__init__()
-        _check_sizes(embed_dims, depth, num_heads, num_classes, strides, drop_path_rate, global_pool)
+        _check_sizes(embed_dims, depth, num_heads, mlp_ratio, num_classes, strides, drop_path_rate, global_pool)
+        time_steps, weight_bits = time_steps or None, weight_bits or None
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.time_steps = time_steps
@@ -253,11 +255,8 @@ class QsdTransformer(nn.Module):
         Args:
             coarse: a group per stage instead of per block.
         """
-        blocks = (
-            r"^stages\.(\d+)"
-            if coarse
-            else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^head", (99999,))]
-        )
+        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        blocks = r"^stages\.(\d+)" if coarse else fine
         return {"stem": r"^stem", "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -274,6 +273,7 @@ def _check_sizes(
     embed_dims: Sequence[int],
     depth: int,
     num_heads: int,
+    mlp_ratio: float,
     num_classes: int,
     strides: Sequence[int],
     drop_path_rate: float,
@@ -291,6 +291,8 @@ def _check_sizes(
             )
     if depth < 2:
         raise QsdError(f"depth={depth} leaves no transformer block; use 2 or more (a multiple of 4 divides evenly).")
+    if mlp_ratio * min(embed_dims[0] // 2, *embed_dims) < 1:
+        raise QsdError(f"mlp_ratio={mlp_ratio} leaves no channels inside the MLPs.")
     if num_classes < 0:
         raise QsdError(f"num_classes={num_classes} is negative; 0 removes the classifier.")
     if len(strides) != 5 or min(strides) < 1:

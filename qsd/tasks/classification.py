@@ -1,7 +1,9 @@
 """Image classification: what a training run optimises, measures and writes down."""
 
 import difflib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from qsd.errors import QsdError
 from qsd.models import load_weights
+from qsd.models.checkpoints import check_weights
 from qsd.quantizers import StepSizeQuantizer
 from qsd.tasks.diagnosis import collapsed_step, first_non_finite, non_finite_parameter
 from qsd.tasks.random_state import get_random_state, set_random_state
@@ -42,7 +45,7 @@ class ClassificationTask(LightningModule):
         optimizer_args: further arguments of the optimiser.
         base_lr: learning rate for a total batch of 256 images; the rate is scaled linearly with the total batch
             (images per process x processes x accumulated batches).
-        min_lr: where the cosine schedule ends.
+        min_lr: where the cosine schedule ends, for parameters at the full rate.
         warmup_epochs: epochs of linear warm-up, a step at a time.
         step_lr: learning rate of the quantizers' step sizes, over that of the other parameters. Adam and its kin move
             every parameter by about the learning rate per step, which is as much as a whole step size.
@@ -82,6 +85,14 @@ class ClassificationTask(LightningModule):
         if not timm.is_model(model):
             near = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
             raise QsdError(f"model {model!r} is unknown to timm; nearest names: {', '.join(near) or 'none'}.")
+        if not 0 <= label_smoothing < 1:
+            raise QsdError(f"label_smoothing={label_smoothing} is not in [0, 1).")
+        backends = torch.compiler.list_backends(exclude_tags=())
+        if isinstance(compile, str) and compile not in backends:
+            raise QsdError(f"compile={compile!r} is no backend of torch.compile; backends: {', '.join(backends)}.")
+        for name, value in (("base_lr", base_lr), ("min_lr", min_lr), ("mixup", mixup), ("cutmix", cutmix)):
+            if not value >= 0:
+                raise QsdError(f"{name}={value} is negative.")
         self.save_hyperparameters()
         self.model: Any = None  # a network, once `configure_model` has built it
         self._mixup: Mixup | None = None
@@ -95,7 +106,8 @@ class ClassificationTask(LightningModule):
         self._complete_sizes_from_data()
         h = self.hparams
         trainer = self._trainer
-        model: Any = timm.create_model(h["model"], num_classes=h["num_classes"], **h["model_args"])
+        with _blaming(f"model {h['model']!r} with model_args={h['model_args']}"):
+            model: Any = timm.create_model(h["model"], num_classes=h["num_classes"], **h["model_args"])
         if h["init_from"] is not None:
             load_weights(model, h["init_from"])
         if h["grad_checkpointing"]:
@@ -137,10 +149,16 @@ class ClassificationTask(LightningModule):
         """The optimiser by timm's registry, and a warm-up and cosine schedule that advances by steps."""
         h = self.hparams
         lr = h["base_lr"] * self.total_batch_size / 256
-        optimizer = create_optimizer_v2(
-            self._parameter_groups(lr), opt=h["optimizer"], lr=lr, **(h["optimizer_args"] or {})
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule(optimizer), "interval": "step"}}
+        with _blaming(
+            f"optimizer {h['optimizer']!r} with optimizer_args={h['optimizer_args']}, base_lr={h['base_lr']}"
+        ):
+            optimizer = create_optimizer_v2(
+                self._parameter_groups(lr), opt=h["optimizer"], lr=lr, **(h["optimizer_args"] or {})
+            )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._schedule(optimizer, lr), "interval": "step"},
+        }
 
     def _parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         h = self.hparams
@@ -170,7 +188,7 @@ class ClassificationTask(LightningModule):
             raise QsdError("the data module has no batch_size, from which the learning rate is computed.")
         return per_process * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    def _schedule(self, optimizer: torch.optim.Optimizer, lr: float) -> LambdaLR:
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise QsdError("the length of the training is unknown; set --trainer.max_epochs or --trainer.max_steps.")
@@ -178,19 +196,19 @@ class ClassificationTask(LightningModule):
         # is loaded, or Lightning (2.6) forgets to hand the loader its place in the epoch.
         self.trainer.fit_loop.setup_data()
         self.trainer.fit_loop._combined_loader = None
-        steps = int(total)
+        steps = max(int(total), 1)
         batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        warmup = min(int(self.hparams["warmup_epochs"] * batches), steps - 1)
-        if warmup < 2:
-            return CosineAnnealingLR(optimizer, max(steps, 1), self.hparams["min_lr"])
-        return SequentialLR(
-            optimizer,
-            [
-                LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1),
-                CosineAnnealingLR(optimizer, steps - warmup, self.hparams["min_lr"]),
-            ],
-            milestones=[warmup],
-        )
+        warmup = min(int(self.hparams["warmup_epochs"] * batches), steps - 1) if batches < float("inf") else 0
+        floor = min(self.hparams["min_lr"] / lr, 1.0) if lr > 0 else 0.0
+
+        def factor(step: int) -> float:
+            # One factor for all groups: those that are slower by design stay so to the end.
+            if step < warmup:
+                return (step + 1) / warmup
+            progress = min((step - warmup) / (steps - warmup), 1.0)
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        return LambdaLR(optimizer, factor)
 
     def add_auxiliary_loss(self, loss: AuxiliaryLoss) -> None:
         """Add terms to the training loss, for distillation and the like.
@@ -216,11 +234,11 @@ class ClassificationTask(LightningModule):
         """The loss of a batch, with the auxiliary terms."""
         images, labels = batch
         self._check_labels(labels)
-        if self._mixup is None:
+        if self._mixup is None or len(images) == 1:  # Mixup pairs images up
             logits = self(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.hparams["label_smoothing"])
         else:
-            if len(images) % 2 and len(images) > 1:  # Mixup pairs images up
+            if len(images) % 2:
                 images, labels = images[:-1], labels[:-1]
             images, soft_labels = self._mixup(images, labels)
             logits = self(images)
@@ -305,7 +323,8 @@ class ClassificationTask(LightningModule):
         checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the random states along, if training goes on."""
+        """Refuse weights that do not fit; take the random states along, if training goes on."""
+        check_weights(checkpoint["state_dict"], self.state_dict(), "the checkpoint")
         self._random_states = checkpoint.get("random_states")
 
     def _check_step_sizes(self) -> None:
@@ -328,3 +347,15 @@ class ClassificationTask(LightningModule):
         path = max((p for p in written if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
         kept = f"the last good checkpoint is {path}" if path else "no checkpoint was written yet"
         return f"training stopped, {kept}; try a lower base_lr or step_lr, gradient clipping or 32-bit precision."
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Turn what a library says of an argument into one line that names it."""
+    try:
+        yield
+    except QsdError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise QsdError(f"{what} cannot be built: {reason[:300]}") from error

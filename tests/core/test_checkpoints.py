@@ -1,9 +1,11 @@
 """Reading weights: the published code's numbers, wrappers, mismatches."""
 
+import argparse
 import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -167,11 +169,12 @@ def test_our_own_files_of_every_kind_load(model, tmp_path):
     ("content", "message"),
     [
         (None, "does not exist"),
-        (b"not a checkpoint", "cannot be read"),
+        (b"not a checkpoint", "cannot be read: it is damaged, incomplete or no checkpoint"),
+        (b"", "cannot be read"),
         ({"epoch": 3}, "holds no state dict"),
         ({"conv.weight": torch.zeros(2)}, "no checkpoint of the published"),
     ],
-    ids=["missing", "garbage", "no tensors", "other network"],
+    ids=["missing", "garbage", "empty", "no tensors", "other network"],
 )
 def test_files_that_cannot_serve_are_named(content, message, tmp_path, model):
     path = tmp_path / "file.pth"
@@ -183,12 +186,30 @@ def test_files_that_cannot_serve_are_named(content, message, tmp_path, model):
         load_reference_weights(model, path)
 
 
+def test_what_training_scripts_put_beside_the_weights_does_no_harm(reference, model, tmp_path):
+    beside = {"args": argparse.Namespace(lr=1e-3, folder="x"), "best": np.float64(0.5), "epoch": 3}
+    torch.save({"model": reference[1], **beside}, tmp_path / "script.pth")
+    load_reference_weights(model, tmp_path / "script.pth")
+
+
+def test_weights_that_are_not_finite_are_refused(reference, model):
+    state = {**reference[1], "head.weight": reference[1]["head.weight"] / 0}
+    with pytest.raises(QsdError, match=r"not finite: head\.weight"):
+        load_reference_weights(model, state)
+
+
+def test_an_incomplete_reference_is_named(reference):
+    state = {k: v for k, v in reference[1].items() if "downsample3" not in k}
+    with pytest.raises(QsdError, match=r"incomplete: downsample3\.encode_conv\.weight missing"):
+        reference_sizes(state)
+
+
 def test_pickled_code_is_not_run(tmp_path, model):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"model": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(QsdError, match="cannot be read"):
+    with pytest.raises(QsdError, match=r"cannot be read: it holds \S+, which could run code"):
         load_reference_weights(model, tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()

@@ -148,6 +148,15 @@ def test_time_steps_and_bits_can_be_overridden():
     assert {m.quantizer.q_max for m in model.modules() if isinstance(m, QuantConv2d)} == {1}
 
 
+def test_zero_asks_timm_for_float_weights_and_relus():
+    # timm drops arguments that are None
+    model = small("qsd_15m", time_steps=0, weight_bits=0)
+    assert model.state_dict().keys() == small("qsd_15m_ann").state_dict().keys()
+    assert model.time_steps is None
+    assert model.weight_bits is None
+    assert any(isinstance(m, SpikeNeuron) for m in small("qsd_15m", weight_bits=0).modules())
+
+
 def test_smaller_strides_keep_more_tokens_of_small_images():
     model = small("qsd_tiny", strides=(1, 1, 2, 2, 1))
     assert model.forward_features(torch.randn(1, 3, 32, 32)).shape[-2:] == (8, 8)
@@ -166,7 +175,8 @@ def test_smaller_strides_keep_more_tokens_of_small_images():
         ({"strides": (2, 2)}, "five positive strides"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
         ({"weight_bits": 1}, "weight_bits=1"),
-        ({"time_steps": 0}, "time_steps=0"),
+        ({"time_steps": -1}, "time_steps=-1"),
+        ({"mlp_ratio": 0}, "mlp_ratio=0"),
         ({"global_pool": "max"}, "only 'avg' exists"),
         ({"attention": "softmax"}, "not spike-driven"),
         ({"pretrained": True}, "no pretrained weights are distributed"),

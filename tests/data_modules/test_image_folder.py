@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from qsd.data import ImageFolderData
+from qsd.data.transforms import crop_transform
 from qsd.errors import QsdError
 
 CPU = {
@@ -268,3 +269,16 @@ def test_workers_by_default(tree, monkeypatch, cores, workers):
     monkeypatch.setattr(os, "sched_getaffinity", affinity, raising=False)
     loader = data(tree, num_workers=None).train_dataloader()
     assert (loader.num_workers, loader.persistent_workers) == (workers, True)
+
+
+def test_the_published_policy_survives_its_greatest_posterization():
+    # timm asks for 0 bits at magnitude 10 (m9-mstd0.5 reaches it): an error in Pillow 13, black before
+    transform = crop_transform((16, 16), "bicubic", auto_augment="rand-m10-n1-inc1", re_prob=0.0)
+    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    policy = next(part for part in transform.transforms if hasattr(part, "ops"))
+    for op in policy.ops:
+        op.prob = 1.0
+        assert op(image).size == (16, 16)
+    black = [op for op in policy.ops if "osterize" in op.name]
+    assert len(black) == 1
+    assert black[0](image).getextrema() == ((0, 0),) * 3

@@ -73,7 +73,7 @@ def test_two_processes_train_and_validate_every_image_once(tree, write_tree, tmp
 def test_fewer_images_than_processes_are_named(tmp_path, write_tree):
     tree = write_tree(tmp_path / "small", {"train": {"cat": 4, "dog": 4}, "val": {"cat": 1}})
     command = [
-        "-m", "qsd", "validate", "--data=ImageFolderData", "--data.root", tree, "--data.img_size=32", SMALL,
+        "-m", "qsd", "fit", "--data=ImageFolderData", "--data.root", tree, "--data.img_size=32", SMALL,
         "--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=0",
     ]  # fmt: skip
     done = subprocess.run(
