@@ -25,6 +25,13 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _USER_ERRORS = (QsdError, MisconfigurationException, OSError, UnicodeDecodeError, torch.OutOfMemoryError)
 
 
+# Errors of torch's that need other words.
+_OTHER_WORDS = {
+    "Expected more than 1 value per channel": "a batch of one image with one token trains no batch norm; raise "
+    "batch_size or img_size.",
+    "onnection closed by peer": "another process has stopped; its message says why.",
+}
+
 # Warnings that mean nothing here.
 _NOISE = (
     "LightningCLI's args parameter is intended to run from within Python",
@@ -178,6 +185,12 @@ def main(args: Sequence[str] | None = None) -> int:
         if traceback_wanted:
             raise
         print(f"qsd: error: {' '.join(str(error).split())} (--traceback shows where)", file=sys.stderr)
+        return 2
+    except (ValueError, RuntimeError) as error:
+        line = next((words for found, words in _OTHER_WORDS.items() if found in str(error)), None)
+        if line is None or traceback_wanted:
+            raise
+        print(f"qsd: error: {line} (--traceback shows where)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

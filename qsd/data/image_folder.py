@@ -69,6 +69,8 @@ class ImageFolderData(ImageData):
         on_bad_image: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__(img_size, batch_size, num_workers, seed, predict_path, on_bad_image)
+        if min(std) <= 0:
+            raise QsdError(f"std={tuple(std)} is not positive")
         for name, (low, high) in (("scale", scale), ("ratio", ratio)):
             if not 0 < low <= high:
                 raise QsdError(f"{name}=({low}, {high}) is not a range of positive numbers; give the smaller one first")

@@ -224,6 +224,7 @@ class QsdTransformer(nn.Module):
         del prune_norm
         taken, last = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: last + 1]
+        self.total_stride = self.feature_info[last]["reduction"]
         if prune_head:
             self.reset_classifier(0)
         return taken

@@ -186,6 +186,8 @@ class ClassificationTask(LightningModule):
         per_process = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if per_process is None:
             raise QsdError("the data module has no batch_size, from which the learning rate is computed.")
+        if self.trainer.accumulate_grad_batches < 1:
+            raise QsdError(f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} is not positive.")
         return per_process * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def _schedule(self, optimizer: torch.optim.Optimizer, lr: float) -> LambdaLR:

@@ -92,6 +92,7 @@ def test_contract(name):
     assert model(images).shape == (2, 24)
     assert model.prune_intermediate_layers([1]) == [1]
     assert model.forward_features(images).shape == (2, 8, 6, 4)
+    assert model.forward_features(images[..., :8, :8]).shape == (2, 8, 1, 1)  # smaller images than before are legal
 
 
 @pytest.mark.parametrize("name", ["qsd_tiny", "qsd_tiny_ann"])
