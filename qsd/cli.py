@@ -24,7 +24,6 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 # Mistakes of the user, which Lightning and Python report in a readable line of their own.
 _USER_ERRORS = (QsdError, MisconfigurationException, OSError, UnicodeDecodeError, torch.OutOfMemoryError)
 
-
 # Errors of torch's that need other words.
 _OTHER_WORDS = {
     "Expected more than 1 value per channel": "a batch of one image with one token trains no batch norm; raise "
