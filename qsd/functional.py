@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -115,6 +116,20 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if query.dtype in (torch.float16, torch.bfloat16):
             query, key, value = query.float(), key.float(), value.float()
         return (value @ key.transpose(-1, -2)) @ query
+
+
+def pad_frame(x: Tensor, frame: Tensor) -> Tensor:
+    """Put one pixel around an image, of a value by channel.
+
+    Args:
+        x: ``[B, C, H, W]``.
+        frame: ``[C]``; it takes the dtype of ``x``.
+
+    Returns:
+        ``[B, C, H + 2, W + 2]``.
+    """
+    inside = F.pad(x.new_ones(x.shape[-2:], dtype=torch.bool), [1, 1, 1, 1])
+    return torch.where(inside, F.pad(x, [1, 1, 1, 1]), frame.to(x.dtype).view(1, -1, 1, 1))
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:

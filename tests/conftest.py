@@ -1,9 +1,12 @@
+import importlib.util
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import qsd  # noqa: F401 - makes the model names known
 
@@ -51,3 +54,23 @@ def truncated():
         return path
 
     return write
+
+
+@pytest.fixture
+def tool():
+    """Import a script of ``tools/`` by its name."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def reference_state():
+    """A state dict of the published code, float32."""
+    tensors = load_file(Path(__file__).parent / "data" / "qsd_reference_tiny.safetensors")
+    return {n.removeprefix("state."): t.float() for n, t in tensors.items() if n.startswith("state.")}

@@ -1,6 +1,5 @@
 """The README is true: each of its commands runs, shortened and in-process where it is long."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 
 from qsd import cli
 from qsd.data import ImageArray
@@ -29,21 +27,12 @@ SHORT = [
 EVALUATE = [option for option in SHORT if "max_epochs" not in option and "limit_train" not in option]
 
 
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def workplace(tmp_path, tree, monkeypatch):
+def workplace(tmp_path, tree, reference_state, monkeypatch):
     """A folder as the README's reader has it: configurations, data, a run, a reference checkpoint."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    state = load_file(ROOT / "tests/data/qsd_reference_tiny.safetensors")
-    state = {name.removeprefix("state."): tensor.float() for name, tensor in state.items() if name.startswith("state.")}
-    torch.save({"model": state}, tmp_path / "REFERENCE.pth")
+    torch.save({"model": reference_state}, tmp_path / "REFERENCE.pth")
     return tmp_path
 
 
@@ -52,7 +41,7 @@ def needs_a_run(command):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("qsd ")])
-def test_qsd_commands(command, workplace, tree, monkeypatch):
+def test_qsd_commands(command, workplace, tree, tool, monkeypatch):
     if needs_a_run(command):
         assert cli.main(["fit", "--config", "configs/digits.yaml", *SHORT]) == 0
     if "cifar" in command:
@@ -91,7 +80,7 @@ def test_make_commands(command):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
-def test_tools(command, workplace, monkeypatch, capsys):
+def test_tools(command, workplace, tool, capsys):
     script, *arguments = shlex.split(command)[1:]
     assert tool(Path(script).stem).main([*arguments, "--num-heads=4"]) == 0
     assert "imported.ckpt: " in capsys.readouterr().out
@@ -117,7 +106,7 @@ def test_the_files_it_names_exist():
         assert (ROOT / path).is_file(), path
 
 
-def test_the_demonstration_runs_from_any_folder(tmp_path, monkeypatch, capsys):
+def test_the_demonstration_runs_from_any_folder(tmp_path, tool, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = [o for o in SHORT if "model_args" not in o]
     evaluate_too = [o for o in options if "num_workers" not in o]

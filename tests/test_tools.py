@@ -1,12 +1,10 @@
 """Importing a checkpoint of the published code, from the user's end."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qsd import cli
 
@@ -14,19 +12,14 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def importer():
-    spec = importlib.util.spec_from_file_location("import_checkpoint", ROOT / "tools/import_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def importer(tool):
+    return tool("import_checkpoint")
 
 
 @pytest.fixture
-def reference(tmp_path, monkeypatch):
+def reference(tmp_path, reference_state, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    state = load_file(ROOT / "tests/data/qsd_reference_tiny.safetensors")
-    state = {name.removeprefix("state."): tensor.float() for name, tensor in state.items() if name.startswith("state.")}
-    torch.save({"model": {f"module.{k}": v for k, v in state.items()}}, "reference.pth")
+    torch.save({"model": {f"module.{k}": v for k, v in reference_state.items()}}, "reference.pth")
     return Path("reference.pth")
 
 

@@ -47,7 +47,7 @@ def import_checkpoint(source: Path, target: Path, num_heads: int = 8, weight_bit
     name = next(same, "qsd_15m")
     arguments = {**sizes, "embed_dims": list(sizes["embed_dims"]), "num_heads": num_heads, "weight_bits": weight_bits}
     model = timm.create_model(name, num_classes=num_classes, **arguments)
-    load_reference_weights(model, source)
+    load_reference_weights(model, state)
     checkpoint = {
         "state_dict": {f"model.{key}": value for key, value in model.state_dict().items()},
         "hyper_parameters": {

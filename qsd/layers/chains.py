@@ -7,8 +7,8 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from qsd.functional import pad_frame
 from qsd.layers.quantized import QuantConv2d
 
 
@@ -49,10 +49,8 @@ class BatchNormPad2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H + 2, W + 2]``."""
-        y = self.norm(x)
-        inside = F.pad(y.new_ones(y.shape[-2:], dtype=torch.bool), [1, 1, 1, 1])
-        frame = self.frame().to(y.dtype).view(1, -1, 1, 1)
-        return torch.where(inside, F.pad(y, [1, 1, 1, 1]), frame)
+        y = self.norm(x)  # first: it updates the statistics that the frame is made of
+        return pad_frame(y, self.frame())
 
 
 def rep_conv(channels: int, weight_bits: int | None = 4) -> LinearChain:

@@ -219,11 +219,10 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     expected = model.state_dict()
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     head = {name for name in expected if name.startswith(f"{classifier}.")}
-    reshaped = {name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape}
     optional: set[str] = set()
     if not head:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{classifier}.")}
-    elif head & reshaped or not head & state.keys():
+    elif head & set(_reshaped(state, expected)) or not head & state.keys():
         logger.warning(
             "%s has no classifier for %s classes; it starts afresh.", source, getattr(model, "num_classes", "its")
         )
@@ -254,12 +253,13 @@ def check_weights(
         QsdError: for names that are missing or unexpected, other shapes, values that are not finite, and step sizes
             that are not positive.
     """
-    reshaped = [name for name in sorted(expected.keys() & state.keys()) if expected[name].shape != state[name].shape]
     _raise_on_mismatch(
         source,
         missing=sorted(expected.keys() - state.keys() - may_lack),
         unexpected=sorted(state.keys() - expected.keys()),
-        reshaped=[f"{n} {tuple(state[n].shape)} instead of {tuple(expected[n].shape)}" for n in reshaped],
+        reshaped=[
+            f"{n} {tuple(state[n].shape)} instead of {tuple(expected[n].shape)}" for n in _reshaped(state, expected)
+        ],
     )
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
@@ -267,6 +267,10 @@ def check_weights(
     bad = [name for name, t in state.items() if name.endswith(".quantizer.step") and not bool((t > 0).all())]
     if bad:
         raise QsdError(f"{source} has step sizes that are not positive: {_shorten(bad)}; it cannot be used.")
+
+
+def _reshaped(state: StateDict, expected: StateDict) -> list[str]:
+    return [name for name in sorted(expected.keys() & state.keys()) if expected[name].shape != state[name].shape]
 
 
 def _raise_on_mismatch(source: str, missing: list[str], unexpected: list[str], reshaped: list[str]) -> None:

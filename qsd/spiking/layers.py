@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.errors import QsdError
-from qsd.functional import linear_attention, spike_count
+from qsd.functional import linear_attention, pad_frame, spike_count
 from qsd.neurons import SpikeNeuron
 from qsd.spiking.runtime import Runtime, TracedTensor, plain
 from qsd.spiking.steps import charge, fire, outer_increment
@@ -111,10 +111,7 @@ class Convolution:
             share: 1 in the count domain, 1/T in a step: over a window both are added once.
         """
         y = F.conv2d(x, self.weight, self.bias * share, self.stride, self.padding, groups=self.groups)
-        if self.frame is None:
-            return y
-        inside = F.pad(y.new_ones(y.shape[-2:], dtype=torch.bool), [1, 1, 1, 1])
-        return torch.where(inside, F.pad(y, [1, 1, 1, 1]), (self.frame * share).view(1, -1, 1, 1))
+        return y if self.frame is None else pad_frame(y, self.frame * share)
 
 
 class SpikingLinear(nn.Module):

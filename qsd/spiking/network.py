@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -82,17 +83,15 @@ class SpikingNetwork(nn.Module):
         Returns:
             Output, recordings and latency.
         """
-        runtime = self.runtime
-        runtime.record = (record,) if isinstance(record, str) else tuple(record)
-        unknown = [r for r in runtime.record if not any(runtime.records(n) for n in self.neurons())]
-        if unknown:
-            raise QsdError(
-                f"record={unknown[0]!r} names no neuron; names are {', '.join(list(self.neurons())[:3])}, ..."
-            )
-        trace = runtime.trace = Trace(torch.empty(0), self.latency(delay))
+        runtime, latency = self.runtime, self.latency(delay)
         with runtime.running("step", delay_choice(delay), len(images)):
+            runtime.record = (record,) if isinstance(record, str) else tuple(record)
+            for pattern in runtime.record:
+                if not any(fnmatchcase(name, pattern) for name in self.neurons()):
+                    known = ", ".join(list(self.neurons())[:3])
+                    raise QsdError(f"record={pattern!r} names no neuron; names are {known}, ...")
+            runtime.trace = trace = Trace(torch.empty(0), latency)
             trace.logits = runtime.split(self.network(images)).sum(0)
-        runtime.record, runtime.trace = (), Trace(torch.empty(0), 0)  # what was recorded belongs to the caller
         return trace
 
     @torch.no_grad()

@@ -53,19 +53,19 @@ class Runtime:
 
     @contextmanager
     def running(self, mode: Mode, delay: DelayChoice | None = None, batch: int = 0) -> Iterator[None]:
-        """Run the network in a mode, then return to the one before.
+        """Run the network in a mode, then return to the one before, with what was recorded and how.
 
         Args:
             mode: what layers are to do.
             delay: chooses a neuron's delay by its name and the stored one; ``None`` for the stored one.
             batch: B of the images, if steps are taken.
         """
-        before = self.mode, self.delay, self.batch
+        before = self.mode, self.delay, self.batch, self.record, self.trace
         self.mode, self.delay, self.batch = mode, delay or delay_choice(None), batch
         try:
             yield
         finally:
-            self.mode, self.delay, self.batch = before
+            self.mode, self.delay, self.batch, self.record, self.trace = before
 
     @contextmanager
     def counting(self, counts: dict[str, Tensor]) -> Iterator[None]:
