@@ -112,10 +112,19 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         ``[B, heads, d_h, N]``, in float32 or better.
     """
-    with torch.autocast(query.device.type, enabled=False):
-        if query.dtype in (torch.float16, torch.bfloat16):
-            query, key, value = query.float(), key.float(), value.float()
-        return (value @ key.transpose(-1, -2)) @ query
+    return exact_matmul(exact_matmul(value, key.transpose(-1, -2)), query)
+
+
+def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in float32 or better, so that integers up to 2**24 stay exact, whatever autocast wishes.
+
+    Args:
+        left: ``[..., I, C]``.
+        right: ``[..., C, J]``.
+    """
+    with torch.autocast(left.device.type, enabled=False):
+        dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+        return left.to(dtype) @ right.to(dtype)
 
 
 def pad_frame(x: Tensor, frame: Tensor) -> Tensor:

@@ -1,24 +1,97 @@
-"""The layers of a converted network. Each has a count-domain and a stepping form, and both must agree.
+"""The layers of a converted network. Each can count, take steps, and run on a clock; all must agree.
 
 In the count domain tensors are ``[B, ...]`` and spikes are counts ``0..T``. In steps they are ``[T * B, ...]``, the
 steps in front: spikes are 0 or 1, and all that is linear acts on each step alone, so that sums over the window are
-preserved.
+preserved. On the clock they are ``[B, ...]`` again, one tick at a time, and layers keep state between ticks.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.errors import QsdError
-from qsd.functional import linear_attention, pad_frame, spike_count
+from qsd.functional import exact_matmul, pad_frame, spike_count
 from qsd.neurons import SpikeNeuron
-from qsd.spiking.runtime import Runtime, TracedTensor, plain
-from qsd.spiking.steps import charge, fire, outer_increment
+from qsd.spiking.clock import Window
+from qsd.spiking.runtime import IMAGE, Runtime, TracedTensor, plain
+from qsd.spiking.steps import charge, fire, product_increment
 
 
-class DelayedNeuron(nn.Module):
+class TimedLayer(nn.Module):
+    """A layer of a converted network, in its modes: ``count``, ``step``, and ``tick`` on a clock.
+
+    Args:
+        name: dotted name in the trained model.
+        runtime: of the converted network.
+    """
+
+    def __init__(self, name: str, runtime: Runtime) -> None:
+        super().__init__()
+        self.name, self.runtime = name, runtime
+
+    def count(self, *inputs: Tensor) -> Tensor:
+        """Sums over the window to sums over the window, ``[B, ...]``.
+
+        Args:
+            inputs: spike counts, or accumulated currents.
+        """
+        raise NotImplementedError
+
+    def step(self, *inputs: Tensor) -> Tensor:
+        """All steps of the window at once, ``[T * B, ...]``.
+
+        Args:
+            inputs: binary spikes, or currents.
+        """
+        raise NotImplementedError
+
+    def tick(self, window: Window, *inputs: Tensor) -> Tensor:
+        """One tick of the clock, ``[B, ...]``.
+
+        Args:
+            window: where this tick lies in the window of the inputs, and the layer's state.
+            inputs: what arrives in this tick.
+        """
+        raise NotImplementedError
+
+    def lag(self) -> int:
+        """Steps by which the output's window lies behind the inputs'."""
+        return 0
+
+    def occupation(self) -> int:
+        """Steps for which an image occupies the layer's state."""
+        return self.runtime.time_steps
+
+    def check_sources(self, *inputs: Tensor) -> None:
+        """Look at whose spikes come in, while the network is traced.
+
+        Args:
+            inputs: marked tensors.
+        """
+
+    def source(self) -> "DelayedNeuron | None":
+        """The neuron whose spikes the output holds, if it holds spikes."""
+        return None
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """What the mode of the runtime asks for."""
+        runtime = self.runtime
+        if runtime.mode == "count":
+            return self.count(*inputs)
+        if runtime.mode == "step":
+            return self.step(*inputs)
+        inputs, arrival = runtime.aligned(inputs)
+        if runtime.mode == "trace":
+            self.check_sources(*inputs)
+            runtime.occupation[self.name] = self.occupation()
+            output = self.count(*(plain(x) for x in inputs))
+        else:
+            image = any(getattr(x, "source", None) is IMAGE for x in inputs)
+            output = self.tick(runtime.clock.window(self.name, arrival, image), *(plain(x) for x in inputs))
+        return TracedTensor.mark(output, self.source(), arrival + self.lag(), runtime)
+
+
+class DelayedNeuron(TimedLayer):
     """Delayed integrate-and-fire neuron: charges in steps 1..T, may fire in steps d+1..d+T of its window.
 
     At ``d >= T - 1`` it fires exactly the trained neuron's count, for every input (theorem: all input is in before the
@@ -34,33 +107,38 @@ class DelayedNeuron(nn.Module):
     """
 
     def __init__(self, trained: SpikeNeuron, name: str, delay: int, runtime: Runtime) -> None:
-        super().__init__()
-        self.name, self.delay, self.runtime = name, delay, runtime
+        super().__init__(name, runtime)
+        self.delay = delay
         self.time_steps, self.threshold, self.amplitude = trained.time_steps, trained.threshold, trained.amplitude
         self.drive = trained.drive
         self.scaled = False
 
+    def lag(self) -> int:
+        return self.runtime.delay(self.name, self.delay)
+
+    def occupation(self) -> int:
+        return self.time_steps + self.lag()
+
+    def source(self) -> "DelayedNeuron | None":
+        return None if self.scaled else self
+
     def _emit(self, spikes: Tensor) -> Tensor:
         return spikes * self.amplitude if self.scaled else spikes
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Accumulated input to counts, or currents to binary spikes; the shape stays."""
-        if self.runtime.mode == "step":
-            return self._step(x)
-        counts = spike_count(self.drive(plain(x)), self.time_steps)
-        if self.runtime.mode == "trace":
-            delay = self.runtime.delay(self.name, self.delay)
-            return TracedTensor.mark(counts, None if self.scaled else self, getattr(x, "arrival", 0) + delay)
+    def count(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        counts = spike_count(self.drive(x), self.time_steps)
         if self.runtime.on_counts is not None:
             self.runtime.on_counts(self.name, counts)
         return self._emit(counts)
 
-    def _step(self, x: Tensor) -> Tensor:
+    def step(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
         runtime, steps = self.runtime, self.time_steps
         if runtime.is_constant(x):
-            raise QsdError(f"neuron {self.name} sees an image: put a convolution or linear layer of ours before it.")
+            raise self._sees_an_image()
         currents = runtime.split(x)
-        delay = runtime.delay(self.name, self.delay)
+        delay = self.lag()
         membrane = torch.full_like(currents[0], self.threshold / 2)
         spikes = torch.zeros(currents.shape, dtype=torch.bool, device=x.device)
         potentials: list[Tensor] | None = [] if runtime.records(self.name) else None
@@ -79,15 +157,34 @@ class DelayedNeuron(nn.Module):
             runtime.on_counts(self.name, spikes.sum(0, dtype=x.dtype))
         return self._emit(spikes.flatten(0, 1).to(x.dtype))
 
+    def tick(self, window: Window, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        if window.constant:
+            raise self._sees_an_image()
+        spikes, delay, state = torch.zeros_like(x), self.lag(), window.state
+        if window.begins:
+            state["membrane"], state["count"] = torch.full_like(x, self.threshold / 2), torch.zeros_like(x)
+        if window.open:
+            state["membrane"] = charge(state["membrane"], x)
+        if window.within(delay, self.time_steps):
+            fired, state["membrane"] = fire(state["membrane"], self.threshold)
+            spikes = fired.to(x.dtype)
+            state["count"] = state["count"] + spikes
+        if self.runtime.on_counts is not None and window.step == delay + self.time_steps:
+            self.runtime.on_counts(self.name, state["count"])
+        return self._emit(spikes)
+
+    def _sees_an_image(self) -> QsdError:
+        return QsdError(f"neuron {self.name} sees an image: put a convolution or linear layer of ours before it.")
+
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, threshold={self.threshold:g}, delay={self.delay}"
 
 
-@dataclass(frozen=True)
-class Convolution:
+class Convolution(nn.Module):
     """One linear factor, norms folded in.
 
-    Attributes:
+    Args:
         weight: ``[C_out, C_in / groups, k, k]``.
         bias: ``[C_out]``.
         stride: of the kernel.
@@ -98,12 +195,24 @@ class Convolution:
 
     weight: Tensor
     bias: Tensor
-    stride: int = 1
-    padding: int = 0
-    groups: int = 1
-    frame: Tensor | None = None
+    frame: Tensor | None
 
-    def apply(self, x: Tensor, share: float) -> Tensor:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        frame: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("frame", frame)
+        self.stride, self.padding, self.groups = stride, padding, groups
+
+    def forward(self, x: Tensor, share: float = 1.0) -> Tensor:
         """Convolve ``[B, C_in, H, W]``, with a share of bias and frame.
 
         Args:
@@ -114,19 +223,11 @@ class Convolution:
         return y if self.frame is None else pad_frame(y, self.frame * share)
 
 
-class SpikingLinear(nn.Module):
+class SpikingLinear(TimedLayer):
     """A synapse: linear map from spikes to currents. Its bias is injected in T equal parts.
 
-    Subclasses implement `linear_map`.
-
-    Args:
-        name: dotted name in the trained model.
-        runtime: of the converted network.
+    Subclasses implement `linear_map` and `absorb`.
     """
-
-    def __init__(self, name: str, runtime: Runtime) -> None:
-        super().__init__()
-        self.name, self.runtime = name, runtime
 
     def linear_map(self, x: Tensor, share: float) -> Tensor:
         """Apply the layer with a share of its bias.
@@ -145,20 +246,28 @@ class SpikingLinear(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Spikes (or counts, or an image) to currents."""
-        runtime = self.runtime
-        if runtime.mode == "trace":
-            source = getattr(x, "source", None)
-            if runtime.sources.setdefault(self.name, source) is not source:
-                raise QsdError(f"layer {self.name} is used twice, on different neurons' spikes; make it two layers.")
-            return TracedTensor.mark(self.linear_map(plain(x), 1.0), None, getattr(x, "arrival", 0))
-        if runtime.mode == "count":
-            return self.linear_map(x, 1.0)
-        if runtime.is_constant(x):  # an image: computed once, and the same current in every step
-            current = self.linear_map(x, 1.0) / runtime.time_steps
-            return current.repeat(runtime.time_steps, *[1] * (current.dim() - 1))
-        return self.linear_map(x, 1 / runtime.time_steps)
+    def check_sources(self, *inputs: Tensor) -> None:
+        source = getattr(inputs[0], "source", None)
+        if self.runtime.sources.setdefault(self.name, source) is not source:
+            raise QsdError(f"layer {self.name} is used twice, on different neurons' spikes; make it two layers.")
+
+    def count(self, *inputs: Tensor) -> Tensor:
+        return self.linear_map(inputs[0], 1.0)
+
+    def step(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        steps = self.runtime.time_steps
+        if self.runtime.is_constant(x):  # an image: computed once, and the same current in every step
+            current = self.linear_map(x, 1.0) / steps
+            return current.repeat(steps, *[1] * (current.dim() - 1))
+        return self.linear_map(x, 1 / steps)
+
+    def tick(self, window: Window, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        if not window.open:
+            return self.linear_map(torch.zeros_like(x), 0.0)
+        steps = self.runtime.time_steps
+        return self.linear_map(x, 1.0) / steps if window.constant else self.linear_map(x, 1 / steps)
 
 
 class SpikingChain(SpikingLinear):
@@ -168,7 +277,7 @@ class SpikingChain(SpikingLinear):
     operation then sees spikes.
 
     Args:
-        factors: convolutions in the order of application.
+        factors: convolutions by name, in the order of application.
         merged: one convolution equal to them, or ``None``.
         merged_counts: evaluate the merged one in the count domain too (if it is not equal: quantized).
         name: dotted name in the trained model.
@@ -176,45 +285,33 @@ class SpikingChain(SpikingLinear):
     """
 
     def __init__(
-        self, factors: list[Convolution], merged: Convolution | None, merged_counts: bool, name: str, runtime: Runtime
+        self,
+        factors: dict[str, Convolution],
+        merged: Convolution | None,
+        merged_counts: bool,
+        name: str,
+        runtime: Runtime,
     ) -> None:
         super().__init__(name, runtime)
+        self.factors = nn.ModuleDict(factors)
+        self.merged: Convolution | None = merged
         self.merged_counts = merged_counts
-        self._fields: dict[str, list[Convolution]] = {}
-        self._store("factors", factors)
-        self._store("merged", [] if merged is None else [merged])
 
-    def _store(self, kind: str, convolutions: list[Convolution]) -> None:
-        # Tensors as buffers, so that they move and convert with the module.
-        self._fields[kind] = convolutions
-        for i, convolution in enumerate(convolutions):
-            for key in ("weight", "bias", "frame"):
-                self.register_buffer(f"{kind}_{i}_{key}", getattr(convolution, key))
-
-    def convolutions(self, kind: str) -> list[Convolution]:
-        """The ``"factors"``, or the ``"merged"`` one (a list of one, or of none)."""
-        return [
-            Convolution(
-                getattr(self, f"{kind}_{i}_weight"),
-                getattr(self, f"{kind}_{i}_bias"),
-                c.stride,
-                c.padding,
-                c.groups,
-                getattr(self, f"{kind}_{i}_frame"),
-            )
-            for i, c in enumerate(self._fields[kind])
-        ]
+    @property
+    def convolutions(self) -> dict[str, Convolution]:
+        """The factors by name, in the order of application."""
+        return {name: factor for name, factor in self.factors.items() if isinstance(factor, Convolution)}
 
     def absorb(self, amplitude: float) -> None:
-        for kind, convolutions in self._fields.items():
-            if convolutions:
-                getattr(self, f"{kind}_0_weight").mul_(amplitude)
+        next(iter(self.convolutions.values())).weight.mul_(amplitude)
+        if self.merged is not None:
+            self.merged.weight.mul_(amplitude)
 
     def linear_map(self, x: Tensor, share: float) -> Tensor:
-        stepping = self.runtime.mode == "step"
-        use_merged = self._fields["merged"] and (stepping or self.merged_counts)
-        for convolution in self.convolutions("merged" if use_merged else "factors"):
-            x = convolution.apply(x, share)
+        if self.merged is not None and (self.merged_counts or self.runtime.mode in ("step", "clock")):
+            return self.merged(x, share)
+        for convolution in self.convolutions.values():
+            x = convolution(x, share)
         return x
 
 
@@ -243,49 +340,91 @@ class SpikingDense(SpikingLinear):
         return F.linear(x, self.weight, self.bias * share)
 
 
+class SpikingProduct(TimedLayer):
+    """Product ``left @ right`` of two trains of spikes, ``[..., I, C]`` and ``[..., C, J]``, by temporal decomposition.
+
+    Every step's increment has terms with one binary operand each; their sum over the window is the product of the
+    counts, whenever the spikes come.
+    """
+
+    def count(self, *inputs: Tensor) -> Tensor:
+        left, right = inputs
+        return exact_matmul(left, right)
+
+    def step(self, *inputs: Tensor) -> Tensor:
+        left, right = (self.runtime.split(x) for x in inputs)
+        left_sum, right_sum = torch.zeros_like(left[0]), torch.zeros_like(right[0])
+        increments = []
+        for x, y in zip(left, right):
+            increment, left_sum, right_sum = product_increment(x, y, left_sum, right_sum)
+            increments.append(increment)
+        return torch.cat(increments)
+
+    def tick(self, window: Window, *inputs: Tensor) -> Tensor:
+        left, right = inputs
+        state = window.state
+        if window.begins or not state:
+            state["left"], state["right"] = torch.zeros_like(left), torch.zeros_like(right)
+        increment, state["left"], state["right"] = product_increment(left, right, state["left"], state["right"])
+        return increment
+
+
+class SpikingQuery(TimedLayer):
+    """Binary query spikes ``[..., C, N]`` that add columns of an integer matrix ``M``, ``[..., I, C]``.
+
+    The matrix comes as increments. The query waits ``T - 1`` steps until it is complete: taken increment by increment
+    the product would multiply integers by integers, which is not spike-driven.
+    """
+
+    def lag(self) -> int:
+        return self.runtime.time_steps - 1
+
+    def occupation(self) -> int:
+        return 2 * self.runtime.time_steps - 1
+
+    def count(self, *inputs: Tensor) -> Tensor:
+        matrix, query = inputs
+        return exact_matmul(matrix, query)
+
+    def step(self, *inputs: Tensor) -> Tensor:
+        increments, query = (self.runtime.split(x) for x in inputs)
+        return (increments.sum(0) @ query).flatten(0, 1)
+
+    def tick(self, window: Window, *inputs: Tensor) -> Tensor:
+        increment, query = inputs
+        state = window.state
+        if window.begins or not state:
+            state["matrix"] = torch.zeros_like(increment)
+        state["matrix"] = state["matrix"] + increment
+        return state["matrix"] @ self.runtime.clock.hold(query, self.lag())
+
+
 class SpikingAttention(nn.Module):
     """Spike-driven self-attention ``neuron(q (k^T v))`` on binary spikes.
-
-    ``M = k^T v`` is accumulated from increments with one binary operand each. The query waits ``T - 1`` steps until M
-    is complete, and then its binary spikes add rows of the integer matrix M: taken step by step like ``k^T v`` it
-    would multiply integers by integers, which is not spike-driven.
 
     Args:
         parts: the converted parts, under their names in the trained attention.
         num_heads: attention heads.
+        name: dotted name in the trained model.
         runtime: of the converted network.
     """
 
-    def __init__(self, parts: dict[str, nn.Module], num_heads: int, runtime: Runtime) -> None:
+    def __init__(self, parts: dict[str, nn.Module], num_heads: int, name: str, runtime: Runtime) -> None:
         super().__init__()
         self.neuron, self.proj, self.attn_neuron = parts["neuron"], parts["proj"], parts["attn_neuron"]
         self.q_proj, self.k_proj, self.v_proj = (parts[f"{n}_proj"] for n in "qkv")
         self.q_neuron, self.k_neuron, self.v_neuron = (parts[f"{n}_neuron"] for n in "qkv")
-        self.num_heads, self.runtime = num_heads, runtime
+        self.key_value = SpikingProduct(f"{name}.key_value", runtime)
+        self.query = SpikingQuery(f"{name}.query", runtime)
+        self.num_heads = num_heads
 
     def forward(self, x: Tensor) -> Tensor:
-        """The residual stream ``[B or T * B, C, H, W]`` to the branch that is added to it."""
+        """The residual stream to the branch that is added to it."""
         spikes = self.neuron(x)
         query = self.q_neuron(self.q_proj(spikes))
         key = self.k_neuron(self.k_proj(spikes))
         value = self.v_neuron(self.v_proj(spikes))
         shape = query.shape
-        heads = [t.reshape(shape[0], self.num_heads, -1, shape[2] * shape[3]) for t in (query, key, value)]
-        if self.runtime.mode == "step":
-            product = self._step(*(self.runtime.split(t) for t in heads))
-        elif self.runtime.mode == "trace":
-            arrival = max(t.arrival for t in (query, key, value)) + self.runtime.time_steps - 1
-            product = linear_attention(*(plain(t) for t in heads)).reshape(shape)
-            product = TracedTensor.mark(product, None, arrival)
-        else:
-            product = linear_attention(*heads)
+        query, key, value = (t.reshape(shape[0], self.num_heads, -1, shape[2] * shape[3]) for t in (query, key, value))
+        product = self.query(self.key_value(value, key.transpose(-1, -2)), query)
         return self.proj(self.attn_neuron(product.reshape(shape)))
-
-    def _step(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Binary ``[T, B, heads, d_h, N]`` each, to currents ``[T, B, heads, d_h, N]``."""
-        key_sum, value_sum = torch.zeros_like(key[0]), torch.zeros_like(value[0])
-        total = key.new_zeros(*key.shape[1:-1], key.shape[-2])
-        for k, v in zip(key, value):
-            increment, key_sum, value_sum = outer_increment(k, v, key_sum, value_sum)
-            total = total + increment
-        return torch.stack([total @ q for q in query])

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d
 from qsd.neurons import SpikeNeuron
+from qsd.spiking.clock import Clock
 from qsd.spiking.layers import DelayedNeuron, SpikingLinear
 from qsd.spiking.rules import Conversion, Merge
-from qsd.spiking.runtime import Runtime, Trace, TracedTensor, delay_choice
+from qsd.spiking.runtime import IMAGE, Runtime, Stream, Trace, TracedTensor, delay_choice, plain
 
 Delay = int | Mapping[str, int] | None
 
@@ -85,13 +87,9 @@ class SpikingNetwork(nn.Module):
         """
         runtime, latency = self.runtime, self.latency(delay)
         with runtime.running("step", delay_choice(delay), len(images)):
-            runtime.record = (record,) if isinstance(record, str) else tuple(record)
-            for pattern in runtime.record:
-                if not any(fnmatchcase(name, pattern) for name in self.neurons()):
-                    known = ", ".join(list(self.neurons())[:3])
-                    raise QsdError(f"record={pattern!r} names no neuron; names are {known}, ...")
+            runtime.record = self._patterns(record)
             runtime.trace = trace = Trace(torch.empty(0), latency)
-            trace.logits = runtime.split(self.network(images)).sum(0)
+            trace.logits = tree_map_only(Tensor, lambda x: runtime.split(x).sum(0), self.network(images))
         return trace
 
     @torch.no_grad()
@@ -104,25 +102,104 @@ class SpikingNetwork(nn.Module):
         Args:
             delay: as in `simulate`.
         """
-        return self.time_steps + self._trace(delay).arrival
+        return self.time_steps + max(output.arrival for output in self._trace(delay))
 
-    def _trace(self, delay: Delay = None) -> TracedTensor:
+    def interval(self, delay: Delay = None) -> int:
+        """Least steps between two images: the longest occupation of any membrane, running sum, or attention matrix.
+
+        Args:
+            delay: as in `simulate`.
+        """
+        self._trace(delay)
+        return max(self.runtime.occupation.values())
+
+    @torch.no_grad()
+    def stream(
+        self,
+        images: Iterable[Tensor],
+        delay: Delay = None,
+        interval: int | None = None,
+        record: str | Iterable[str] = (),
+    ) -> Stream:
+        """Run images one after another on one global clock, all layers in every tick, as a chip would.
+
+        An image enters before the one ahead of it has left: every neuron has one membrane, and takes the next image
+        when it is done with the last.
+
+        Args:
+            images: batches ``[B, C, H, W]`` of one shape, in the order of arrival.
+            delay: as in `simulate`.
+            interval: ticks from one to the next; ``None`` for the least, see `interval`.
+            record: names or globs of neurons whose counts are kept.
+
+        Returns:
+            Outputs, and when they were complete.
+
+        Raises:
+            QsdError: if the interval is too short.
+        """
+        batches = list(images)
+        latency, least = self.latency(delay), self.interval(delay)
+        if interval is not None and interval < least:
+            busy = max(self.runtime.occupation, key=self.runtime.occupation.__getitem__)
+            raise QsdError(f"interval={interval} is too short: {busy} is occupied for {least} steps by each image.")
+        runtime, patterns = self.runtime, self._patterns(record)
+        clock = runtime.clock = Clock(self.time_steps, len(batches), least if interval is None else interval)
+        stream = Stream([], [], latency, clock.interval)
+
+        def keep(name: str, counts: Tensor) -> None:
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                stream.counts.setdefault(name, []).append(counts.to(torch.uint8))
+
+        with runtime.running("clock", delay_choice(delay)), runtime.counting(keep):
+            for _ in range((len(batches) - 1) * clock.interval + latency):
+                clock.advance()
+                number, step = clock.image(0)
+                image = batches[number] if step else torch.zeros_like(batches[0])
+                output = self.network(TracedTensor.mark(image, IMAGE, 0, runtime))
+                self._read(output, clock, stream)
+        return stream
+
+    def _read(self, output: TracedTensor, clock: Clock, stream: Stream) -> None:
+        """Accumulate the output over its window."""
+        _, step = clock.image(output.arrival)
+        if step == 1:
+            stream.logits.append(plain(output))
+        elif 1 < step <= clock.time_steps:
+            stream.logits[-1] = stream.logits[-1] + plain(output)
+        if step == clock.time_steps:
+            stream.finished.append(clock.tick)
+
+    def _patterns(self, record: str | Iterable[str]) -> tuple[str, ...]:
+        patterns = (record,) if isinstance(record, str) else tuple(record)
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in self.neurons()):
+                known = ", ".join(list(self.neurons())[:3])
+                raise QsdError(f"record={pattern!r} names no neuron; names are {known}, ...")
+        return patterns
+
+    def _trace(self, delay: Delay = None) -> list[TracedTensor]:
         with self.runtime.running("trace", delay_choice(delay)):
             self.runtime.sources.clear()
-            output = self.network(TracedTensor.mark(self.example.clone(), None, 0))
-        if not isinstance(output, TracedTensor):
-            raise QsdError(f"the model returns a {type(output).__name__}; only a single tensor can be converted.")
-        return output
+            self.runtime.occupation.clear()
+            output = self.network(TracedTensor.mark(self.example.clone(), IMAGE, 0, self.runtime))
+        outputs = tree_leaves(output)
+        if not outputs or not all(isinstance(x, TracedTensor) for x in outputs):
+            found = next((x for x in outputs if not isinstance(x, TracedTensor)), output)
+            raise QsdError(f"the model returns a {type(found).__name__}; only tensors can be converted.")
+        return outputs
 
     def _absorb_amplitudes(self) -> None:
         """Move what spikes are worth into the weights that they meet."""
         scaled = -1
         while scaled != (scaled := sum(neuron.scaled for neuron in self.neurons().values())):
-            output = self._trace()
-            if output.source is not None:
-                output.source.scaled = True
+            for output in self._trace():
+                if isinstance(output.source, DelayedNeuron):
+                    output.source.scaled = True
         for layer in self.network.modules():
-            if isinstance(layer, SpikingLinear) and (source := self.runtime.sources.get(layer.name)) is not None:
+            if isinstance(layer, SpikingLinear) and isinstance(
+                source := self.runtime.sources.get(layer.name), DelayedNeuron
+            ):
                 layer.absorb(source.amplitude)
 
 

@@ -104,11 +104,13 @@ def _neuron(module: SpikeNeuron, name: str, conversion: Conversion) -> nn.Module
 
 @register_conversion(LinearChain)
 def _chain(module: LinearChain, name: str, conversion: Conversion) -> nn.Module:
-    factors = _scaled(fold_norms(module, name), conversion.output_scale.get(name))
-    kind = "rep" if any(factor.frame is not None for factor in factors) else "sep"
+    factors = fold_norms(module, name)
+    last = list(factors)[-1]
+    factors[last] = _scaled(factors[last], conversion.output_scale.get(name))
+    kind = "rep" if any(factor.frame is not None for factor in factors.values()) else "sep"
     merged = None
     if len(factors) > 1 and conversion.merge in (True, kind):
-        merged = merge_factors(factors, name)
+        merged = merge_factors(list(factors.values()), name)
         if conversion.merged_bits is not None:
             merged = _quantized(merged, conversion.merged_bits)
     return SpikingChain(factors, merged, conversion.merged_bits is not None, name, conversion.runtime)
@@ -116,7 +118,7 @@ def _chain(module: LinearChain, name: str, conversion: Conversion) -> nn.Module:
 
 @register_conversion(QuantConv2d)
 def _conv(module: QuantConv2d, name: str, conversion: Conversion) -> nn.Module:
-    return SpikingChain([_factor(module)], None, False, name, conversion.runtime)
+    return SpikingChain({"conv": _factor(module)}, None, False, name, conversion.runtime)
 
 
 @register_conversion(QuantLinear)
@@ -129,7 +131,7 @@ def _dense(module: QuantLinear, name: str, conversion: Conversion) -> nn.Module:
 @register_conversion(SpikeDrivenSelfAttention)
 def _attention(module: SpikeDrivenSelfAttention, name: str, conversion: Conversion) -> nn.Module:
     parts = {key: conversion.convert(child, f"{name}.{key}") for key, child in module.named_children()}
-    return SpikingAttention(parts, module.num_heads, conversion.runtime)
+    return SpikingAttention(parts, module.num_heads, name, conversion.runtime)
 
 
 class _ResidualBlock(nn.Module):
@@ -157,8 +159,8 @@ def _transformer_block(module: TransformerBlock, name: str, conversion: Conversi
 # -- folding and merging ----------------------------------------------------------------------------------------------
 
 
-def fold_norms(chain: LinearChain, name: str) -> list[Convolution]:
-    """The convolutions of a chain in evaluation, batch norms folded into them.
+def fold_norms(chain: LinearChain, name: str) -> dict[str, Convolution]:
+    """The convolutions of a chain in evaluation, by name, batch norms folded into them.
 
     Args:
         chain: trained.
@@ -167,19 +169,20 @@ def fold_norms(chain: LinearChain, name: str) -> list[Convolution]:
     Raises:
         QsdError: if the chain holds something else, or begins with a norm.
     """
-    factors: list[Convolution] = []
+    factors: dict[str, Convolution] = {}
+    last = ""
     for key, layer in chain.named_children():
         if isinstance(layer, QuantConv2d):
-            factors.append(_factor(layer))
-        elif isinstance(layer, nn.BatchNorm2d | BatchNormPad2d) and factors and factors[-1].frame is None:
+            last, factors[key] = key, _factor(layer)
+        elif isinstance(layer, nn.BatchNorm2d | BatchNormPad2d) and factors and factors[last].frame is None:
             norm = layer.norm if isinstance(layer, BatchNormPad2d) else layer
             assert norm.running_mean is not None
             assert norm.running_var is not None
             scale = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
-            shift = norm.bias.detach() - norm.running_mean * scale
-            last = _scaled(factors, scale)[-1]
-            frame = layer.frame() if isinstance(layer, BatchNormPad2d) else None
-            factors[-1] = Convolution(last.weight, last.bias + shift, last.stride, last.padding, last.groups, frame)
+            factor = _scaled(factors[last], scale)
+            factor.bias = factor.bias + norm.bias.detach() - norm.running_mean * scale
+            factor.frame = layer.frame() if isinstance(layer, BatchNormPad2d) else None
+            factors[last] = factor
         else:
             raise QsdError(
                 f"layer {name}.{key} ({type(layer).__name__}) cannot stand there in a chain of convolutions."
@@ -197,12 +200,11 @@ def _factor(layer: QuantConv2d) -> Convolution:
     return Convolution(weight, bias, stride, padding, layer.groups)
 
 
-def _scaled(factors: list[Convolution], scale: Tensor | None) -> list[Convolution]:
+def _scaled(factor: Convolution, scale: Tensor | None) -> Convolution:
     if scale is None:
-        return factors
-    last = factors[-1]
-    weight = last.weight * scale.view(-1, 1, 1, 1)
-    return [*factors[:-1], Convolution(weight, last.bias * scale, last.stride, last.padding, last.groups, last.frame)]
+        return factor
+    weight = factor.weight * scale.view(-1, 1, 1, 1)
+    return Convolution(weight, factor.bias * scale, factor.stride, factor.padding, factor.groups, factor.frame)
 
 
 def merge_factors(factors: list[Convolution], name: str) -> Convolution:

@@ -8,9 +8,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-Mode = Literal["count", "step", "trace"]
+from qsd.spiking.clock import Clock
+
+Mode = Literal["count", "step", "trace", "clock"]
+
+# The source of a tensor that is an image, or computed from nothing else: the same in every step.
+IMAGE = object()
 DelayChoice = Callable[[str, int], int]
 
 
@@ -19,18 +24,38 @@ class Trace:
     """What a simulation recorded. Names are those of the trained model's neurons.
 
     Attributes:
-        logits: the network's output ``[B, classes]``, accumulated over its window.
+        logits: the network's output ``[B, classes]``, accumulated over its window (of a network with several
+            outputs: the same structure of tensors).
         spikes: binary spikes ``[T, B, ...]`` (bool) of the recorded neurons, in their own window.
         counts: their sums over the window ``[B, ...]`` (uint8).
         membrane: their potentials after each step's charge ``[T + delay, B, ...]``.
         latency: steps from the first of the image to the last of the output on one global clock.
     """
 
-    logits: Tensor
+    logits: Any
     latency: int
     spikes: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
     membrane: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Stream:
+    """What a clocked run gave.
+
+    Attributes:
+        logits: outputs ``[B, classes]`` of every image, in order.
+        finished: tick in which each was complete.
+        latency: ticks from an image's first to its output's last.
+        interval: ticks between two images.
+        counts: of the recorded neurons, ``[B, ...]`` (uint8) for every image.
+    """
+
+    logits: list[Tensor]
+    finished: list[int]
+    latency: int
+    interval: int
+    counts: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 class Runtime:
@@ -48,6 +73,8 @@ class Runtime:
         self.record: tuple[str, ...] = ()
         # While tracing: the neuron whose spikes each synapse sees (`None`: something else), by the synapse's name.
         self.sources: dict[str, Any] = {}
+        self.occupation: dict[str, int] = {}
+        self.clock = Clock(time_steps, 0, 1)
         self.on_counts: Callable[[str, Tensor], None] | None = None
         self.trace = Trace(torch.empty(0), 0)
 
@@ -68,17 +95,37 @@ class Runtime:
             self.mode, self.delay, self.batch, self.record, self.trace = before
 
     @contextmanager
-    def counting(self, counts: dict[str, Tensor]) -> Iterator[None]:
-        """Put every neuron's counts ``[B, ...]`` of a run into a dictionary.
+    def counting(self, counts: dict[str, Tensor] | Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Put every neuron's counts ``[B, ...]`` of a run into a dictionary, or hand them to a function.
 
         Args:
             counts: by dotted names of the trained model.
         """
-        self.on_counts = counts.__setitem__
+        self.on_counts = counts.__setitem__ if isinstance(counts, dict) else counts
         try:
             yield
         finally:
             self.on_counts = None
+
+    def aligned(self, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:
+        """Tensors of one window: those that arrive earlier wait (on the clock), and all arrive with the latest.
+
+        Args:
+            inputs: what an operation or a layer is given, tensors and others.
+
+        Returns:
+            The same in order, and the step at which the common window begins.
+        """
+        arrival = max((x.arrival for x in inputs if is_marked(x)), default=0)
+        if self.mode != "clock" or all(x.arrival == arrival for x in inputs if is_marked(x)):
+            return inputs, arrival
+
+        def wait(x: Any) -> Any:
+            if not is_marked(x) or x.arrival == arrival:
+                return x
+            return TracedTensor.mark(self.clock.hold(plain(x), arrival - x.arrival), x.source, arrival, self)
+
+        return tuple(wait(x) for x in inputs), arrival
 
     def records(self, name: str) -> bool:
         """Whether a neuron is to be recorded.
@@ -127,13 +174,16 @@ class TracedTensor(torch.Tensor):
     """A tensor that knows whose spikes it holds and when it arrives on a global clock.
 
     Attributes:
-        source: the neuron whose spikes these are, perhaps rearranged, or ``None`` for a current. A neuron whose spikes
-            meet any other operation than a rearrangement or one of our layers is told so (``scaled``).
+        source: the neuron whose spikes these are, perhaps rearranged, `IMAGE` for what is computed from images alone,
+            or ``None`` for a current. A neuron whose spikes meet any other operation than a rearrangement or one of
+            our layers is told so (``scaled``).
         arrival: step at which its window begins.
+        runtime: of the network.
     """
 
     source: Any
     arrival: int
+    runtime: Runtime
 
     _REARRANGEMENTS = frozenset(
         {
@@ -143,34 +193,51 @@ class TracedTensor(torch.Tensor):
     )  # fmt: skip
 
     @classmethod
-    def mark(cls, x: Tensor, source: Any, arrival: int) -> "TracedTensor":
+    def mark(cls, x: Tensor, source: Any, arrival: int, runtime: Runtime) -> "TracedTensor":
         """Give a tensor its marks.
 
         Args:
             x: any tensor.
             source: see the class.
             arrival: see the class.
+            runtime: see the class.
         """
         marked = x.as_subclass(cls)
-        marked.source, marked.arrival = source, arrival
+        marked.source, marked.arrival, marked.runtime = source, arrival, runtime
         return marked
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        marked = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, TracedTensor) and hasattr(x, "source")]
-        result = super().__torch_function__(func, types, args, kwargs or {})
+        leaves, structure = tree_flatten((args, kwargs or {}))
+        marked = [x for x in leaves if is_marked(x)]
+        if not marked:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        runtime = marked[0].runtime
+        aligned, arrival = runtime.aligned(tuple(leaves))
+        args, kwargs = tree_unflatten(aligned, structure)
+        result = super().__torch_function__(func, types, args, kwargs)
         results = [x for x in tree_leaves(result) if isinstance(x, TracedTensor)]
         keeps = getattr(func, "__name__", "") in cls._REARRANGEMENTS
+        image = all(x.source is IMAGE for x in marked)
         for x in results:
-            x.source = marked[0].source if marked and keeps else None
-            x.arrival = max((m.arrival for m in marked), default=0)
+            x.source = marked[0].source if keeps else IMAGE if image else None
+            x.arrival, x.runtime = arrival, runtime
         if results and not keeps:
             for x in marked:
-                if x.source is not None:
+                if x.source is not None and x.source is not IMAGE:
                     x.source.scaled = True
         return result
+
+
+def is_marked(x: Any) -> bool:
+    """Whether something is a tensor with marks.
+
+    Args:
+        x: anything.
+    """
+    return isinstance(x, TracedTensor) and hasattr(x, "source")
 
 
 def plain(x: Tensor) -> Tensor:

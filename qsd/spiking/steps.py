@@ -36,21 +36,23 @@ def fire(membrane: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     return spikes, torch.where(spikes, membrane - threshold, membrane)
 
 
-def outer_increment(key: Tensor, value: Tensor, key_sum: Tensor, value_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """This step's part of ``sum_t(key) sum_t(value)^T``, in terms with one binary operand each.
+def product_increment(
+    left: Tensor, right: Tensor, left_sum: Tensor, right_sum: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This step's part of ``sum_t(left) sum_t(right)``, in terms with one binary operand each.
 
-    ``S_v(t) S_k(t)^T - S_v(t-1) S_k(t-1)^T = v(t) S_k(t)^T + S_v(t-1) k(t)^T``: summed over the steps, the left side
+    ``S_l(t) S_r(t) - S_l(t-1) S_r(t-1) = l(t) S_r(t) + S_l(t-1) r(t)``: summed over the steps, the left side
     telescopes to the product of the counts.
 
     Args:
-        key: binary spikes of this step ``[B, heads, d_h, N]``.
-        value: the same.
-        key_sum: spikes of all earlier steps.
-        value_sum: the same.
+        left: binary spikes of this step ``[..., I, C]``.
+        right: binary spikes of this step ``[..., C, J]``.
+        left_sum: spikes of all earlier steps.
+        right_sum: the same.
 
     Returns:
-        The increment ``[B, heads, d_h, d_h]`` (value by key channels), and both running sums with this step in them.
+        The increment ``[..., I, J]``, and both running sums with this step in them.
     """
-    key_total = key_sum + key
-    increment = value @ key_total.transpose(-1, -2) + value_sum @ key.transpose(-1, -2)
-    return increment, key_total, value_sum + value
+    right_total = right_sum + right
+    increment = left @ right_total + left_sum @ right
+    return increment, left_sum + left, right_total

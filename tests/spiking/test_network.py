@@ -132,17 +132,17 @@ def test_merged_kernels_are_exact_borders_included(chain, size):
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.5, 2)
             norm.bias.data.normal_()
-    merged = merge_factors(fold_norms(chain, "chain"), "chain")
+    merged = merge_factors(list(fold_norms(chain, "chain").values()), "chain")
     first = next(m for m in chain.modules() if isinstance(m, QuantConv2d))
     x = torch.randn(2, first.in_channels, *size, dtype=torch.float64)
-    torch.testing.assert_close(merged.apply(x, 1.0), chain(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(merged(x), chain(x), rtol=1e-12, atol=1e-12)
 
 
 def test_merged_bits_quantize_merged_kernels_and_both_ways_still_agree():
     model = dense_network()
     spiking, images = to_spike_driven(model, merged_bits=4), torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    chain = next(m for m in spiking.modules() if isinstance(m, SpikingChain) and m.convolutions("merged"))
-    kernel = chain.convolutions("merged")[0].weight[0]
+    chain = next(m for m in spiking.modules() if isinstance(m, SpikingChain) and m.merged is not None)
+    kernel = chain.merged.weight[0]
     assert len((kernel / kernel.abs().max()).unique()) <= 15
     stepped = {}
     with spiking.runtime.counting(stepped):

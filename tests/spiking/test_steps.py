@@ -8,7 +8,7 @@ import torch
 from qsd.neurons import SpikeNeuron
 from qsd.spiking.layers import DelayedNeuron
 from qsd.spiking.runtime import Runtime
-from qsd.spiking.steps import fire, outer_increment
+from qsd.spiking.steps import fire, product_increment
 
 
 def integrate(currents, threshold, delay):
@@ -69,13 +69,13 @@ def test_every_simplification_of_the_neuron_breaks_exactness(deviation):
 @pytest.mark.parametrize("lead", [0, 1, 3])
 def test_increments_add_up_to_the_product_of_counts_also_when_windows_are_offset(lead):
     steps = 4 + lead
-    key, value = torch.zeros(steps, 2, 3, 5, 7), torch.zeros(steps, 2, 3, 5, 7)
-    key[:4] = torch.randint(0, 2, key[:4].shape)
-    value[lead:] = torch.randint(0, 2, value[lead:].shape)
-    key_sum, value_sum = torch.zeros_like(key[0]), torch.zeros_like(value[0])
-    total = torch.zeros(2, 3, 5, 5)
-    for k, v in zip(key, value):
-        increment, key_sum, value_sum = outer_increment(k, v, key_sum, value_sum)
+    left, right = torch.zeros(steps, 2, 3, 5, 7), torch.zeros(steps, 2, 3, 7, 6)
+    left[:4] = torch.randint(0, 2, left[:4].shape)
+    right[lead:] = torch.randint(0, 2, right[lead:].shape)
+    left_sum, right_sum = torch.zeros_like(left[0]), torch.zeros_like(right[0])
+    total = torch.zeros(2, 3, 5, 6)
+    for x, y in zip(left, right):
+        increment, left_sum, right_sum = product_increment(x, y, left_sum, right_sum)
         total += increment
-    slow = torch.einsum("bhen,bhdn->bhed", value.sum(0).long(), key.sum(0).long())
+    slow = torch.einsum("bhic,bhcj->bhij", left.sum(0).long(), right.sum(0).long())
     assert torch.equal(total.long(), slow)
