@@ -7,12 +7,13 @@ from qsd._version import __version__
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
 from qsd.models import load_reference_weights, load_weights
-from qsd.spiking import SpikingNetwork, count_spikes, to_spike_driven
+from qsd.spiking import SpikingNetwork, audit_spike_driven, count_spikes, to_spike_driven
 
 __all__ = [
     "QsdError",
     "SpikingNetwork",
     "__version__",
+    "audit_spike_driven",
     "count_spikes",
     "initialize_steps",
     "load_reference_weights",

@@ -1,7 +1,18 @@
 """From spike counts to binary spikes: conversion, and everything about time."""
 
+from qsd.spiking.audit import Audit, audit_spike_driven
 from qsd.spiking.network import SpikingNetwork, count_spikes, to_spike_driven
 from qsd.spiking.rules import Conversion, register_conversion
-from qsd.spiking.runtime import Trace
+from qsd.spiking.runtime import Stream, Trace
 
-__all__ = ["Conversion", "SpikingNetwork", "Trace", "count_spikes", "register_conversion", "to_spike_driven"]
+__all__ = [
+    "Audit",
+    "Conversion",
+    "SpikingNetwork",
+    "Stream",
+    "Trace",
+    "audit_spike_driven",
+    "count_spikes",
+    "register_conversion",
+    "to_spike_driven",
+]

@@ -201,6 +201,7 @@ class SpikingNetwork(nn.Module):
                 source := self.runtime.sources.get(layer.name), DelayedNeuron
             ):
                 layer.absorb(source.amplitude)
+        self.runtime.converting = False
 
 
 @torch.no_grad()

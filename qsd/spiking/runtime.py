@@ -74,6 +74,7 @@ class Runtime:
         # While tracing: the neuron whose spikes each synapse sees (`None`: something else), by the synapse's name.
         self.sources: dict[str, Any] = {}
         self.occupation: dict[str, int] = {}
+        self.converting = True  # while it is still open which neurons' amplitudes go into weights
         self.clock = Clock(time_steps, 0, 1)
         self.on_counts: Callable[[str, Tensor], None] | None = None
         self.trace = Trace(torch.empty(0), 0)
@@ -224,7 +225,7 @@ class TracedTensor(torch.Tensor):
         for x in results:
             x.source = marked[0].source if keeps else IMAGE if image else None
             x.arrival, x.runtime = arrival, runtime
-        if results and not keeps:
+        if results and not keeps and runtime.converting:
             for x in marked:
                 if x.source is not None and x.source is not IMAGE:
                     x.source.scaled = True

@@ -1,0 +1,193 @@
+"""The audit: what every synaptic operation of a converted network really was given, on real images."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+
+from qsd.errors import QsdError
+from qsd.spiking.batches import Images, image_batches
+from qsd.spiking.network import Delay, SpikingNetwork
+from qsd.spiking.watch import Operation, Watch, integer_bits, is_binary
+
+Status = Literal["binary", "integer", "analog", "unproven"]
+
+
+@dataclass
+class AuditedOperation:
+    """A synaptic operation, and the worst that it was given.
+
+    Attributes:
+        name: dotted name of the layer in the trained model, or of the module whose ``forward`` computes it.
+        operation: ``"convolution"``, ``"linear"``, ``"product"`` of two activations, or ``"other"``: something that
+            is neither linear nor a neuron.
+        status: what it was given: ``"binary"`` (0 and 1 only; for a product: on both sides), ``"integer"``,
+            ``"analog"``, or ``"unproven"`` if nothing but zeros came.
+        bits: width of the widest integer that came; for a product of the operand that is not binary.
+        stem: it sees the images themselves, and cannot be spike-driven.
+        note: what is wrong with it, in words.
+    """
+
+    name: str
+    operation: Literal["convolution", "linear", "product", "other"]
+    status: Status = "unproven"
+    bits: int | None = None
+    stem: bool = False
+    note: str = ""
+
+    @property
+    def spike_driven(self) -> bool:
+        """Only additions, gated by spikes: a binary input; for a product one binary operand and an integer one."""
+        return self.status == "binary" or (self.operation == "product" and self.status == "integer" and not self.note)
+
+
+@dataclass
+class Audit:
+    """What `audit_spike_driven` found.
+
+    Attributes:
+        operations: in the order of execution.
+        images: how many were looked at.
+    """
+
+    operations: list[AuditedOperation] = field(default_factory=list)
+    images: int = 0
+
+    @property
+    def spike_driven(self) -> bool:
+        """Every operation but the stem's adds weights or integers where a spike falls, and nothing else."""
+        return all(operation.spike_driven or operation.stem for operation in self.operations)
+
+    def check(self) -> None:
+        """Raise unless the network is spike-driven.
+
+        Raises:
+            QsdError: naming the operations that are not, or that saw no spike.
+        """
+        wrong = [o for o in self.operations if not (o.spike_driven or o.stem) and o.status != "unproven"]
+        if wrong:
+            listed = "; ".join(f"{o.name} ({o.operation}): {o.note}" for o in wrong[:3])
+            more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            inner = any(o.note == _INNER for o in wrong)
+            mend = "convert with merge=True" if inner else "put a neuron in front, or build it from qsd.layers"
+            raise QsdError(
+                f"{len(wrong)} of {len(self.operations)} operations are not spike-driven: {listed}{more}. To mend it, "
+                f"{mend}."
+            )
+        silent = [o.name for o in self.operations if o.status == "unproven" and not o.stem]
+        if silent:
+            raise QsdError(
+                f"{len(silent)} operations saw no spike on {self.images} images, so nothing is proven of them: "
+                f"{', '.join(silent[:3])}{', ...' if len(silent) > 3 else ''}; audit with more images."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        return {
+            "images": self.images,
+            "spike_driven": self.spike_driven,
+            "operations": [{**asdict(o), "spike_driven": o.spike_driven} for o in self.operations],
+        }
+
+    def table(self) -> Table:
+        """A table for the terminal."""
+        table = Table(
+            "operation", "what", "input", "bits", "", title=f"Audit on {self.images} images", title_justify="left"
+        )
+        for o in self.operations:
+            verdict = "stem" if o.stem else "spike-driven" if o.spike_driven else o.note or o.status
+            table.add_row(o.name, o.operation, o.status, "" if o.bits is None else str(o.bits), verdict)
+        return table
+
+
+_INNER = "an inner layer of a chain without neurons, its input is analog"
+
+
+@torch.no_grad()
+def audit_spike_driven(
+    spiking: SpikingNetwork,
+    images: Images,
+    delay: Delay = None,
+    max_images: int | None = None,
+    progress: bool = False,
+) -> Audit:
+    """Step through a converted network on real images and look at the input of every synaptic operation.
+
+    It watches torch's operations, not module types, so a product or a nonlinearity inside a ``forward`` is seen too.
+    Sums, rearrangements and multiplication by a number are no synaptic operations; a number that scales spikes shows
+    in the next operation's input.
+
+    Args:
+        spiking: the converted network.
+        images: ``[B, C, H, W]``, or a data loader.
+        delay: as in `SpikingNetwork.simulate`.
+        max_images: stop after so many.
+        progress: show a progress bar.
+
+    Returns:
+        The findings; ``audit.check()`` raises if one of them is not spike-driven.
+
+    Raises:
+        QsdError: if there are no images.
+    """
+    audit, found = Audit(), dict[tuple[str, str], AuditedOperation]()
+    watch = Watch(spiking, lambda operation: _look(operation, found))
+    for batch, _ in image_batches(images, spiking, max_images, "audit" if progress else None):
+        with watch.on(batch):
+            spiking.simulate(batch, delay)
+        audit.images += len(batch)
+    audit.operations = list(found.values())
+    return audit
+
+
+_ORDER: tuple[Status, ...] = ("unproven", "binary", "integer", "analog")
+
+
+def _look(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) -> None:
+    if operation.kind == "reduction":
+        return
+    name = operation.name if operation.layer is not None else f"{operation.name} ({operation.torch_name})"
+    entry = found.setdefault((name, operation.kind), AuditedOperation(name, operation.kind))
+    status, bits, note = _judge(operation)
+    if operation.image:
+        entry.stem, note = True, ""
+    entry.status = max(entry.status, status, key=_ORDER.index)
+    entry.note = entry.note or note
+    if entry.status == "analog":
+        entry.bits = None
+    elif bits is not None:
+        entry.bits = max(entry.bits or 0, bits)
+
+
+def _judge(operation: Operation) -> tuple[Status, int | None, str]:
+    """Status, bits, and what is wrong."""
+    active = operation.activations
+    if not all(bool(x.any()) for x in active):
+        return "unproven", None, ""
+    widths = [1 if is_binary(x) else integer_bits(x) for x in active]
+    if operation.kind == "product":
+        if 1 not in widths:
+            kinds = " times ".join("analog" if w is None else f"{w}-bit integer" for w in widths)
+            return ("analog" if None in widths else "integer"), _widest(widths), kinds
+        if None in widths:
+            return "analog", None, "a binary operand times an analog one"
+        return ("binary" if widths == [1, 1] else "integer"), _widest(widths), ""
+    if all(w == 1 for w in widths):
+        return "binary", 1, ""
+    if operation.kind == "other":
+        return "analog", None, f"{operation.torch_name} of values that are no spikes"
+    if operation.layer is not None and operation.name != operation.layer.name:
+        return "analog", None, _INNER
+    values = active[0].unique()
+    if len(values) <= 2 and bool((values == 0).any()):
+        return _integer_or_analog(widths), widths[0], f"scaled spikes, of {float(values[values != 0][0]):g} each"
+    return _integer_or_analog(widths), widths[0], f"its input is {_integer_or_analog(widths)}"
+
+
+def _integer_or_analog(widths: list[int | None]) -> Status:
+    return "analog" if None in widths else "integer"
+
+
+def _widest(widths: list[int | None]) -> int | None:
+    return None if None in widths else max(w for w in widths if w is not None)
