@@ -27,16 +27,16 @@ _REDUCTIONS = {
     "_upsample_bilinear2d_aa", "upsample_bicubic2d", "roi_align", "cumsum",
 }  # fmt: skip
 # Linear in the activations, or mere rearrangement: neither multiplies two of them nor bends one.
-_LINEAR = set(
-    """
-    add sub rsub neg cat stack copy clone _to_copy expand permute t transpose numpy_T slice select index index_select
-    gather constant_pad_nd reflection_pad2d replication_pad2d unsqueeze squeeze view _unsafe_view _reshape_alias
-    reshape flatten alias detach lift_fresh repeat unbind split split_with_sizes chunk as_strided diagonal roll flip
-    contiguous narrow unfold movedim upsample_nearest2d pixel_shuffle pixel_unshuffle zeros_like ones_like empty_like
-    full_like rand_like randn_like new_zeros new_ones new_full new_empty new_empty_strided zero fill is_same_size
-    channel_shuffle im2col col2im unsafe_split unsafe_chunk slice_scatter select_scatter tril triu
-    """.split()
-)
+_LINEAR = {
+    "add", "sub", "rsub", "neg", "cat", "stack", "copy", "clone", "_to_copy", "expand", "permute", "t", "transpose",
+    "numpy_T", "slice", "select", "index", "index_select", "gather", "constant_pad_nd", "reflection_pad2d",
+    "replication_pad2d", "unsqueeze", "squeeze", "view", "_unsafe_view", "_reshape_alias", "reshape", "flatten",
+    "alias", "detach", "lift_fresh", "repeat", "unbind", "split", "split_with_sizes", "chunk", "as_strided",
+    "diagonal", "roll", "flip", "contiguous", "narrow", "unfold", "movedim", "upsample_nearest2d", "pixel_shuffle",
+    "pixel_unshuffle", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros",
+    "new_ones", "new_full", "new_empty", "new_empty_strided", "zero", "fill", "is_same_size", "channel_shuffle",
+    "im2col", "col2im", "unsafe_split", "unsafe_chunk", "slice_scatter", "select_scatter", "tril", "triu",
+}  # fmt: skip
 _FACTORIES = {name for name in _LINEAR if name.endswith("_like") or name.startswith("new_") or name in ("zero", "fill")}
 
 
