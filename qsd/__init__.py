@@ -4,6 +4,7 @@ Importing this package makes its models known to timm: ``timm.create_model("qsd_
 """
 
 from qsd._version import __version__
+from qsd.energy import measure_energy
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
 from qsd.models import load_reference_weights, load_weights
@@ -18,5 +19,6 @@ __all__ = [
     "initialize_steps",
     "load_reference_weights",
     "load_weights",
+    "measure_energy",
     "to_spike_driven",
 ]

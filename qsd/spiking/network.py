@@ -38,6 +38,7 @@ class SpikingNetwork(nn.Module):
         self.network: Any = network
         self.runtime = runtime
         self.register_buffer("example", example, persistent=False)
+        self._timings: dict[tuple[int, ...], tuple[int, int]] = {}
         self.eval()
 
     @property
@@ -92,7 +93,6 @@ class SpikingNetwork(nn.Module):
             trace.logits = tree_map_only(Tensor, lambda x: runtime.split(x).sum(0), self.network(images))
         return trace
 
-    @torch.no_grad()
     def latency(self, delay: Delay = None) -> int:
         """Steps from the first of the image to the last of the output, on one global clock.
 
@@ -102,7 +102,7 @@ class SpikingNetwork(nn.Module):
         Args:
             delay: as in `simulate`.
         """
-        return self.time_steps + max(output.arrival for output in self._trace(delay))
+        return self._timing(delay)[0]
 
     def interval(self, delay: Delay = None) -> int:
         """Least steps between two images: the longest occupation of any membrane, running sum, or attention matrix.
@@ -110,8 +110,16 @@ class SpikingNetwork(nn.Module):
         Args:
             delay: as in `simulate`.
         """
-        self._trace(delay)
-        return max(self.runtime.occupation.values())
+        return self._timing(delay)[1]
+
+    def _timing(self, delay: Delay) -> tuple[int, int]:
+        """Latency and least interval; the network is traced once for every choice of delays."""
+        choose = delay_choice(delay)
+        delays = tuple(choose(name, neuron.delay) for name, neuron in self.neurons().items())
+        if delays not in self._timings:
+            latency = self.time_steps + max(output.arrival for output in self._trace(delay))
+            self._timings[delays] = latency, max(self.runtime.occupation.values())
+        return self._timings[delays]
 
     @torch.no_grad()
     def stream(
@@ -141,6 +149,7 @@ class SpikingNetwork(nn.Module):
         batches = list(images)
         latency, least = self.latency(delay), self.interval(delay)
         if interval is not None and interval < least:
+            self._trace(delay)
             busy = max(self.runtime.occupation, key=self.runtime.occupation.__getitem__)
             raise QsdError(f"interval={interval} is too short: {busy} is occupied for {least} steps by each image.")
         runtime, patterns = self.runtime, self._patterns(record)
@@ -178,6 +187,7 @@ class SpikingNetwork(nn.Module):
                 raise QsdError(f"record={pattern!r} names no neuron; names are {known}, ...")
         return patterns
 
+    @torch.no_grad()
     def _trace(self, delay: Delay = None) -> list[TracedTensor]:
         with self.runtime.running("trace", delay_choice(delay)):
             self.runtime.sources.clear()
@@ -224,7 +234,7 @@ def to_spike_driven(
         merge: turn chains of convolutions without a neuron between (RepConv, SepConv) into one convolution each, so
             that every synaptic operation but the first sees spikes; ``"rep"`` or ``"sep"`` for one kind only.
         merged_bits: quantize the merged kernels (symmetric, per output channel); not lossless.
-        example: an input ``[1, ...]`` to compare with; ``None`` for a random image of 64 x 64 pixels.
+        example: an input ``[1, ...]`` to compare with; ``None`` for a random image of 32 x 32 pixels.
 
     Returns:
         The spiking network.
@@ -301,7 +311,7 @@ def _random_image(model: nn.Module) -> Tensor:
     first = next((m.in_channels for m in model.modules() if isinstance(m, QuantConv2d)), 3)
     channels = getattr(model, "in_chans", first)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, channels, 64, 64, generator=generator, dtype=torch.float64)
+    return torch.randn(1, channels, 32, 32, generator=generator, dtype=torch.float64)
 
 
 def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
