@@ -8,13 +8,22 @@ from qsd.energy import measure_energy
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
 from qsd.models import load_reference_weights, load_weights
-from qsd.spiking import SpikingNetwork, audit_spike_driven, count_spikes, to_spike_driven
+from qsd.spiking import (
+    SpikingNetwork,
+    audit_spike_driven,
+    calibrate_delays,
+    compare_counts,
+    count_spikes,
+    to_spike_driven,
+)
 
 __all__ = [
     "QsdError",
     "SpikingNetwork",
     "__version__",
     "audit_spike_driven",
+    "calibrate_delays",
+    "compare_counts",
     "count_spikes",
     "initialize_steps",
     "load_reference_weights",

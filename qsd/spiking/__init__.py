@@ -1,17 +1,23 @@
 """From spike counts to binary spikes: conversion, and everything about time."""
 
 from qsd.spiking.audit import Audit, audit_spike_driven
+from qsd.spiking.calibration import Calibration, calibrate_delays
+from qsd.spiking.compare import Comparison, compare_counts
 from qsd.spiking.network import SpikingNetwork, count_spikes, to_spike_driven
 from qsd.spiking.rules import Conversion, register_conversion
 from qsd.spiking.runtime import Stream, Trace
 
 __all__ = [
     "Audit",
+    "Calibration",
+    "Comparison",
     "Conversion",
     "SpikingNetwork",
     "Stream",
     "Trace",
     "audit_spike_driven",
+    "calibrate_delays",
+    "compare_counts",
     "count_spikes",
     "register_conversion",
     "to_spike_driven",

@@ -1,0 +1,113 @@
+"""How far two forms of one network agree: counts, classes, and why a count differs."""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qsd.neurons import SpikeNeuron
+from qsd.spiking.batches import Images, image_batches
+from qsd.spiking.network import SpikingNetwork
+
+
+@dataclass
+class Comparison:
+    """Agreement of a trained network and its spiking form.
+
+    Attributes:
+        dtype: number format of both.
+        way: ``"count"`` domain, or ``"simulate"`` at the lossless delay.
+        images: compared.
+        changed_images: with another count at any neuron.
+        equal_classes: images of the same class.
+        farthest_first_difference: distance from a threshold, in steps, of the neurons at which an image's counts begin
+            to differ; the largest over all images, ``None`` if none differ. Rounding decides there: it is tiny unless
+            something is wrong.
+    """
+
+    dtype: str
+    way: Literal["count", "simulate"]
+    images: int = 0
+    changed_images: int = 0
+    equal_classes: int = 0
+    farthest_first_difference: float | None = None
+
+    @property
+    def equal_counts(self) -> bool:
+        """All counts of all neurons are equal."""
+        return self.changed_images == 0
+
+    @property
+    def class_agreement(self) -> float:
+        """Share of images of the same class, 0 to 1."""
+        return self.equal_classes / self.images
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {**asdict(self), "equal_counts": self.equal_counts, "class_agreement": self.class_agreement}
+
+
+@torch.no_grad()
+def compare_counts(
+    trained: nn.Module,
+    spiking: SpikingNetwork,
+    images: Images,
+    way: Literal["count", "simulate"] = "count",
+    max_images: int | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Run a trained network and its spiking form on real images and compare every neuron's count and the class.
+
+    In float64 both are equal. In float32 a sum that lies on a threshold up to rounding can tip the other way, and what
+    follows it changes: `Comparison.farthest_first_difference` shows that nothing else is the cause.
+
+    Args:
+        trained: the trained network, in evaluation; compared in the number format of its parameters.
+        spiking: converted from it, in the same format.
+        images: ``[B, C, H, W]``, or a data loader.
+        way: count domain, or simulation at delay T - 1.
+        max_images: stop after so many.
+        progress: show a progress bar.
+    """
+    comparison = Comparison("", way)
+    drives: dict[str, Tensor] = {}
+    neurons = {name: m for name, m in trained.named_modules() if isinstance(m, SpikeNeuron)}
+    handles = [m.register_forward_hook(partial(_keep_drive, drives, name)) for name, m in neurons.items()]
+    title = f"compare ({way})" if progress else None
+    try:
+        for batch, _ in image_batches(images, spiking, max_images, title):
+            drives.clear()
+            counts: dict[str, Tensor] = {}
+            expected = trained(batch)
+            with spiking.runtime.counting(counts):
+                logits = spiking(batch) if way == "count" else spiking.simulate(batch, spiking.time_steps - 1).logits
+            comparison.dtype = str(batch.dtype).removeprefix("torch.")
+            comparison.images += len(batch)
+            comparison.equal_classes += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+            _explain(comparison, drives, counts, spiking.time_steps)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return comparison
+
+
+def _keep_drive(drives: dict[str, Tensor], name: str, module: SpikeNeuron, inputs: tuple[Tensor], _: Tensor) -> None:
+    drives[name] = module.drive(inputs[0])
+
+
+def _explain(comparison: Comparison, drives: dict[str, Tensor], counts: dict[str, Tensor], time_steps: int) -> None:
+    """Find each image's first neuron (in the order of execution) that differs, and how far it is from a threshold."""
+    changed: Tensor | None = None
+    for name, drive in drives.items():
+        different = ((drive + 0.5).floor().clamp(0, time_steps) != counts[name]).flatten(1)
+        changed = different.new_zeros(len(drive)) if changed is None else changed
+        first = different.any(1) & ~changed
+        if bool(first.any()):
+            # thresholds lie at odd multiples of half a step
+            above = (drive + 0.5).flatten(1)[first][different[first]]
+            distance = float((above - above.round()).abs().max())
+            comparison.farthest_first_difference = max(distance, comparison.farthest_first_difference or 0.0)
+        changed |= first
+    comparison.changed_images += 0 if changed is None else int(changed.sum())

@@ -1,0 +1,100 @@
+"""Comparing a trained network with its spiking form, and choosing delays by measurement."""
+
+import pytest
+import torch
+from test_network import dense_network
+from torch import nn
+
+from qsd import QsdError, calibrate_delays, compare_counts, to_spike_driven
+from qsd.layers import QuantConv2d, QuantLinear
+from qsd.neurons import SpikeNeuron
+
+IMAGES = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("way", ["count", "simulate"])
+def test_in_float64_nothing_differs(way):
+    model = dense_network()
+    comparison = compare_counts(model, to_spike_driven(model), [IMAGES[:4], IMAGES[4:]], way)
+    assert comparison.equal_counts
+    assert comparison.farthest_first_difference is None
+    assert comparison.to_dict() == {
+        "dtype": "float64", "way": way, "images": 6, "changed_images": 0, "equal_classes": 6,
+        "farthest_first_difference": None, "equal_counts": True, "class_agreement": 1.0,
+    }  # fmt: skip
+
+
+def test_in_float32_the_first_neurons_that_differ_lie_on_a_threshold():
+    stem, head = QuantConv2d(1, 1, 1, weight_bits=None), QuantLinear(1024, 4)
+    nn.init.ones_(stem.weight)
+    model = nn.Sequential(stem, SpikeNeuron(3, 1.0), nn.Flatten(), head).eval()
+    # membranes within rounding (2^-24 of their size) of the thresholds at 1/2, 3/2 and 5/2
+    images = torch.randint(0, 3, (4, 1, 32, 32)) + 0.5 + torch.empty(4, 1, 32, 32).uniform_(-2e-7, 2e-7)
+    spiking = to_spike_driven(model)
+    comparison = compare_counts(model, spiking, images, "simulate")
+    assert comparison.dtype == "float32"
+    assert comparison.changed_images == 4, "the sum of three thirds is rounded three times"
+    assert 0 < comparison.farthest_first_difference < 1e-6
+    exact = compare_counts(model.double(), spiking.double(), images.double() + 1e-10, "simulate")
+    assert exact.equal_counts
+
+
+def test_a_difference_that_rounding_does_not_explain_is_seen():
+    model = dense_network()
+    spiking = to_spike_driven(model)
+    spiking.neurons()["stem.blocks.0.mlp.neuron1"].drive = lambda x: 4 * x + 0.25
+    comparison = compare_counts(model, spiking, IMAGES)
+    assert comparison.changed_images == 6
+    # neurons up to a quarter of a step below a threshold have tipped over
+    assert 0.2 < comparison.farthest_first_difference <= 0.25
+
+
+class TwoLayers(nn.Module):
+    """A neuron behind a constant current, exact without delay, and one behind spikes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.neuron = QuantConv2d(3, 8, 4, stride=4), SpikeNeuron(4, 0.3)
+        self.conv, self.last = QuantConv2d(8, 8, 3), SpikeNeuron(4, 0.05)
+        self.head = QuantLinear(8 * 36, 4, weight_bits=None)
+        nn.init.normal_(self.head.weight)
+
+    def forward(self, x):
+        return self.head(self.last(self.conv(self.neuron(self.stem(x)))).flatten(1))
+
+
+def test_a_neuron_on_a_constant_current_is_given_no_delay_and_costs_nothing():
+    spiking = to_spike_driven(TwoLayers().double().eval())
+    calibration = calibrate_delays(spiking, IMAGES, 0.0, progress=False)
+    assert calibration.delays["neuron"] == 0
+    assert {cost.logit_error for cost in calibration.costs if cost.neuron == "neuron"} == {0.0}
+    assert any(cost.logit_error > 0.01 for cost in calibration.costs if cost.neuron == "last")
+    assert not calibration.labelled
+    assert calibration.accuracy == calibration.lossless_accuracy == 1.0
+    assert (calibration.lossless_latency, calibration.latency) == (4 + 6, 4 + calibration.delays["last"])
+
+
+def test_the_budget_is_kept_and_a_larger_one_saves_more_steps():
+    spiking = to_spike_driven(TwoLayers().double().eval(), example=IMAGES[:1])
+    with torch.no_grad():
+        labels = spiking(IMAGES).argmax(-1)
+    labels[0] = (labels[0] + 1) % 4  # five of six are right
+    results = [calibrate_delays(spiking, [(IMAGES, labels)], drop, progress=False) for drop in (0.0, 0.5, 1.0)]
+    for drop, result in zip((0.0, 0.5, 1.0), results):
+        assert result.labelled
+        assert result.lossless_accuracy == pytest.approx(5 / 6)
+        assert result.accuracy >= 5 / 6 - drop - 1e-9
+        logits = spiking.simulate(IMAGES, result.delays).logits
+        assert (logits.argmax(-1) == labels).double().mean() == pytest.approx(result.accuracy)
+        assert result.latency == spiking.latency(result.delays)
+    assert results[0].latency >= results[1].latency >= results[2].latency
+    assert set(results[2].delays.values()) == {0}, "a budget of everything waits nowhere"
+    assert len(results[0].costs) == 3 * len(spiking.neurons())
+    assert results[0].table().row_count == len(spiking.neurons())
+    results[2].apply(spiking)
+    assert all(neuron.delay == 0 for neuron in spiking.neurons().values())
+
+
+def test_a_budget_that_is_no_share_is_refused():
+    with pytest.raises(QsdError, match="max_accuracy_drop=2 is no share"):
+        calibrate_delays(to_spike_driven(dense_network()), IMAGES, 2)
