@@ -8,6 +8,7 @@ from qsd.energy import measure_energy
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
 from qsd.models import load_reference_weights, load_weights
+from qsd.packing import load_packed, model_size, save_packed
 from qsd.spiking import (
     SpikingNetwork,
     audit_spike_driven,
@@ -26,8 +27,11 @@ __all__ = [
     "compare_counts",
     "count_spikes",
     "initialize_steps",
+    "load_packed",
     "load_reference_weights",
     "load_weights",
     "measure_energy",
+    "model_size",
+    "save_packed",
     "to_spike_driven",
 ]

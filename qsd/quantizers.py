@@ -51,3 +51,13 @@ class StepSizeQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, out_channels={self.step.numel()}"
+
+
+def on_grid(integers: Tensor, step: Tensor) -> Tensor:
+    """The weights that integers stand for, in the type of the steps.
+
+    Args:
+        integers: ``[C_out, ...]``.
+        step: by output channel, ``[C_out]``.
+    """
+    return integers.to(step.dtype) * step.view(-1, *[1] * (integers.dim() - 1))

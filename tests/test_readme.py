@@ -91,12 +91,15 @@ def test_no_command_is_left_out():
     assert all(c.startswith(("qsd ", "make ", "python ", "pip install -e .")) for c in COMMANDS)
 
 
-def test_python_examples(monkeypatch):
+def test_python_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block.replace("224, 224", "32, 32").replace('"qsd_15m", num', f'"qsd_15m", **{SIZES}, num'), names)
     torch.testing.assert_close(names["trace"].logits, names["logits"])
     assert names["hasty"].shape == (2, 10)
+    assert torch.equal(names["loaded"](names["images"]), names["logits"])
+    assert names["size"].packed_bytes < names["size"].float_bytes / 4
     assert names["logits"].shape == (2, 10)
     assert [tuple(f.shape[-2:]) for f in names["pyramid"]] == [(8, 8), (4, 4), (2, 2), (2, 2)]
 

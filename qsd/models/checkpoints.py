@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
+from qsd.models.packed_file import MERGED, is_packed, read_packed
+from qsd.quantizers import on_grid
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +96,8 @@ def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str,
     Args:
         model: a QSD model of ours.
         path_or_state_dict: a checkpoint of ours (``.ckpt``; with weight averaging, the averaged weights), a
-            ``.safetensors`` file, a bare state dict, or a checkpoint of the published code. A classifier of another
-            number of classes is left out, with a warning.
+            ``.safetensors`` file (of `qsd.save_packed` or plain), a bare state dict, or a checkpoint of the published
+            code. A classifier of another number of classes is left out, with a warning.
 
     Raises:
         QsdError: as `load_reference_weights`.
@@ -182,9 +184,11 @@ def read_checkpoint(path: str | Path) -> Any:
         raise QsdError(f"checkpoint {path} does not exist." if not path.exists() else f"{path} is no file.")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return _unpacked(path) if is_packed(path) else safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except QsdError:
+        raise
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         blocked = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         reason = (
@@ -193,6 +197,14 @@ def read_checkpoint(path: str | Path) -> Any:
             else f"it is damaged, incomplete or no checkpoint ({type(error).__name__})"
         )
         raise QsdError(f"checkpoint {path} cannot be read: {reason}.") from error
+
+
+def _unpacked(path: Path) -> dict[str, Tensor]:
+    header, tensors = read_packed(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(MERGED)}
+    for name in header["packed"].keys() & tensors.keys():
+        tensors[name] = on_grid(tensors[name], tensors[f"{name.removesuffix('weight')}quantizer.step"])
+    return tensors
 
 
 def _read(path_or_state_dict: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:

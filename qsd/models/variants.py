@@ -22,6 +22,8 @@ QSD_VARIANTS: dict[str, dict[str, Any]] = {
 
 _FLOAT_TWIN = {"time_steps": None, "weight_bits": None}
 
+_NOT_STORED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # timm's, about weights
+
 _PRETRAINED_HINT = (
     "no pretrained weights are distributed with qsd; checkpoints of the published code are linked from the README of "
     "github.com/bollossom/QSD-Transformer: load one with qsd.load_reference_weights(model, path)."
@@ -55,13 +57,16 @@ def _register(name: str, arguments: dict[str, Any], description: str) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> QsdTransformer:
         if pretrained:
             raise QsdError(f"{name}: {_PRETRAINED_HINT}")
-        return build_model_with_cfg(
+        model: Any = build_model_with_cfg(
             QsdTransformer,
             name,
             False,
             feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
             **{**arguments, **kwargs},
         )
+        # For those who store the model and want to build it again.
+        model.registered = {"name": name, "arguments": {k: v for k, v in kwargs.items() if k not in _NOT_STORED}}
+        return model
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = __name__

@@ -196,6 +196,7 @@ class Convolution(nn.Module):
     weight: Tensor
     bias: Tensor
     frame: Tensor | None
+    scale: Tensor | None
 
     def __init__(
         self,
@@ -210,7 +211,36 @@ class Convolution(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.register_buffer("frame", frame)
+        self.register_buffer("scale", None)
         self.stride, self.padding, self.groups = stride, padding, groups
+
+    def quantize(self, bits: int, dtype: torch.dtype) -> None:
+        """Round the weights to integers times a scale by output channel (symmetric).
+
+        Args:
+            bits: of the integers.
+            dtype: in which the scale has to be exact, so that the weights can be rebuilt in that type.
+        """
+        largest = self.weight.abs().amax(dim=(1, 2, 3))
+        scale = torch.where(largest > 0, largest / (2 ** (bits - 1) - 1), 1.0).to(dtype).to(self.weight.dtype)
+        self.restore((self.weight / scale.view(-1, 1, 1, 1)).round(), scale, self.bias)
+
+    def integers(self) -> Tensor:
+        """The integers of quantized weights, int16 ``[C_out, C_in / groups, k, k]``."""
+        assert self.scale is not None
+        return (self.weight / self.scale.view(-1, 1, 1, 1)).round().to(torch.int16)
+
+    def restore(self, integers: Tensor, scale: Tensor, bias: Tensor) -> None:
+        """Put in quantized weights.
+
+        Args:
+            integers: ``[C_out, C_in / groups, k, k]``.
+            scale: what one of them is worth, ``[C_out]``.
+            bias: ``[C_out]``.
+        """
+        self.scale = scale.to(self.weight)
+        self.weight = integers.to(self.weight) * self.scale.view(-1, 1, 1, 1)
+        self.bias = bias.to(self.weight)
 
     def forward(self, x: Tensor, share: float = 1.0) -> Tensor:
         """Convolve ``[B, C_in, H, W]``, with a share of bias and frame.

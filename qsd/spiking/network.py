@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d
+from qsd.models.compact import CompactModel
 from qsd.neurons import SpikeNeuron
 from qsd.spiking.clock import Clock
-from qsd.spiking.layers import DelayedNeuron, SpikingLinear
+from qsd.spiking.layers import DelayedNeuron, SpikingChain, SpikingLinear
 from qsd.spiking.rules import Conversion, Merge
 from qsd.spiking.runtime import IMAGE, Runtime, Stream, Trace, TracedTensor, delay_choice, plain
 
@@ -29,14 +30,26 @@ class SpikingNetwork(nn.Module):
         network: converted modules in the trained model's structure.
         runtime: which they share.
         example: an input to trace with, ``[1, ...]``.
+        trained: what it was converted from, for packed files.
+        merge: see `to_spike_driven`.
+        merged_bits: see `to_spike_driven`.
     """
 
     example: Tensor
 
-    def __init__(self, network: nn.Module, runtime: Runtime, example: Tensor) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        runtime: Runtime,
+        example: Tensor,
+        trained: CompactModel,
+        merge: Merge,
+        merged_bits: int | None,
+    ) -> None:
         super().__init__()
         self.network: Any = network
         self.runtime = runtime
+        self.trained, self.merge, self.merged_bits = trained, merge, merged_bits
         self.register_buffer("example", example, persistent=False)
         self._timings: dict[tuple[int, ...], tuple[int, int]] = {}
         self.eval()
@@ -49,6 +62,10 @@ class SpikingNetwork(nn.Module):
     def neurons(self) -> dict[str, DelayedNeuron]:
         """All neurons, by their dotted names in the trained model, in the order of registration."""
         return {m.name: m for m in self.network.modules() if isinstance(m, DelayedNeuron)}
+
+    def chains(self) -> dict[str, SpikingChain]:
+        """All chains of convolutions, by their dotted names in the trained model."""
+        return {m.name: m for m in self.network.modules() if isinstance(m, SpikingChain)}
 
     def train(self, mode: bool = True) -> "SpikingNetwork":
         """Stays in evaluation: a converted network is not trained."""
@@ -243,10 +260,29 @@ def to_spike_driven(
         QsdError: for a layer without a conversion rule, a float model, or counts that differ (say, because of a
             functional ReLU in the model's own ``forward``).
     """
+    return convert(model, delay, merge, merged_bits, example, check=True)
+
+
+@torch.no_grad()
+def convert(
+    model: nn.Module, delay: Delay, merge: Merge, merged_bits: int | None, example: Tensor | None, check: bool
+) -> SpikingNetwork:
+    """`to_spike_driven`, which checks itself or, where that was done before, does not.
+
+    Args:
+        model: see there.
+        delay: see there.
+        merge: see there.
+        merged_bits: see there.
+        example: see there.
+        check: compare all counts.
+    """
     if merge not in (True, False, "rep", "sep"):
         raise QsdError(f"merge={merge!r} is unknown; use True, False, 'rep' or 'sep'.")
     if merged_bits is not None and merge is False:
         raise QsdError("merged_bits needs merged kernels; leave merge=True.")
+    if merged_bits is not None and not 2 <= merged_bits <= 16:
+        raise QsdError(f"merged_bits={merged_bits} is not from 2 to 16.")
     steps = {m.time_steps for m in model.modules() if isinstance(m, SpikeNeuron)}
     if len(steps) != 1:
         found = ", ".join(map(str, sorted(steps))) or "none"
@@ -257,16 +293,24 @@ def to_spike_driven(
 
     choose = delay_choice(delay)
     runtime = Runtime(time_steps)
-    conversion = Conversion(runtime, lambda name: choose(name, time_steps - 1), merge, merged_bits)
-    # Converted in float64, so that folding rounds once; the trained model keeps its type.
+    conversion = Conversion(runtime, lambda name: choose(name, time_steps - 1), merge, merged_bits is not None)
+    # Converted in float64, so that folding rounds once; the trained model keeps its type, and the weights are on the
+    # grid points that they have in it (a weight between two of them could go to the other one in float64).
+    compact = CompactModel.of(model)
     trained = copy.deepcopy(model).double().eval()
+    compact.load_into(trained, torch.float64)
     network = conversion.convert(copy.deepcopy(trained), "")
-    spiking = SpikingNetwork(network, runtime, example.to("cpu", torch.float64)).to(parameter.device)
+    example = example.to("cpu", torch.float64)
+    spiking = SpikingNetwork(network, runtime, example, compact, merge, merged_bits).to(parameter.device)
     negative = [name for name, neuron in spiking.neurons().items() if neuron.delay < 0]
     if negative:
         raise QsdError(f"the delay of neuron {negative[0]} is negative.")
     spiking._absorb_amplitudes()
-    if merged_bits is None:
+    if merged_bits is not None:
+        for chain in spiking.chains().values():
+            if chain.merged is not None:
+                chain.merged.quantize(merged_bits, parameter.dtype)
+    elif check:
         _compare(trained, spiking)
     return spiking.to(parameter.dtype)
 

@@ -32,14 +32,14 @@ class Conversion:
         runtime: of the new network.
         delay: delay of a neuron, by its dotted name.
         merge: which chains become one convolution in steps: all, none, those with a frame (``"rep"``) or without.
-        merged_bits: quantize merged kernels to so many bits, or ``None``.
+        merged_counts: merged kernels will be quantized, so that the count domain has to use them too.
         output_scale: factor by channel that the chain of a dotted name has to absorb.
     """
 
     runtime: Runtime
     delay: Callable[[str], int]
     merge: Merge = True
-    merged_bits: int | None = None
+    merged_counts: bool = False
 
     def __post_init__(self) -> None:
         self.output_scale: dict[str, Tensor] = {}
@@ -111,9 +111,7 @@ def _chain(module: LinearChain, name: str, conversion: Conversion) -> nn.Module:
     merged = None
     if len(factors) > 1 and conversion.merge in (True, kind):
         merged = merge_factors(list(factors.values()), name)
-        if conversion.merged_bits is not None:
-            merged = _quantized(merged, conversion.merged_bits)
-    return SpikingChain(factors, merged, conversion.merged_bits is not None, name, conversion.runtime)
+    return SpikingChain(factors, merged, conversion.merged_counts, name, conversion.runtime)
 
 
 @register_conversion(QuantConv2d)
@@ -263,12 +261,3 @@ def _dense_kernel(factor: Convolution) -> Tensor:
     index = torch.arange(factor.groups)
     dense[index, :, index] = blocks
     return dense.flatten(2, 3).flatten(0, 1)
-
-
-def _quantized(merged: Convolution, bits: int) -> Convolution:
-    if not 2 <= bits <= 16:
-        raise QsdError(f"merged_bits={bits} is not from 2 to 16.")
-    largest = merged.weight.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(merged.weight.dtype).tiny)
-    step = largest / (2 ** (bits - 1) - 1)
-    weight = (merged.weight / step).round() * step
-    return Convolution(weight, merged.bias, merged.stride, merged.padding, merged.groups)

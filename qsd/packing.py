@@ -1,0 +1,180 @@
+"""Networks stored at the precision that they really have, and what they take.
+
+A spiking network is stored as the trained network and the settings of its conversion, which is done again when it is
+loaded.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qsd.models.compact import CompactModel
+from qsd.models.packed_file import MERGED, read_packed, write_packed
+from qsd.spiking import SpikingNetwork
+from qsd.spiking.layers import Convolution, SpikingChain, SpikingDense
+from qsd.spiking.network import convert
+
+
+def save_packed(model: nn.Module, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+    """Store a quantized or a spiking network at its real precision.
+
+    Loaded again, a quantized network gives the same logits, bit for bit, and can be trained further: its weights are
+    then the quantized ones (where between two grid points they were is not kept). A spiking network is converted again
+    from what it was converted from, to the same bits; its delays are stored as they are now. With ``merged_bits`` the
+    integers of the merged kernels are stored too.
+
+    Args:
+        model: of ours, or built from our layers; or what `qsd.to_spike_driven` returned.
+        path: file to write; one that exists is replaced.
+        notes: further facts to keep, as JSON: names of classes, normalisation. `read_notes` returns them.
+
+    Raises:
+        QsdError: if the file cannot be written, the notes are no JSON, or weights are not finite.
+    """
+    spiking = model if isinstance(model, SpikingNetwork) else None
+    compact = CompactModel.of(model) if spiking is None else spiking.trained
+    tensors = {name: tensor for name, tensor in compact.tensors.items() if name not in compact.bits}
+    integers = {name: (compact.tensors[name], bits) for name, bits in compact.bits.items()}
+    for name, kernel in _quantized_kernels(spiking).items():
+        assert spiking is not None
+        assert spiking.merged_bits is not None
+        assert kernel.scale is not None
+        integers[f"{MERGED}{name}.weight"] = kernel.integers().cpu(), spiking.merged_bits
+        tensors[f"{MERGED}{name}.scale"] = kernel.scale.cpu()
+        tensors[f"{MERGED}{name}.bias"] = kernel.bias.cpu()
+    header = {
+        "kind": "quantized" if spiking is None else "spiking",
+        "model": compact.registered,
+        "parameters": compact.parameters,
+        "time_steps": compact.time_steps,
+        "conversion": None if spiking is None else _settings(spiking),
+        "notes": dict(notes or {}),
+    }
+    write_packed(path, header, tensors, integers)
+
+
+def load_packed(path: str | Path, model: nn.Module | None = None) -> Any:
+    """Load what `save_packed` stored.
+
+    Args:
+        path: the file.
+        model: a model of the same structure to load into, for models that timm does not know; those that are
+            registered are built.
+
+    Returns:
+        A quantized model in evaluation mode, or a `SpikingNetwork`.
+
+    Raises:
+        QsdError: if the file is missing, damaged, no packed file or of a newer version; or it does not fit the model.
+    """
+    header, tensors = read_packed(path)
+    merged = {name.removeprefix(MERGED): tensors.pop(name) for name in [*tensors] if name.startswith(MERGED)}
+    bits = {name: entry["bits"] for name, entry in header["packed"].items() if name in tensors}
+    trained = (
+        CompactModel(tensors, bits, header["time_steps"], header["model"], header["parameters"]).build(model).eval()
+    )
+    if header["kind"] == "quantized":
+        return trained
+    settings = header["conversion"]
+    example = torch.zeros(settings["example"], dtype=torch.float64)
+    spiking = convert(trained, settings["delays"], settings["merge"], settings["merged_bits"], example, check=False)
+    for name, kernel in _quantized_kernels(spiking).items():
+        # Merged and rounded anew on another machine, an integer might come out differently.
+        kernel.restore(*(merged[f"{name}.{key}"] for key in ("weight", "scale", "bias")))
+    return spiking.to(getattr(torch, settings["dtype"]))
+
+
+def read_notes(path: str | Path) -> dict[str, Any]:
+    """The notes that `save_packed` was given.
+
+    Args:
+        path: the file.
+
+    Raises:
+        QsdError: as `load_packed`.
+    """
+    return read_packed(path)[0]["notes"]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a network takes, in bytes, without a file's header and before a file is deflated.
+
+    Attributes:
+        parameters: number of parameters, step sizes not counted.
+        float_bytes: parameters and statistics of the network with float weights, at 4 bytes each.
+        packed_bytes: quantized weights at their bit width, step sizes and the rest in their own type.
+        converted_bytes: the network of binary spikes, norms folded in: weights at their bit width, one scale and one
+            bias by output channel at 4 bytes; merged kernels at ``merged_bits`` or, without, at 4 bytes a weight.
+            ``None`` for a trained network.
+        float_equivalents: the papers' figure, parameters times bits over 32; neither a count nor bytes.
+    """
+
+    parameters: int
+    float_bytes: int
+    packed_bytes: int
+    converted_bytes: int | None
+    float_equivalents: float
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Sizes of a quantized or a spiking network.
+
+    Args:
+        model: of ours, or built from our layers; or what `qsd.to_spike_driven` returned.
+    """
+    spiking = model if isinstance(model, SpikingNetwork) else None
+    compact = CompactModel.of(model) if spiking is None else spiking.trained
+    weights = sum(compact.tensors[name].numel() for name in compact.bits)
+    bits = sum(compact.tensors[name].numel() * width for name, width in compact.bits.items())
+    rest = [(name, tensor) for name, tensor in compact.tensors.items() if name not in compact.bits]
+    floats = sum(t.numel() for name, t in rest if t.is_floating_point() and not name.endswith(".quantizer.step"))
+    return ModelSize(
+        parameters=compact.parameters,
+        float_bytes=4 * (weights + floats),
+        packed_bytes=math.ceil(bits / 8) + sum(t.numel() * t.element_size() for _, t in rest),
+        converted_bytes=None if spiking is None else _converted_bytes(spiking),
+        float_equivalents=compact.parameters * (bits / weights if weights else 32) / 32,
+    )
+
+
+def _converted_bytes(spiking: SpikingNetwork) -> int:
+    total = 0.0
+    for module in spiking.modules():
+        bits = spiking.trained.bits
+        if isinstance(module, SpikingChain):
+            if module.merged is not None:
+                kernels = [(module.merged, spiking.merged_bits or 32)]
+            else:
+                kernels = [
+                    (factor, bits.get(f"{module.name}.{key}.weight", bits.get(f"{module.name}.weight", 32)))
+                    for key, factor in module.convolutions.items()
+                ]
+            for kernel, width in kernels:
+                vectors = 2 if kernel.frame is None else 3
+                total += kernel.weight.numel() * width / 8 + 4 * vectors * len(kernel.bias)
+        elif isinstance(module, SpikingDense):
+            width = bits.get(f"{module.name}.weight", 32)
+            total += module.weight.numel() * width / 8 + 4 * 2 * len(module.bias)
+    return math.ceil(total)
+
+
+def _quantized_kernels(spiking: SpikingNetwork | None) -> dict[str, Convolution]:
+    if spiking is None or spiking.merged_bits is None:
+        return {}
+    return {name: chain.merged for name, chain in spiking.chains().items() if chain.merged is not None}
+
+
+def _settings(spiking: SpikingNetwork) -> dict[str, Any]:
+    return {
+        "delays": {name: neuron.delay for name, neuron in spiking.neurons().items()},
+        "merge": spiking.merge,
+        "merged_bits": spiking.merged_bits,
+        "example": list(spiking.example.shape),
+        "dtype": str(next(spiking.buffers()).dtype).removeprefix("torch."),
+    }
