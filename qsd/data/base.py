@@ -152,9 +152,19 @@ class ImageData(LightningDataModule, ABC):
         self.setup("predict")
         return self._eval_loader(self._predict_source or self._sources["test"], named=True)
 
-    def _eval_loader(self, source: ImageSource, named: bool = False) -> ImageLoader:
+    def whole_part(self, part: Part) -> ImageLoader:
+        """All images of one part, in order and without augmentation, in this process, however many there are.
+
+        Args:
+            part: "train", "val" or "test".
+        """
+        self.setup({"train": "fit", "val": "validate", "test": "test"}[part])
+        return self._eval_loader(self._sources[part], shared=False)
+
+    def _eval_loader(self, source: ImageSource, named: bool = False, shared: bool = True) -> ImageLoader:
         dataset = ImageDataset(source, self.eval_transform(), named=named)
-        return ImageLoader(dataset, sampler=EvalSampler(dataset), **self._loader_options())
+        sampler = EvalSampler(dataset) if shared else EvalSampler(dataset, num_replicas=1, rank=0)
+        return ImageLoader(dataset, sampler=sampler, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
         workers = self.num_workers

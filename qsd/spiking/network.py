@@ -15,7 +15,7 @@ from qsd.models.compact import CompactModel
 from qsd.neurons import SpikeNeuron
 from qsd.spiking.clock import Clock
 from qsd.spiking.layers import DelayedNeuron, SpikingChain, SpikingLinear
-from qsd.spiking.rules import Conversion, Merge
+from qsd.spiking.rules import Conversion, Merge, check_merge
 from qsd.spiking.runtime import IMAGE, Runtime, Stream, Trace, TracedTensor, delay_choice, plain
 
 Delay = int | Mapping[str, int] | None
@@ -277,12 +277,7 @@ def convert(
         example: see there.
         check: compare all counts.
     """
-    if merge not in (True, False, "rep", "sep"):
-        raise QsdError(f"merge={merge!r} is unknown; use True, False, 'rep' or 'sep'.")
-    if merged_bits is not None and merge is False:
-        raise QsdError("merged_bits needs merged kernels; leave merge=True.")
-    if merged_bits is not None and not 2 <= merged_bits <= 16:
-        raise QsdError(f"merged_bits={merged_bits} is not from 2 to 16.")
+    check_merge(merge, merged_bits)
     steps = {m.time_steps for m in model.modules() if isinstance(m, SpikeNeuron)}
     if len(steps) != 1:
         found = ", ".join(map(str, sorted(steps))) or "none"

@@ -24,6 +24,24 @@ from qsd.spiking.runtime import Runtime
 Merge = bool | Literal["rep", "sep"]
 
 
+def check_merge(merge: Merge, merged_bits: int | None) -> None:
+    """Refuse what cannot be merged.
+
+    Args:
+        merge: as in `to_spike_driven`.
+        merged_bits: as in `to_spike_driven`.
+
+    Raises:
+        QsdError: if one of them, or both together, cannot be.
+    """
+    if merge not in (True, False, "rep", "sep"):
+        raise QsdError(f"merge={merge!r} is unknown; use True, False, 'rep' or 'sep'.")
+    if merged_bits is not None and merge is False:
+        raise QsdError("merged_bits needs merged kernels; leave merge=True.")
+    if merged_bits is not None and not 2 <= merged_bits <= 16:
+        raise QsdError(f"merged_bits={merged_bits} is not from 2 to 16.")
+
+
 @dataclass
 class Conversion:
     """One conversion in progress, as a rule sees it.

@@ -1,5 +1,6 @@
 """Lightning tasks."""
 
 from qsd.tasks.classification import AuxiliaryLoss, ClassificationTask
+from qsd.tasks.loading import load_task
 
-__all__ = ["AuxiliaryLoss", "ClassificationTask"]
+__all__ = ["AuxiliaryLoss", "ClassificationTask", "load_task"]

@@ -1,0 +1,285 @@
+"""Figures of a conversion record, for its report and for papers.
+
+Every function takes plain data, as `qsd.report.record` makes it, and returns figures of matplotlib that no backend or
+global state is needed for. They are as wide as a phone, so that text stays legible there; layers that would make a
+figure longer than a printed page are spread over several. Colours are those of Okabe and Ito, and cividis: they can be
+told apart by colour-blind readers and in grey.
+"""
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+WIDTH = 4.2  # inches, about 400 pixels on a screen
+_ROW = 0.165  # inches for the row of a layer
+_MOST_ROWS = 46  # a printed page holds about so many
+_STYLE: Any = {
+    "font.size": 8,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+    "svg.hashsalt": "qsd",  # the same record gives the same file
+}
+BLUE, ORANGE, GREEN, PURPLE, GREY, BLACK = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#8c8c8c", "#222222"
+
+# The columns of an energy measurement: key, name in print, colour.
+ENERGY_COLUMNS = (
+    ("merged", "spiking, merged", BLUE),
+    ("unmerged", "spiking, unmerged", GREEN),
+    ("papers", "papers' formula", GREY),
+    ("integer", "integer network", ORANGE),
+)
+
+
+def data_uri(figure: Figure) -> str:
+    """A figure as ``data:`` address of an SVG image, in which text is drawn as paths.
+
+    Args:
+        figure: any.
+    """
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def firing_rates(neurons: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Firing rate of every neuron layer, spikes per neuron and time step, as bars.
+
+    Args:
+        neurons: records with ``name`` and ``rate``, in the network's order.
+    """
+    most = max((neuron["rate"] for neuron in neurons), default=0.0)
+
+    def draw(axes: Axes, chunk: Sequence[Mapping[str, Any]], rows: np.ndarray) -> None:
+        rates = np.array([neuron["rate"] for neuron in chunk])
+        axes.barh(rows, rates, height=0.72, color=BLUE)
+        for row, rate in zip(rows.tolist(), rates.tolist()):
+            axes.text(rate + most * 0.015, row, f"{rate:.3f}", va="center", fontsize=6)
+        axes.set_xlim(0, most * 1.18 or 1)
+        axes.set_xlabel("spikes per neuron and time step")
+
+    return [_layer_figure(chunk, [draw]) for chunk in _chunks(neurons)]
+
+
+def count_histograms(neurons: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """How often a neuron fires 1, 2, ... T spikes per image, by layer, as stacked bars; what is missing fires none.
+
+    Args:
+        neurons: records with ``name`` and ``histogram``, the shares of the counts 0 to T.
+    """
+    most = max((1 - neuron["histogram"][0] for neuron in neurons), default=1.0)
+
+    def draw(axes: Axes, chunk: Sequence[Mapping[str, Any]], rows: np.ndarray) -> None:
+        shares = np.array([neuron["histogram"] for neuron in chunk])
+        steps = shares.shape[1] - 1
+        colours = matplotlib.colormaps["cividis"](np.linspace(0.9, 0.05, steps) if steps > 1 else [0.3])
+        left = np.zeros(len(rows))
+        for count in range(1, steps + 1):
+            axes.barh(rows, shares[:, count], left=left, height=0.78, color=colours[count - 1], label=str(count))
+            left += shares[:, count]
+        axes.set_xlim(0, most * 1.03 or 1)
+        axes.set_xlabel("share of neurons with so many spikes per image")
+        axes.legend(
+            loc="lower right", bbox_to_anchor=(1, 1), ncols=min(steps, 8), fontsize=6.5, columnspacing=1,
+            handlelength=1.2, borderaxespad=0.2, title="spikes per image", title_fontsize=6.5,
+        )  # fmt: skip
+
+    return [_layer_figure(chunk, [draw], top=0.45) for chunk in _chunks(neurons)]
+
+
+def spike_raster(raster: Mapping[str, Any]) -> Figure:
+    """Binary spikes of some neurons of a layer over the windows of several images, one image after the other.
+
+    Args:
+        raster: ``spikes`` as lists of 0/1 ``[images, T, neurons]``.
+    """
+    spikes = np.asarray(raster["spikes"], dtype=bool)
+    images, steps, neurons = spikes.shape
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.035 * neurons), layout="constrained")
+        axes = figure.subplots()
+        image, step, neuron = np.nonzero(spikes)
+        gap = 1
+        axes.vlines(image * (steps + gap) + step + 1, neuron - 0.42, neuron + 0.42, color=BLACK, linewidth=1.6)
+        for i in range(images):
+            start = i * (steps + gap) + 0.5
+            axes.axvspan(start, start + steps, color="#eef3f8" if i % 2 else "#f6f0e4", linewidth=0)
+        axes.set_xticks(
+            [i * (steps + gap) + (steps + 1) / 2 for i in range(images)], [str(i + 1) for i in range(images)]
+        )
+        axes.tick_params(axis="x", length=0)
+        axes.set_xlim(0.3, images * (steps + gap) + 0.2)
+        axes.set_ylim(neurons - 0.4, -0.6)
+        axes.set_xlabel(f"image (each field: {steps} time step{'s' if steps > 1 else ''})")
+        axes.set_ylabel("neuron")
+    return figure
+
+
+def energy_by_layer(layers: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Energy of every operation in microjoules per image, the columns of the measurement side by side.
+
+    Args:
+        layers: records with ``name`` and ``energy_mj`` by column.
+    """
+    columns = [column for column in ENERGY_COLUMNS if any(column[0] in layer["energy_mj"] for layer in layers)]
+    most = max((1e3 * (layer["energy_mj"].get(c[0]) or 0.0) for layer in layers for c in columns), default=0.0)
+
+    def column_drawer(key: str, title: str, colour: str) -> Any:
+        def draw(axes: Axes, chunk: Sequence[Mapping[str, Any]], rows: np.ndarray) -> None:
+            values = [1e3 * (layer["energy_mj"].get(key) or 0.0) for layer in chunk]
+            axes.barh(rows, values, height=0.72, color=colour)
+            axes.set_xlim(0, most * 1.05 or 1)
+            axes.set_title(title.replace(" ", "\n", 1), fontsize=6.5, pad=3)
+            axes.xaxis.set_major_locator(MaxNLocator(2))
+            axes.tick_params(axis="x", labelsize=6.5)
+            axes.grid(axis="x", color="#dddddd", linewidth=0.5)
+            axes.set_axisbelow(True)
+
+        return draw
+
+    drawers = [column_drawer(*column) for column in columns]
+    return [_layer_figure(chunk, drawers, top=0.1, xlabel="µJ per image") for chunk in _chunks(layers)]
+
+
+def energy_totals(totals: Mapping[str, float]) -> Figure:
+    """Total energy per image in millijoules, by column.
+
+    Args:
+        totals: millijoules by column.
+    """
+    named = [(title, totals[key], colour) for key, title, colour in ENERGY_COLUMNS]
+    return _totals(named, "mJ per image")
+
+
+def sizes(entries: Sequence[tuple[str, float]]) -> Figure:
+    """Sizes in megabytes, as bars.
+
+    Args:
+        entries: name and bytes.
+    """
+    return _totals([(name, size / 1e6, BLUE) for name, size in entries], "MB (10⁶ bytes)")
+
+
+def delay_curve(rows: Sequence[Mapping[str, Any]], quantized_accuracy: float | None = None) -> Figure:
+    """Accuracy and class agreement over the delay.
+
+    Args:
+        rows: records with ``delay``, ``accuracy`` and ``class_agreement`` (shares).
+        quantized_accuracy: of the trained network on the same images, as a line.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+        axes = figure.subplots()
+        delays = [row["delay"] for row in rows]
+        for key, label, colour, marker, style in (
+            ("accuracy", "accuracy", BLUE, "o", "-"),
+            ("class_agreement", "same class as the trained network", ORANGE, "s", "--"),
+        ):
+            axes.plot(delays, [100 * row[key] for row in rows], style, color=colour, marker=marker, label=label, ms=5)
+        if quantized_accuracy is not None:
+            label = "accuracy of the trained network"
+            axes.axhline(100 * quantized_accuracy, color=GREY, linewidth=0.9, linestyle=":", label=label)
+        axes.set_xticks(delays)
+        axes.set_ylim(-3, 103)
+        axes.set_xlabel("delay of every neuron, in time steps")
+        axes.set_ylabel("% of images")
+        axes.grid(axis="y", color="#dddddd", linewidth=0.5)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), fontsize=7)
+    return figure
+
+
+def _totals(entries: Sequence[tuple[str, float, str]], unit: str) -> Figure:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 0.55 + 0.3 * len(entries)), layout="constrained")
+        axes = figure.subplots()
+        rows = np.arange(len(entries))
+        values = [value for _, value, _ in entries]
+        axes.barh(rows, values, height=0.7, color=[colour for *_, colour in entries])
+        most = max(values, default=0.0)
+        for row, value in zip(rows.tolist(), values):
+            axes.text(value + most * 0.02, row, f"{value:.3g}", va="center")
+        axes.set_yticks(rows, [name for name, *_ in entries])
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.set_xlim(0, most * 1.2 or 1)
+        axes.set_xlabel(unit)
+    return figure
+
+
+def _layer_figure(
+    chunk: Sequence[Mapping[str, Any]], drawers: Sequence[Any], top: float = 0.0, xlabel: str | None = None
+) -> Figure:
+    """Panels side by side over one axis of layers, whose names are grouped under their stage.
+
+    Args:
+        chunk: records with ``name``.
+        drawers: one per panel, called with its axes, the records and their rows.
+        top: inches kept free above.
+        xlabel: below all panels.
+    """
+    labels, rows, headers = [], [], []
+    row = 0
+    for group, members in _groups(chunk):
+        if group:
+            headers.append((row, group))
+            row += 1
+        for member in members:
+            labels.append(member["name"].removeprefix(f"{group}."))
+            rows.append(row)
+            row += 1
+    with matplotlib.rc_context(_STYLE):
+        layout = ConstrainedLayoutEngine(w_pad=0.02, wspace=0.01)
+        figure = Figure(figsize=(WIDTH, 0.6 + top + _ROW * row), layout=layout)
+        panels = figure.subplots(1, len(drawers), sharey=True, squeeze=False)[0]
+        for axes, draw in zip(panels, drawers):
+            draw(axes, chunk, np.array(rows))
+            axes.tick_params(axis="y", length=0)
+        panels[0].set_yticks(
+            [*rows, *(row for row, _ in headers)], [*labels, *(name for _, name in headers)], fontsize=6.5
+        )
+        for tick, is_header in zip(panels[0].get_yticklabels(), [False] * len(rows) + [True] * len(headers)):
+            tick.set_fontweight("bold" if is_header else "normal")
+        panels[0].set_ylim(row - 0.4, -0.6)
+        if xlabel:
+            figure.supxlabel(xlabel, fontsize=8)
+    return figure
+
+
+def _groups(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Neighbours of one stage together: ``stages.2.blocks.0...`` belongs to ``stages.2``, ``head`` to none."""
+    group = ""
+    members: list[Mapping[str, Any]] = []
+    for record in records:
+        own = _group(record["name"])
+        if members and own != group:
+            yield group, members
+            members = []
+        group = own
+        members.append(record)
+    if members:
+        yield group, members
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    size = 2 if len(parts) > 2 and parts[1].isdecimal() else 1
+    return ".".join(parts[:size]) if len(parts) > size else ""
+
+
+def _chunks(records: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, Any]]]:
+    count = max(1, -(-len(records) // _MOST_ROWS))
+    size = -(-len(records) // count)
+    return [records[i : i + size] for i in range(0, len(records), size)]

@@ -1,0 +1,158 @@
+"""Convert a trained checkpoint to binary spikes, verify it on images, and write its report.
+
+python tools/convert.py CHECKPOINT --config configs/digits.yaml --out converted
+python tools/convert.py CHECKPOINT --data ImageFolderData --data.root DIR --delays
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import instantiate_class
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from qsd import QsdError, load_packed, report, to_spike_driven
+from qsd.data import ImageData
+from qsd.spiking import SpikingNetwork, calibrate_delays
+from qsd.tasks import load_task
+
+MERGE: dict[str, Any] = {"all": True, "none": False, "rep": "rep", "sep": "sep"}
+PARTS = {"train": "training", "val": "validation", "test": "test"}
+
+
+def build_parser(config: str | None) -> ArgumentParser:
+    parser = ArgumentParser(prog="convert", description=__doc__.splitlines()[0], exit_on_error=False)
+    parser.add_argument("checkpoint", help=".ckpt of a training, or a packed .safetensors file")
+    parser.add_argument("--config", help="configuration of a training, whose data is taken")
+    parser.add_subclass_arguments(
+        LightningDataModule, "data", required=config is None, help="images; --data.NAME VALUE"
+    )
+    parser.add_argument("--part", choices=tuple(PARTS), default="val", help="images to measure on")
+    parser.add_argument("--out", default="converted", help="folder for the three files")
+    parser.add_argument("--force", action="store_true", help="replace the files of an earlier conversion")
+    parser.add_argument("--merge", choices=tuple(MERGE), default="all", help="chains to turn into one convolution each")
+    parser.add_argument("--merged-bits", type=int, help="quantize merged kernels to so many bits; not lossless")
+    parser.add_argument("--delay", type=int, help="of every neuron; the default T - 1 is lossless")
+    parser.add_argument("--calibrate", type=float, metavar="MAX_DROP", help="choose small delays by layer, on "
+                        "validation images, that cost at most so much accuracy (a share)")  # fmt: skip
+    parser.add_argument("--delays", action="store_true", help="print the accuracy for every delay from 0 to T - 1")
+    parser.add_argument("--preset", default="fp32", help="prices of operations: fp32 (the papers'), fp16, int8")
+    parser.add_argument("--max-images", type=int, help="measure on so many images; the default is all")
+    parser.add_argument("--step-images", type=int, default=100, help="images that are also stepped through time")
+    parser.add_argument("--float-accuracy", type=float, help="of the float twin, a share, for the report")
+    parser.add_argument("--raster", help="neuron whose spikes are drawn")
+    parser.add_argument("--leave-out", nargs="+", choices=report.STAGES, default=[], help="do not measure these")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    if config is not None:
+        parser.set_defaults({"data": _data_of(config)})
+    return parser
+
+
+def convert(options: Namespace, data: ImageData) -> report.Record:
+    """Convert as the options say, and write the three files.
+
+    Args:
+        options: of the command line.
+        data: where the images come from.
+
+    Raises:
+        QsdError: for files that exist, checkpoints that cannot be read, and whatever a conversion refuses.
+    """
+    folder, checkpoint = Path(options.out), Path(options.checkpoint)
+    existing = [folder / name for name in report.FILES if (folder / name).exists()]
+    if existing and not options.force:
+        raise QsdError(f"{existing[0]} exists; pass --force to replace it, or another --out.")
+    if options.delays and "delays" in options.leave_out:
+        raise QsdError("--delays and --leave-out delays exclude each other; drop one.")
+    if options.calibrate is not None and options.delay is not None:
+        raise QsdError("--calibrate and --delay exclude each other; drop one.")
+    trained, name = load_trained(checkpoint)
+    trained = trained.to(options.device)
+    merge, delay = MERGE[options.merge], options.delay
+    if options.calibrate is not None:
+        spiking = to_spike_driven(trained, None, merge, options.merged_bits)
+        calibration = calibrate_delays(spiking, data.whole_part("val"), options.calibrate)
+        Console().print(calibration.table())
+        delay = calibration.delays
+    return report.write_conversion(
+        trained,
+        data.whole_part(options.part),
+        folder,
+        name=name,
+        checkpoint=str(checkpoint),
+        source=f"{PARTS[options.part]} images of {type(data).__name__}",
+        delay=delay,
+        merge=merge,
+        merged_bits=options.merged_bits,
+        preset=options.preset,
+        max_images=options.max_images,
+        step_images=options.step_images,
+        float_accuracy=options.float_accuracy,
+        raster=options.raster,
+        stages=[stage for stage in report.STAGES if stage not in options.leave_out],
+    )
+
+
+def load_trained(path: Path) -> tuple[nn.Module, str]:
+    """The trained network of a checkpoint or a packed file, and its model's name."""
+    if path.suffix != ".safetensors":
+        task = load_task(path)
+        return task.model, task.hparams["model"]
+    network = load_packed(path)
+    if isinstance(network, SpikingNetwork):
+        network = network.trained.build()
+    return network, network.registered["name"]
+
+
+def delay_table(record: report.Record) -> Table:
+    """Accuracy over the delay, as in Table 4 of the CSDformer paper."""
+    delays = record["delays"]
+    title = f"Delay of every neuron, {delays['images']} images stepped spike by spike"
+    table = Table("delay", "accuracy", "same class", "latency", "interval", title=title, title_justify="left")
+    for row in delays["rows"]:
+        shares = [f"{100 * row[key]:.2f} %" for key in ("accuracy", "class_agreement")]
+        table.add_row(str(row["delay"]), *shares, f"{row['latency']} steps", f"{row['interval']} steps")
+    table.add_row("trained", f"{100 * delays['quantized_accuracy']:.2f} %")
+    return table
+
+
+def _data_of(config: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(config).read_text())
+    except yaml.YAMLError as error:
+        raise QsdError(f"{config} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or "data" not in content:
+        raise QsdError(f"{config} has no data section; name the images with --data.")
+    return content["data"]
+
+
+def main(args: list[str] | None = None) -> int:
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--config")
+    try:
+        parser = build_parser(chosen.parse_known_args(args)[0].config)
+        options = parser.parse_args(args)
+        data = instantiate_class((), options.data.as_dict())
+        if not isinstance(data, ImageData):
+            raise QsdError(f"{type(data).__name__} is no qsd.data.ImageData; subclass it, or use qsd.report in Python.")
+        record = convert(options, data)
+    except (QsdError, ArgumentError, OSError) as error:
+        print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    console = Console()
+    if options.delays:
+        console.print(delay_table(record))
+    console.print(report.summary(record))
+    print(f"report: {Path(options.out) / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
