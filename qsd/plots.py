@@ -193,7 +193,9 @@ def delay_curve(rows: Sequence[Mapping[str, Any]], quantized_accuracy: float | N
             label = "accuracy of the trained network"
             axes.axhline(100 * quantized_accuracy, color=GREY, linewidth=0.9, linestyle=":", label=label)
         axes.set_xticks(delays)
-        axes.set_ylim(-3, 103)
+        lowest = 100 * min(row[key] for row in rows for key in ("accuracy", "class_agreement"))
+        margin = max(1.0, 0.15 * (100 - lowest))
+        axes.set_ylim(max(lowest - margin, -3), 100 + 0.5 * margin)
         axes.set_xlabel("delay of every neuron, in time steps")
         axes.set_ylabel("% of images")
         axes.grid(axis="y", color="#dddddd", linewidth=0.5)

@@ -78,7 +78,7 @@ def convert(options: Namespace, data: ImageData) -> report.Record:
     merge, delay = MERGE[options.merge], options.delay
     if options.calibrate is not None:
         spiking = to_spike_driven(trained, None, merge, options.merged_bits)
-        calibration = calibrate_delays(spiking, data.whole_part("val"), options.calibrate)
+        calibration = calibrate_delays(spiking, data.whole_part("val"), options.calibrate, options.max_images)
         Console().print(calibration.table())
         delay = calibration.delays
     return report.write_conversion(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from qsd import report
@@ -134,7 +134,7 @@ class ConvertToSpikeDriven(Callback):
             logger.log_metrics(report.metrics(record), step=trainer.global_step)
             logger.save()
         Console().print(report.summary(record))
-        rank_zero_info(f"report: {folder / 'report.html'}")
+        print(f"report: {folder / 'report.html'}")
 
     def _image_limit(self, trainer: Trainer) -> int | None:
         """No more images than the validation of the training saw."""

@@ -137,16 +137,14 @@ def _accuracy_finding(record: Mapping[str, Any]) -> Finding:
 
 def _energy_finding(energy: Mapping[str, Any]) -> Finding:
     totals = energy["total_mj"]
-    spiking = {key: totals[key] for key in ("merged", "unmerged") if totals.get(key) is not None}
-    name, best = min(spiking.items(), key=lambda item: item[1])
-    other = [f"{key} {value:.3g} mJ" for key, value in spiking.items() if key != name]
+    mine, other = ("merged", "unmerged") if energy["merged"] else ("unmerged", "merged")
     text = (
-        f"the cheaper spiking network ({name}) needs {best:.3g} mJ per image{', ' + other[0] if other else ''}; a "
-        f"plain integer network of {energy['bits']}-bit activations {totals['integer']:.3g} mJ, at the same prices "
-        f"(preset {energy['preset']}, arithmetic alone, {energy['images']} images). The papers' formula gives "
-        f"{totals['papers']:.3g} mJ."
+        f"the spiking network as converted ({mine}) needs {totals[mine]:.3g} mJ per image; {other} it would be "
+        f"{totals[other]:.3g} mJ. A plain integer network of {energy['bits']}-bit activations needs "
+        f"{totals['integer']:.3g} mJ at the same prices (preset {energy['preset']}, arithmetic alone, "
+        f"{energy['images']} images). The papers' formula gives {totals['papers']:.3g} mJ."
     )
-    ratio = best / totals["integer"] if totals["integer"] else math.inf
+    ratio = totals[mine] / totals["integer"]
     if ratio <= 1:
         return Finding("good", f"Cheaper than an integer network, {1 / ratio:.2f} times:", text)
     return Finding("bad", f"An integer network would be cheaper, {ratio:.2f} times:", text)
@@ -371,7 +369,7 @@ def _scientific(value: float) -> str:
     """A number with two digits and its power of ten."""
     mantissa, exponent = f"{value:.1e}".split("e")
     power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{mantissa} · 10{power}"
+    return f"{mantissa}\N{NO-BREAK SPACE}·\N{NO-BREAK SPACE}10{power}"
 
 
 def _count(value: float | None) -> str:

@@ -6,7 +6,7 @@ import torch
 from qsd.neurons import SpikeNeuron
 
 
-def _made_up(model="qsd_15m", time_steps=4, layers=None):
+def _made_up(model="qsd_tiny", time_steps=4, layers=12):
     """A record in the form of `qsd.report.record`, with a real model's names and numbers that nobody measured."""
     random = np.random.RandomState(0)
     with torch.device("meta"):
@@ -46,7 +46,7 @@ def _made_up(model="qsd_15m", time_steps=4, layers=None):
     }
     return {
         "qsd": "0.0", "left_out": [],
-        "model": {"name": model, "checkpoint": "runs/x/best.ckpt", "time_steps": time_steps, "weight_bits": "4"},
+        "model": {"name": model, "checkpoint": "best.ckpt", "time_steps": time_steps, "weight_bits": "4"},
         "data": {"description": "200 validation images of DigitsData", "image_size": [1, 32, 32]},
         "conversion": {"merge": True, "merged_bits": None, "delay": None},
         "accuracy": {"images": 200, "float": 0.99, "quantized": 0.975, "spiking": 0.975, "class_agreement": 1.0,
@@ -60,7 +60,7 @@ def _made_up(model="qsd_15m", time_steps=4, layers=None):
         "delays": {"images": 100, "quantized_accuracy": 0.975, "rows": delays},
         "latency": {"steps": 211 if lossless else 1, "interval": 8},
         "neurons": neurons,
-        "raster": {"name": names[-5], "neurons": 4096,
+        "raster": {"name": names[-1], "neurons": 4096,
                    "spikes": (random.rand(8, time_steps, 48) < 0.15).astype(int).tolist()},
         "audit": {"images": 16, "spike_driven": True, "operations": [
             {"name": name, "operation": "product" if "attn.attn" in name else "convolution",
@@ -69,7 +69,7 @@ def _made_up(model="qsd_15m", time_steps=4, layers=None):
              "note": "sees the image" if i == 0 else ""}
             for i, name in enumerate(operations)
         ]},
-        "energy": {"preset": "fp32", "mac_pj": 4.6, "ac_pj": 0.9, "images": 200, "bits": 3, "layers": layers,
+        "energy": {"preset": "fp32", "mac_pj": 4.6, "ac_pj": 0.9, "images": 200, "bits": 3, "merged": True, "layers": layers,
                    "total_mj": {**totals, "papers_stem_per_step": totals["papers"] * 1.1}},
         "sizes": {"parameters": 15.1e6, "float_bytes": 60.5e6, "packed_bytes": 7.7e6, "file_bytes": 7.8e6,
                   "converted_bytes": 147.6e6, "float_equivalents": 1.9e6},
