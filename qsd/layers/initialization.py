@@ -35,7 +35,8 @@ def initialize_neurons(model: nn.Module, images: Tensor) -> int:
     was_training = {module: module.training for module in model.modules()}
     handles = [neuron.register_forward_pre_hook(initialize) for neuron in neurons]
     try:
-        with frozen_statistics(model):
+        # A compiled forward would keep the hooks.
+        with frozen_statistics(model), torch.compiler.set_stance("force_eager"):
             model.train()(images)
     finally:
         for handle in handles:
