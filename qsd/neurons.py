@@ -23,6 +23,11 @@ NeuronKind = Literal["fixed", "lsq", "qcfs"]
 Factor = float | Tensor
 
 
+def _check_time_steps(time_steps: int) -> None:
+    if isinstance(time_steps, bool) or not isinstance(time_steps, int) or not 1 <= time_steps <= 255:
+        raise QsdError(f"time_steps={time_steps!r} is not a whole number from 1 to 255.")
+
+
 class SpikeNeuron(nn.Module):
     """Integer spike counts over a window of ``time_steps``, times an amplitude (IE-LIF by default).
 
@@ -39,8 +44,7 @@ class SpikeNeuron(nn.Module):
 
     def __init__(self, time_steps: int = 4, threshold: float | None = None, amplitude: float | None = None) -> None:
         super().__init__()
-        if isinstance(time_steps, bool) or not isinstance(time_steps, int) or not 1 <= time_steps <= 255:
-            raise QsdError(f"time_steps={time_steps!r} is not a whole number from 1 to 255.")
+        _check_time_steps(time_steps)
         if threshold is not None and not threshold > 0:
             raise QsdError(f"threshold={threshold} is not positive.")
         self.time_steps = time_steps
@@ -105,6 +109,20 @@ class LearnedStepNeuron(SpikeNeuron):
         """
         raise NotImplementedError
 
+    def change_time_steps(self, time_steps: int) -> None:
+        """Give the window another length and keep what it can represent: ``step * T`` stays.
+
+        The values between change: another network, which has to be trained or at least measured anew.
+
+        Args:
+            time_steps: T, 1 to 255.
+
+        Raises:
+            QsdError: if it is out of range.
+        """
+        _check_time_steps(time_steps)
+        self.time_steps = time_steps
+
     @property
     def threshold(self) -> float:
         """The step, as a number: what one spike is worth in units of the input (or of the scaled product)."""
@@ -157,6 +175,12 @@ class LsqNeuron(LearnedStepNeuron):
 
     def worth(self, features: int) -> Tensor:
         return scale_gradient(self.step, (features * self.time_steps) ** -0.5)
+
+    @torch.no_grad()
+    def change_time_steps(self, time_steps: int) -> None:
+        before = self.time_steps
+        super().change_time_steps(time_steps)
+        self.step.mul_(before / time_steps)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, scale: Factor | None = None) -> None:

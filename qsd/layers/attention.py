@@ -1,7 +1,7 @@
 """Quantized spike-driven self-attention of QSD-Transformer (Q-SDSA) and of CSDformer (NReLU), and their float twins."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -148,7 +148,7 @@ class NReluSelfAttention(nn.Module):
             conv = QuantConv2d(dim, dim, 1, bias=bias, weight_bits=weight_bits)
             return LinearChain(conv=conv, norm=nn.BatchNorm2d(dim))
 
-        def tap(amplitude: float | None) -> nn.Module:
+        def tap(amplitude: float | None) -> Any:
             return nn.Identity() if self.softmax else build_neuron(time_steps, amplitude=amplitude, kind=neurons)
 
         self.neuron = build_neuron(time_steps, kind=neurons)

@@ -1,4 +1,4 @@
-"""What the image classifiers of this package share: timm's contract, over a row of modules whose outputs are features."""
+"""What our image classifiers share: timm's contract, over a row of modules whose outputs are features."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import QuantLinear
+from qsd.models.checkpoints import STEP_NAMES
 
 
 class ImageClassifier(nn.Module):
@@ -195,5 +196,5 @@ class ImageClassifier(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay must not touch: step sizes and layer scales."""
-        exempt = (".step", ".ceiling", "layer_scale1", "layer_scale2")
+        exempt = (*STEP_NAMES, "layer_scale1", "layer_scale2")
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}

@@ -65,7 +65,7 @@ _HARMLESS: list[Any] = [
 _REFERENCE_STAGES = ("downsample1_1", "downsample1_2", "downsample2", "downsample3", "downsample4")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 # How the names of learned steps end, of weights and of neurons: a float network has none.
-_STEPS = (".step", ".ceiling")
+STEP_NAMES = (".step", ".ceiling")
 
 
 def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> None:
@@ -247,8 +247,8 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
         optional = head
         state = {name: tensor for name, tensor in state.items() if name not in head}
     # A float network has no steps to put them in, a float checkpoint has none to give.
-    steps = {name for name in expected if name.endswith(_STEPS)}
-    state = {name: t for name, t in state.items() if name in expected or not name.endswith(_STEPS)}
+    steps = {name for name in expected if name.endswith(STEP_NAMES)}
+    state = {name: t for name, t in state.items() if name in expected or not name.endswith(STEP_NAMES)}
     counters = {name for name in expected if name.endswith(".num_batches_tracked")}
     check_weights(state, expected, source, may_lack=optional | steps | counters)
     model.load_state_dict(state, strict=False)
@@ -285,7 +285,7 @@ def check_weights(
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise QsdError(f"{source} has weights that are not finite: {_shorten(broken)}; it cannot be used.")
-    bad = [name for name, t in state.items() if name.endswith(_STEPS) and not bool((t > 0).all())]
+    bad = [name for name, t in state.items() if name.endswith(STEP_NAMES) and not bool((t > 0).all())]
     if bad:
         raise QsdError(f"{source} has step sizes that are not positive: {_shorten(bad)}; it cannot be used.")
 

@@ -2,8 +2,8 @@
 
 Zhang et al., "CSDformer: A Conversion Method for Fully Spike-Driven Transformer", 2025
 (https://arxiv.org/abs/2509.17461). The skeleton is Spikingformer's, by the paper's parameter counts: a convolutional
-tokenizer with max-pooling, batch norms only, ReLU over N in place of the softmax. The paper leaves open whether a neuron
-stands in front of the head; here one does, so that the head too sees spikes.
+tokenizer with max-pooling, batch norms only, ReLU over N in place of the softmax. The paper leaves open whether a
+neuron stands in front of the head; here one does, so that the head too sees spikes.
 """
 
 from collections.abc import Sequence
