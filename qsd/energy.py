@@ -28,6 +28,8 @@ from qsd.spiking.layers import (
     SpikingChain,
     SpikingDense,
     SpikingLinear,
+    SpikingMaxPool,
+    SpikingPooledDense,
     SpikingProduct,
     SpikingQuery,
     TimedLayer,
@@ -47,8 +49,9 @@ class LayerEnergy:
 
     Attributes:
         name: dotted name in the trained model.
-        kind: ``"stem"`` (sees the image), ``"synapse"``, ``"product"`` (of attention), ``"mean"`` (over positions),
-            or ``"other"`` (an operation outside our layers, priced as dense MACs everywhere).
+        kind: ``"stem"`` (sees the image), ``"synapse"``, ``"product"`` (of attention), ``"pool"`` (running sums of a
+            max-pool behind a neuron that fires early), ``"mean"`` (over positions), or ``"other"`` (an operation
+            outside our layers, priced as dense MACs everywhere).
         spikes: that came in.
         rate: firing rate of the neurons they came from, spikes per neuron and step (0 to 1).
         additions: accumulates, ``merged`` and ``unmerged``.
@@ -58,7 +61,7 @@ class LayerEnergy:
     """
 
     name: str
-    kind: Literal["stem", "synapse", "product", "mean", "other"]
+    kind: Literal["stem", "synapse", "product", "pool", "mean", "other"]
     spikes: float = 0.0
     rate: float = 0.0
     additions: dict[str, float] = field(default_factory=lambda: {"merged": 0.0, "unmerged": 0.0})
@@ -186,9 +189,8 @@ class _Counter:
         self.watch = Watch(spiking, self._operation)
 
     def run(self, images: Tensor) -> None:
-        modules = [
-            m for m in self.spiking.network.modules() if isinstance(m, SpikingLinear | SpikingProduct | SpikingQuery)
-        ]
+        counted = SpikingLinear | SpikingProduct | SpikingQuery | SpikingMaxPool
+        modules = [m for m in self.spiking.network.modules() if isinstance(m, counted)]
         handles = [module.register_forward_pre_hook(self._layer) for module in modules]
         try:
             with self.watch.on(images):
@@ -224,6 +226,8 @@ class _Counter:
         with torch.utils._python_dispatch._disable_current_modes():
             if isinstance(module, SpikingLinear):
                 self._synapse(module, inputs[0])
+            elif isinstance(module, SpikingMaxPool):
+                self._pool(module, inputs[0])
             else:
                 self._product(module, *inputs)
 
@@ -237,7 +241,8 @@ class _Counter:
             macs = {"merged": sum(_dense_macs([merged], height, width)), "unmerged": sum(dense)}
         elif isinstance(module, SpikingDense):
             outputs = len(module.weight)
-            positions = x[0].numel() // x.shape[-1]
+            # A mean over positions in front of the layer is taken first, where numbers are multiplied.
+            positions = 1 if isinstance(module, SpikingPooledDense) else x[0].numel() // x.shape[-1]
             fan_outs, dense = [torch.tensor(outputs)] * 2, [float(positions * module.weight.numel())]
             macs = {"merged": dense[0], "unmerged": dense[0]}
         else:
@@ -263,6 +268,16 @@ class _Counter:
         self.dense[module.name] = self.dense.get(module.name, 0) + spikes / neurons * self.time_steps * images * sum(
             dense
         )
+
+    def _pool(self, module: SpikingMaxPool, x: Tensor) -> None:
+        if self.lossless or module.without_gaps or self.watch.is_image(x):
+            return
+        entry = self.layers.setdefault(module.name, LayerEnergy(module.name, "pool"))
+        spikes = float(x.sum(dtype=torch.float64))
+        self.cells[module.name] = self.cells.get(module.name, 0) + x.numel()
+        entry.spikes += spikes
+        for key in ("merged", "unmerged"):
+            entry.additions[key] += spikes  # each raises one running sum
 
     def _product(self, module: TimedLayer, left: Tensor, right: Tensor) -> None:
         rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]

@@ -97,6 +97,84 @@ def lsq_quantize(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor
     return _LsqQuantize.apply(weight, step.view(-1, *[1] * (weight.dim() - 1)), q_min, q_max, factor)
 
 
+class _LearnedSpikes(torch.autograd.Function):
+    """One fused pass each way: the drive is all that is kept beside the output, which the next layer keeps anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
+        drive = x / threshold
+        output = (drive + 0.5).floor_().clamp_(0, time_steps)
+        if amplitude is not None:
+            output.mul_(amplitude)
+        ctx.time_steps = time_steps
+        ctx.save_for_backward(drive, threshold, amplitude, None if amplitude is None else output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        drive, threshold, amplitude, output = ctx.saved_tensors
+        # In one pass: the gradient strictly between 0 and T, zero outside.
+        inside = torch.ops.aten.hardtanh_backward(grad, drive, 0, ctx.time_steps)
+        slope = (1 if amplitude is None else amplitude) / threshold
+        threshold_gradient = -_dot(inside, drive) * slope if ctx.needs_input_grad[1] else None
+        amplitude_gradient = _dot(grad, output) / amplitude if ctx.needs_input_grad[2] else None
+        return inside.mul_(slope), threshold_gradient, amplitude_gradient, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """``(a * b).sum()`` in float32 or better, without the product's memory where that can be avoided."""
+    if torch.compiler.is_compiling() or a.dtype in (torch.float16, torch.bfloat16):
+        return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum()
+    order = sorted(range(a.dim()), key=a.stride, reverse=True)  # a view of dense tensors of one memory format
+    return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1))
+
+
+def learned_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
+    """Spike counts for a learned threshold, times a learned amplitude: ``a * clip(floor(x / theta + 1/2), 0, T)``.
+
+    With the amplitude equal to the threshold this is LSQ for activations (Esser et al., 2020, with ``Q_n = 0`` and
+    ``Q_p = T``), rounding halves up as an integrate-and-fire neuron does: the gradient of the step is
+    ``floor(v + 1/2) - v`` where ``0 < v < T``, strictly, T above and 0 below, ``v = x / step``; that of the input is 1
+    inside and 0 outside. The factor of the step's gradient is `scale_gradient`'s. In general the rounding is passed
+    straight through, and the derivatives follow.
+
+    Args:
+        x: accumulated input, any shape.
+        threshold: positive, without dimensions.
+        amplitude: without dimensions; the same tensor as the threshold for LSQ; ``None`` for bare counts.
+        time_steps: T, the most spikes that a neuron can fire.
+
+    Returns:
+        A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
+    """
+    return _LearnedSpikes.apply(x, threshold, amplitude, time_steps)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """``x`` itself, to the bit, with its gradient multiplied by a factor.
+
+    Args:
+        x: any tensor.
+        factor: of the gradient.
+    """
+    return _ScaleGradient.apply(x, factor)
+
+
 def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The product ``q (k^T v)`` of spike-driven self-attention, linear in the number of tokens.
 

@@ -6,13 +6,26 @@ A neuron of threshold :math:`\theta` maps its accumulated input :math:`z` to
 
 with :math:`T` time steps and spike amplitude :math:`a`. At inference a delayed integrate-and-fire neuron with that
 threshold fires exactly these :math:`n` binary spikes. QSD-Transformer's IE-LIF (ICLR 2025) is the case of the fixed
-threshold :math:`\theta = a = 1/T`.
+threshold :math:`\theta = a = 1/T`; CSDformer's activation (2025) that of a learned step :math:`\theta = a = s`.
 """
 
+import math
+from typing import Any, Literal
+
+import torch
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
-from qsd.functional import spike_count
+from qsd.functional import learned_spikes, scale_gradient, spike_count
+
+NeuronKind = Literal["fixed", "lsq", "qcfs"]
+# One number, or a tensor without dimensions that gradients flow through.
+Factor = float | Tensor
+
+
+def _check_time_steps(time_steps: int) -> None:
+    if isinstance(time_steps, bool) or not isinstance(time_steps, int) or not 1 <= time_steps <= 255:
+        raise QsdError(f"time_steps={time_steps!r} is not a whole number from 1 to 255.")
 
 
 class SpikeNeuron(nn.Module):
@@ -31,14 +44,21 @@ class SpikeNeuron(nn.Module):
 
     def __init__(self, time_steps: int = 4, threshold: float | None = None, amplitude: float | None = None) -> None:
         super().__init__()
-        if isinstance(time_steps, bool) or not isinstance(time_steps, int) or not 1 <= time_steps <= 255:
-            raise QsdError(f"time_steps={time_steps!r} is not a whole number from 1 to 255.")
+        _check_time_steps(time_steps)
         if threshold is not None and not threshold > 0:
             raise QsdError(f"threshold={threshold} is not positive.")
         self.time_steps = time_steps
-        self.threshold = 1 / time_steps if threshold is None else threshold
-        self.amplitude = self.threshold if amplitude is None else amplitude
-        self._fixed_unit_range = threshold is None
+        self._threshold, self._amplitude = threshold, amplitude
+
+    @property
+    def threshold(self) -> float:
+        """What one spike is worth: the input for one more of them, in units of the input."""
+        return 1 / self.time_steps if self._threshold is None else self._threshold
+
+    @property
+    def amplitude(self) -> float:
+        """What one spike adds to the output."""
+        return self.threshold if self._amplitude is None else self._amplitude
 
     def drive(self, x: Tensor) -> Tensor:
         """Input in units of the threshold.
@@ -46,7 +66,7 @@ class SpikeNeuron(nn.Module):
         ``T * x`` and ``x / (1 / T)`` differ in the last bit where 1/T is no binary fraction, and ties are decided by
         that bit; so is an integer divided by the attention's threshold, whose quotient is correctly rounded.
         """
-        return x * self.time_steps if self._fixed_unit_range else x / self.threshold
+        return x * self.time_steps if self._threshold is None else x / self._threshold
 
     def counts(self, x: Tensor) -> Tensor:
         """Spike counts ``0..T`` for the accumulated input ``x``, in its shape and dtype."""
@@ -61,14 +81,170 @@ class SpikeNeuron(nn.Module):
         return f"time_steps={self.time_steps}, threshold={self.threshold:g}, amplitude={self.amplitude:g}"
 
 
+class LearnedStepNeuron(SpikeNeuron):
+    """A spike neuron whose threshold is a learned step; subclasses own the parameter.
+
+    The step exists and has a value when the constructor returns.
+
+    A neuron behind a product of spikes is handed the product of their counts, an integer, and what one unit of it is
+    worth (``scale``). Its threshold takes the scale up: ``step / scale``, in units of counts. So ties are decided on
+    integers, as binary spikes decide them.
+
+    Args:
+        time_steps: T, 1 to 255.
+        amplitude: ``None`` for the step; 1 for bare counts, as operands of a product.
+
+    Raises:
+        QsdError: if ``time_steps`` is out of range.
+    """
+
+    def __init__(self, time_steps: int = 4, amplitude: float | None = None) -> None:
+        super().__init__(time_steps, amplitude=amplitude)
+
+    def worth(self, features: int) -> Tensor:
+        """The step, for computing with: what one spike stands for. A tensor without dimensions.
+
+        Args:
+            features: size of the neuron's layer, for one image.
+        """
+        raise NotImplementedError
+
+    def change_time_steps(self, time_steps: int) -> None:
+        """Give the window another length and keep what it can represent: ``step * T`` stays.
+
+        The values between change: another network, which has to be trained or at least measured anew.
+
+        Args:
+            time_steps: T, 1 to 255.
+
+        Raises:
+            QsdError: if it is out of range.
+        """
+        _check_time_steps(time_steps)
+        self.time_steps = time_steps
+
+    @property
+    def threshold(self) -> float:
+        """The step, as a number: what one spike is worth in units of the input (or of the scaled product)."""
+        return float(self.worth(1).detach())
+
+    def _scaled_threshold(self, x: Tensor, scale: Factor | None) -> Tensor:
+        worth = self.worth(x[0].numel())
+        return worth if scale is None else worth / scale
+
+    def drive(self, x: Tensor, scale: Factor | None = None) -> Tensor:
+        """Input in units of the threshold.
+
+        Args:
+            x: accumulated input ``[B, ...]``.
+            scale: what a unit of the input is worth, if it is a product of counts.
+        """
+        return x / self._scaled_threshold(x, scale)
+
+    def counts(self, x: Tensor, scale: Factor | None = None) -> Tensor:
+        """Spike counts ``0..T``.
+
+        Args:
+            x: see `drive`.
+            scale: see `drive`.
+        """
+        return learned_spikes(x, self._scaled_threshold(x, scale), None, self.time_steps)
+
+    def forward(self, x: Tensor, scale: Factor | None = None) -> Tensor:
+        """Spike counts times the amplitude, in the shape of the accumulated input ``[B, ...]``."""
+        if self._amplitude is not None:
+            counts = self.counts(x, scale)
+            return counts if self._amplitude == 1 else counts * self._amplitude
+        worth = self.worth(x[0].numel())
+        return learned_spikes(x, worth if scale is None else worth / scale, worth, self.time_steps)
+
+    def extra_repr(self) -> str:
+        return f"time_steps={self.time_steps}, amplitude={'step' if self._amplitude is None else self._amplitude}"
+
+
+class LsqNeuron(LearnedStepNeuron):
+    """The step learned by LSQ, CSDformer's choice: its gradient has the factor ``1 / sqrt(features * T)``.
+
+    It starts at what `initialize` would give it for a standard normal input. Set it from data by one call,
+    `qsd.initialize_neurons`.
+    """
+
+    def __init__(self, time_steps: int = 4, amplitude: float | None = None) -> None:
+        super().__init__(time_steps, amplitude)
+        self.step = nn.Parameter(torch.tensor(2 * math.sqrt(2 / math.pi) / math.sqrt(time_steps)))
+
+    def worth(self, features: int) -> Tensor:
+        return scale_gradient(self.step, (features * self.time_steps) ** -0.5)
+
+    @torch.no_grad()
+    def change_time_steps(self, time_steps: int) -> None:
+        before = self.time_steps
+        super().change_time_steps(time_steps)
+        self.step.mul_(before / time_steps)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, scale: Factor | None = None) -> None:
+        """Set the step to ``2 * mean|x| / sqrt(T)`` of a batch's input; nothing but zeros leaves it as it is.
+
+        Args:
+            x: accumulated input ``[B, ...]``.
+            scale: what a unit of the input is worth, if it is a product of counts.
+        """
+        mean = x.abs().mean(dtype=self.step.dtype)
+        mean = mean if scale is None else mean * scale
+        self.step.copy_(torch.where(mean > 0, 2 * mean / math.sqrt(self.time_steps), self.step))
+
+
+class QcfsNeuron(LearnedStepNeuron):
+    """The step as QCFS parametrises it (Bu et al., ICLR 2022): ``ceiling / T``, with a learned ceiling.
+
+    The ceiling starts at 8, whatever the data, and its gradient is QCFS's own, without LSQ's factor. CSDformer's
+    authors report that it does not converge.
+    """
+
+    def __init__(self, time_steps: int = 4, amplitude: float | None = None) -> None:
+        super().__init__(time_steps, amplitude)
+        self.ceiling = nn.Parameter(torch.tensor(8.0))
+
+    def worth(self, features: int) -> Tensor:
+        del features
+        return self.ceiling / self.time_steps
+
+
+class FloatNeuron(nn.ReLU):
+    """What stands for a neuron in a float twin: a ReLU that may be handed a scale, as `LearnedStepNeuron` is."""
+
+    def worth(self, features: int) -> float:
+        """One: values stand for themselves."""
+        del features
+        return 1.0
+
+    def forward(self, x: Tensor, scale: Factor | None = None) -> Tensor:
+        """``[B, ...]`` to the same shape."""
+        return super().forward(x if scale is None else x * scale)
+
+
 def build_neuron(
-    time_steps: int | None, threshold: float | None = None, amplitude: float | None = None
-) -> SpikeNeuron | nn.ReLU:
+    time_steps: int | None,
+    threshold: float | None = None,
+    amplitude: float | None = None,
+    kind: NeuronKind = "fixed",
+) -> Any:
     """The neuron of a spiking network, or its float twin's ReLU if ``time_steps`` is ``None``.
 
     Args:
         time_steps: see `SpikeNeuron`.
-        threshold: see `SpikeNeuron`; a ReLU has none.
+        threshold: see `SpikeNeuron`; a ReLU or a learned step has none.
         amplitude: see `SpikeNeuron`; a ReLU has none.
+        kind: ``"fixed"`` threshold, or a learned one: ``"lsq"``, ``"qcfs"``.
+
+    Raises:
+        QsdError: for a kind that does not exist.
     """
-    return nn.ReLU() if time_steps is None else SpikeNeuron(time_steps, threshold, amplitude)
+    if kind not in ("fixed", "lsq", "qcfs"):
+        raise QsdError(f"neurons {kind!r} are unknown; use 'fixed', 'lsq' or 'qcfs'.")
+    if time_steps is None:
+        return FloatNeuron()
+    if kind == "fixed":
+        return SpikeNeuron(time_steps, threshold, amplitude)
+    return (LsqNeuron if kind == "lsq" else QcfsNeuron)(time_steps, amplitude)

@@ -1,10 +1,11 @@
 """Layers of quantized spike-driven transformers."""
 
-from qsd.layers.attention import SpikeDrivenSelfAttention
-from qsd.layers.blocks import ConvBlock, Downsample, Mlp, SepConv, TransformerBlock, conv_norm
+from qsd.layers.attention import NReluSelfAttention, SpikeDrivenSelfAttention, SpikeProduct
+from qsd.layers.blocks import ConvBlock, Downsample, Mlp, SepConv, TokenMean, TransformerBlock, conv_norm
 from qsd.layers.chains import BatchNormPad2d, LinearChain, rep_conv
+from qsd.layers.initialization import initialize_neurons
 from qsd.layers.quantized import QuantConv2d, QuantLinear, initialize_steps, quantized_weight
-from qsd.layers.recompute import recompute
+from qsd.layers.recompute import frozen_statistics, recompute
 
 __all__ = [
     "BatchNormPad2d",
@@ -12,12 +13,17 @@ __all__ = [
     "Downsample",
     "LinearChain",
     "Mlp",
+    "NReluSelfAttention",
     "QuantConv2d",
     "QuantLinear",
     "SepConv",
     "SpikeDrivenSelfAttention",
+    "SpikeProduct",
+    "TokenMean",
     "TransformerBlock",
     "conv_norm",
+    "frozen_statistics",
+    "initialize_neurons",
     "initialize_steps",
     "quantized_weight",
     "recompute",

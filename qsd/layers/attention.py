@@ -1,16 +1,19 @@
-"""Quantized spike-driven self-attention (Q-SDSA) of QSD-Transformer, and its float twins."""
+"""Quantized spike-driven self-attention of QSD-Transformer (Q-SDSA) and of CSDformer (NReLU), and their float twins."""
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.errors import QsdError
-from qsd.functional import linear_attention
-from qsd.layers.chains import rep_conv
-from qsd.neurons import build_neuron
+from qsd.functional import exact_matmul, linear_attention
+from qsd.layers.chains import LinearChain, rep_conv
+from qsd.layers.quantized import QuantConv2d
+from qsd.neurons import NeuronKind, build_neuron
 
 AttentionKind = Literal["linear", "softmax"]
+ScoreKind = Literal["nrelu", "softmax"]
 
 
 class SpikeDrivenSelfAttention(nn.Module):
@@ -47,8 +50,7 @@ class SpikeDrivenSelfAttention(nn.Module):
         attention: AttentionKind = "linear",
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise QsdError(f"{dim} channels are not divisible by num_heads={num_heads}; pick a multiple of the heads.")
+        _check_heads(dim, num_heads)
         if attention not in ("linear", "softmax"):
             raise QsdError(f"attention={attention!r} is unknown; use 'linear' or 'softmax'.")
         if attention == "softmax" and time_steps is not None:
@@ -86,3 +88,99 @@ class SpikeDrivenSelfAttention(nn.Module):
                 product = product * self.product_scale
         product = product.reshape(x.shape)
         return self.proj(self.attn_neuron(product).to(spikes.dtype))
+
+
+class SpikeProduct(nn.Module):
+    """Product ``left @ right`` of two tensors of spike counts, exact and never in half precision."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """``[..., I, C]`` and ``[..., C, J]`` to ``[..., I, J]``."""
+        return exact_matmul(left, right)
+
+
+class NReluSelfAttention(nn.Module):
+    """CSDformer's self-attention: ``neuron(neuron(q k^T / sqrt(d_h)) / N v)``, with ReLUs over N for the softmax.
+
+    (Equations 6, 7 and 11.) Query, key, value and scores are integer counts ``0..T``. Both products are computed on
+    integers; what a unit of them is worth, with ``1 / sqrt(d_h)`` and ``1 / N`` in it, goes into the threshold of the
+    neuron behind, which so depends on the number N of tokens. Any grid of tokens is legal.
+
+    Distillation, analysis and conversion look at the inputs (membranes) and outputs (counts) of ``q_neuron``,
+    ``k_neuron``, ``v_neuron`` and ``attn_neuron`` (``[B, C, H, W]``, head-major channels) and ``score_neuron``
+    (``[B, heads, N, N]``, query by key); the products come in as integers, beside their scale.
+
+    The float twin (``time_steps=None``) has a ReLU for each neuron; ``attention="softmax"`` makes an ordinary softmax
+    attention of that twin.
+
+    Args:
+        dim: channels C.
+        num_heads: heads; must divide ``dim``.
+        time_steps: T, or ``None`` for the float twin.
+        weight_bits: 2 to 8, or ``None`` for float weights.
+        neurons: ``"lsq"`` or ``"qcfs"``, see `qsd.neurons.build_neuron`.
+        attention: ``"nrelu"``, or ``"softmax"`` (float twin only).
+
+    Raises:
+        QsdError: if the heads do not divide the channels, or softmax attention is asked of a spiking network.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        time_steps: int | None = 4,
+        weight_bits: int | None = None,
+        neurons: NeuronKind = "lsq",
+        attention: ScoreKind = "nrelu",
+    ) -> None:
+        super().__init__()
+        _check_heads(dim, num_heads)
+        if attention not in ("nrelu", "softmax"):
+            raise QsdError(f"attention={attention!r} is unknown; use 'nrelu' or 'softmax'.")
+        if attention == "softmax" and time_steps is not None:
+            raise QsdError("attention='softmax' is not spike-driven; use it with a float twin (time_steps=None).")
+        if neurons == "fixed":
+            raise QsdError("this attention needs learned steps; use neurons='lsq' or 'qcfs'.")
+        self.num_heads = num_heads
+        self.softmax = attention == "softmax"
+
+        def projection(bias: bool) -> LinearChain:
+            conv = QuantConv2d(dim, dim, 1, bias=bias, weight_bits=weight_bits)
+            return LinearChain(conv=conv, norm=nn.BatchNorm2d(dim))
+
+        def tap(amplitude: float | None) -> Any:
+            return nn.Identity() if self.softmax else build_neuron(time_steps, amplitude=amplitude, kind=neurons)
+
+        self.neuron = build_neuron(time_steps, kind=neurons)
+        self.q_proj, self.k_proj, self.v_proj = (projection(bias=False) for _ in range(3))
+        self.q_neuron, self.k_neuron, self.v_neuron = (tap(1.0) for _ in range(3))
+        self.score_product = SpikeProduct()
+        self.score_neuron = tap(1.0)
+        self.value_product = SpikeProduct()
+        self.attn_neuron = tap(None)
+        self.proj = projection(bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The residual stream ``[B, C, H, W]`` to the branch that is added to it, in the same shape."""
+        batch, channels, height, width = x.shape
+        tokens, head_channels = height * width, channels // self.num_heads
+        heads = (batch, self.num_heads, head_channels, tokens)
+        spikes = self.neuron(x)
+        query = self.q_neuron(self.q_proj(spikes)).reshape(heads)
+        key = self.k_neuron(self.k_proj(spikes)).reshape(heads)
+        value = self.v_neuron(self.v_proj(spikes)).reshape(heads)
+        if self.softmax:
+            by_token = (t.transpose(-1, -2) for t in (query, key, value))
+            mixed = F.scaled_dot_product_attention(*by_token).transpose(-1, -2)
+            return self.proj(self.attn_neuron(mixed.reshape(x.shape)))
+        features = channels * tokens
+        scale = self.q_neuron.worth(features) * self.k_neuron.worth(features) / math.sqrt(head_channels)
+        scores = self.score_neuron(self.score_product(query.transpose(-1, -2), key), scale)
+        mixed = self.value_product(value, scores.transpose(-1, -2))
+        scale = self.score_neuron.worth(self.num_heads * tokens**2) * self.v_neuron.worth(features) / tokens
+        return self.proj(self.attn_neuron(mixed.reshape(x.shape), scale).to(spikes.dtype))
+
+
+def _check_heads(dim: int, num_heads: int) -> None:
+    if num_heads < 1 or dim % num_heads:
+        raise QsdError(f"{dim} channels are not divisible by num_heads={num_heads}; pick a multiple of the heads.")

@@ -1,4 +1,4 @@
-"""The blocks of QSD-Transformer: down-sampling, convolutional block, transformer block."""
+"""Blocks: down-sampling, convolutional block and transformer block of QSD-Transformer; MLP; token mean."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from qsd.functional import drop_path
 from qsd.layers.attention import AttentionKind, SpikeDrivenSelfAttention
 from qsd.layers.chains import LinearChain
 from qsd.layers.quantized import QuantConv2d
-from qsd.neurons import build_neuron
+from qsd.neurons import NeuronKind, build_neuron
 
 
 def conv_norm(
@@ -97,6 +97,7 @@ class Mlp(nn.Module):
         bias: whether the convolutions have a bias.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
+        neurons: ``"fixed"``, ``"lsq"`` or ``"qcfs"``, see `qsd.neurons.build_neuron`.
     """
 
     def __init__(
@@ -107,11 +108,12 @@ class Mlp(nn.Module):
         bias: bool = True,
         time_steps: int | None = 4,
         weight_bits: int | None = 4,
+        neurons: NeuronKind = "fixed",
     ) -> None:
         super().__init__()
-        self.neuron1 = build_neuron(time_steps)
+        self.neuron1 = build_neuron(time_steps, kind=neurons)
         self.fc1 = conv_norm(dim, hidden, kernel_size, bias=bias, bits=weight_bits)
-        self.neuron2 = build_neuron(time_steps)
+        self.neuron2 = build_neuron(time_steps, kind=neurons)
         self.fc2 = conv_norm(hidden, dim, kernel_size, bias=bias, bits=weight_bits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,3 +182,11 @@ class TransformerBlock(nn.Module):
         x = x + drop_path(attn, self.drop_path_rate, self.training)
         mlp = self.mlp(x) * self.layer_scale2.view(1, -1, 1, 1)
         return x + drop_path(mlp, self.drop_path_rate, self.training)
+
+
+class TokenMean(nn.Module):
+    """Mean over the tokens, ``[B, C, H, W]`` to ``[B, C]``; its 1/N goes into the weights behind it at conversion."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C]``."""
+        return x.mean(dim=(2, 3))

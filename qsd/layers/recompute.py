@@ -9,7 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of batch norms alone, although batches are normalised by their own.
+
+    Args:
+        module: any module.
+    """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
@@ -36,6 +41,6 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _frozen_statistics(module)
+        return nullcontext(), frozen_statistics(module)
 
     return checkpoint(module, x, use_reentrant=False, context_fn=contexts)

@@ -64,6 +64,8 @@ _HARMLESS: list[Any] = [
 ]
 _REFERENCE_STAGES = ("downsample1_1", "downsample1_2", "downsample2", "downsample3", "downsample4")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
+# How the names of learned steps end, of weights and of neurons: a float network has none.
+STEP_NAMES = (".step", ".ceiling")
 
 
 def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> None:
@@ -90,20 +92,24 @@ def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Ma
     _load(model, convert_reference(state), source)
 
 
-def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> None:
+def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> list[str]:
     """Load weights of any kind that this package knows, to start a training from.
 
     Args:
-        model: a QSD model of ours.
+        model: a model of ours.
         path_or_state_dict: a checkpoint of ours (``.ckpt``; with weight averaging, the averaged weights), a
             ``.safetensors`` file (of `qsd.save_packed` or plain), a bare state dict, or a checkpoint of the published
             code. A classifier of another number of classes is left out, with a warning.
+
+    Returns:
+        Names of the neurons' learned steps that the weights do not hold, as those of a float network do not: set them
+        from data with `qsd.initialize_neurons`.
 
     Raises:
         QsdError: as `load_reference_weights`.
     """
     source, state = _read(path_or_state_dict)
-    _load(model, convert_reference(state) if is_reference(state) else dict(state), source)
+    return _load(model, convert_reference(state) if is_reference(state) else dict(state), source)
 
 
 def is_reference(state: StateDict) -> bool:
@@ -227,7 +233,7 @@ def _unwrap(source: str, content: Any) -> dict[str, Tensor]:
     return state
 
 
-def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
     expected = model.state_dict()
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     head = {name for name in expected if name.startswith(f"{classifier}.")}
@@ -241,13 +247,16 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
         optional = head
         state = {name: tensor for name, tensor in state.items() if name not in head}
     # A float network has no steps to put them in, a float checkpoint has none to give.
-    steps = {name for name in expected if name.endswith(".quantizer.step")}
-    state = {name: t for name, t in state.items() if name in expected or not name.endswith(".quantizer.step")}
+    steps = {name for name in expected if name.endswith(STEP_NAMES)}
+    state = {name: t for name, t in state.items() if name in expected or not name.endswith(STEP_NAMES)}
     counters = {name for name in expected if name.endswith(".num_batches_tracked")}
     check_weights(state, expected, source, may_lack=optional | steps | counters)
     model.load_state_dict(state, strict=False)
-    for name in steps - state.keys() - optional:
+    missing = steps - state.keys() - optional
+    of_weights = {name for name in missing if name.endswith(".quantizer.step")}
+    for name in of_weights:
         initialize_steps(model.get_submodule(name.removesuffix(".quantizer.step")))
+    return sorted(missing - of_weights)
 
 
 def check_weights(
@@ -276,7 +285,7 @@ def check_weights(
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise QsdError(f"{source} has weights that are not finite: {_shorten(broken)}; it cannot be used.")
-    bad = [name for name, t in state.items() if name.endswith(".quantizer.step") and not bool((t > 0).all())]
+    bad = [name for name, t in state.items() if name.endswith(STEP_NAMES) and not bool((t > 0).all())]
     if bad:
         raise QsdError(f"{source} has step sizes that are not positive: {_shorten(bad)}; it cannot be used.")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d, QuantLinear
-from qsd.models.checkpoints import check_weights
+from qsd.models.checkpoints import STEP_NAMES, check_weights
 from qsd.quantizers import on_grid
 
 
@@ -57,7 +57,7 @@ class CompactModel:
             # Times step and over step they stay what they are, in bfloat16 too: its 8 digits suffice for 8 bits.
             tensors[f"{name}.weight"] = layer.quantizer.integers(layer.weight).cpu()
             bits[f"{name}.weight"] = layer.quantizer.bits
-        parameters = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(".quantizer.step"))
+        parameters = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(STEP_NAMES))
         compact = cls(tensors, bits, _time_steps(model), None, parameters)
         compact.registered = _registration(model, compact)
         return compact

@@ -20,8 +20,8 @@ class AuditedOperation:
 
     Attributes:
         name: dotted name of the layer in the trained model, or of the module whose ``forward`` computes it.
-        operation: ``"convolution"``, ``"linear"``, ``"product"`` of two activations, or ``"other"``: something that
-            is neither linear nor a neuron.
+        operation: ``"convolution"``, ``"linear"``, ``"product"`` of two activations, ``"pool"`` (a maximum of spikes,
+            or of their running sums), or ``"other"``: something that is neither linear nor a neuron.
         status: what it was given: ``"binary"`` (0 and 1 only; for a product: on both sides), ``"integer"``,
             ``"analog"``, or ``"unproven"`` if nothing but zeros came.
         bits: width of the widest integer that came; for a product of the operand that is not binary.
@@ -30,7 +30,7 @@ class AuditedOperation:
     """
 
     name: str
-    operation: Literal["convolution", "linear", "product", "other"]
+    operation: Literal["convolution", "linear", "product", "pool", "other"]
     status: Status = "unproven"
     bits: int | None = None
     stem: bool = False
@@ -38,8 +38,12 @@ class AuditedOperation:
 
     @property
     def spike_driven(self) -> bool:
-        """Only additions, gated by spikes: a binary input; for a product one binary operand and an integer one."""
-        return self.status == "binary" or (self.operation == "product" and self.status == "integer" and not self.note)
+        """Only additions, gated by spikes: a binary input; for a product one binary operand and an integer one.
+
+        A max-pool may compare running sums of spikes: each grows by one where a spike falls.
+        """
+        counted = self.operation in ("product", "pool") and self.status == "integer" and not self.note
+        return self.status == "binary" or counted
 
 
 @dataclass
@@ -175,7 +179,9 @@ def _judge(operation: Operation) -> tuple[Status, int | None, str]:
         return ("binary" if widths == [1, 1] else "integer"), _widest(widths), ""
     if all(w == 1 for w in widths):
         return "binary", 1, ""
-    if operation.kind == "other":
+    if operation.kind == "pool" and None not in widths:
+        return "integer", _widest(widths), ""
+    if operation.kind in ("pool", "other"):
         return "analog", None, f"{operation.torch_name} of values that are no spikes"
     if operation.layer is not None and operation.name != operation.layer.name:
         return "analog", None, _INNER

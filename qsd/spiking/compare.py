@@ -93,8 +93,8 @@ def compare_counts(
     return comparison
 
 
-def _keep_drive(drives: dict[str, Tensor], name: str, module: SpikeNeuron, inputs: tuple[Tensor], _: Tensor) -> None:
-    drives[name] = module.drive(inputs[0])
+def _keep_drive(drives: dict[str, Tensor], name: str, module: SpikeNeuron, inputs: tuple[Any, ...], _: Tensor) -> None:
+    drives[name] = module.drive(*inputs)
 
 
 def _explain(comparison: Comparison, drives: dict[str, Tensor], counts: dict[str, Tensor], time_steps: int) -> None:

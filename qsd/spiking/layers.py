@@ -5,6 +5,8 @@ steps in front: spikes are 0 or 1, and all that is linear acts on each step alon
 preserved. On the clock they are ``[B, ...]`` again, one tick at a time, and layers keep state between ticks.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +16,7 @@ from qsd.functional import exact_matmul, pad_frame, spike_count
 from qsd.neurons import SpikeNeuron
 from qsd.spiking.clock import Window
 from qsd.spiking.runtime import IMAGE, Runtime, TracedTensor, plain
-from qsd.spiking.steps import charge, fire, product_increment
+from qsd.spiking.steps import charge, fire, pool_increment, product_increment
 
 
 class TimedLayer(nn.Module):
@@ -99,6 +101,9 @@ class DelayedNeuron(TimedLayer):
     unless something else than a layer of ours uses them (``scaled``): then it is multiplied here, which is exact too,
     but not spike-driven.
 
+    Behind a product of spikes it is handed, beside the integer currents, what a unit of them is worth; its threshold
+    takes that up, anew for every size of the image.
+
     Args:
         trained: the neuron that it stands for.
         name: its dotted name in the trained model.
@@ -113,6 +118,15 @@ class DelayedNeuron(TimedLayer):
         self.drive = trained.drive
         self.scaled = False
 
+    def worth(self, features: int) -> float:
+        """What one spike stands for, as the neurons of `qsd.neurons` tell it.
+
+        Args:
+            features: size of the layer; without effect.
+        """
+        del features
+        return self.threshold
+
     def lag(self) -> int:
         return self.runtime.delay(self.name, self.delay)
 
@@ -125,21 +139,24 @@ class DelayedNeuron(TimedLayer):
     def _emit(self, spikes: Tensor) -> Tensor:
         return spikes * self.amplitude if self.scaled else spikes
 
-    def count(self, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        counts = spike_count(self.drive(x), self.time_steps)
+    def count(self, *inputs: Any) -> Tensor:
+        x, *scale = inputs
+        counts = spike_count(x / self._threshold(*scale) if scale else self.drive(x), self.time_steps)
         if self.runtime.on_counts is not None:
             self.runtime.on_counts(self.name, counts)
         return self._emit(counts)
 
-    def step(self, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
+    def _threshold(self, scale: float = 1.0) -> float:
+        return self.threshold / scale
+
+    def step(self, *inputs: Any) -> Tensor:
+        x, *scale = inputs
         runtime, steps = self.runtime, self.time_steps
         if runtime.is_constant(x):
             raise self._sees_an_image()
         currents = runtime.split(x)
-        delay = self.lag()
-        membrane = torch.full_like(currents[0], self.threshold / 2)
+        delay, threshold = self.lag(), self._threshold(*scale)
+        membrane = torch.full_like(currents[0], threshold / 2)
         spikes = torch.zeros(currents.shape, dtype=torch.bool, device=x.device)
         potentials: list[Tensor] | None = [] if runtime.records(self.name) else None
         for t in range(steps + delay):
@@ -148,7 +165,7 @@ class DelayedNeuron(TimedLayer):
             if potentials is not None:
                 potentials.append(membrane)
             if t >= delay:
-                spikes[t - delay], membrane = fire(membrane, self.threshold)
+                spikes[t - delay], membrane = fire(membrane, threshold)
         if potentials is not None:
             runtime.trace.spikes[self.name] = spikes
             runtime.trace.counts[self.name] = spikes.sum(0, dtype=torch.uint8)
@@ -157,17 +174,18 @@ class DelayedNeuron(TimedLayer):
             runtime.on_counts(self.name, spikes.sum(0, dtype=x.dtype))
         return self._emit(spikes.flatten(0, 1).to(x.dtype))
 
-    def tick(self, window: Window, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
+    def tick(self, window: Window, *inputs: Any) -> Tensor:
+        x, *scale = inputs
         if window.constant:
             raise self._sees_an_image()
         spikes, delay, state = torch.zeros_like(x), self.lag(), window.state
+        threshold = self._threshold(*scale)
         if window.begins:
-            state["membrane"], state["count"] = torch.full_like(x, self.threshold / 2), torch.zeros_like(x)
+            state["membrane"], state["count"] = torch.full_like(x, threshold / 2), torch.zeros_like(x)
         if window.open:
             state["membrane"] = charge(state["membrane"], x)
         if window.within(delay, self.time_steps):
-            fired, state["membrane"] = fire(state["membrane"], self.threshold)
+            fired, state["membrane"] = fire(state["membrane"], threshold)
             spikes = fired.to(x.dtype)
             state["count"] = state["count"] + spikes
         if self.runtime.on_counts is not None and window.step == delay + self.time_steps:
@@ -368,6 +386,75 @@ class SpikingDense(SpikingLinear):
 
     def linear_map(self, x: Tensor, share: float) -> Tensor:
         return F.linear(x, self.weight, self.bias * share)
+
+
+class SpikingPooledDense(SpikingDense):
+    """A classifier behind a mean over positions: spikes ``[B, C, H, W]`` to ``[B, C_out]``.
+
+    The mean's 1/N lies in the weights, so that every spike of every position adds a column of them.
+    """
+
+    def linear_map(self, x: Tensor, share: float) -> Tensor:
+        spikes, positions = x.flatten(2), x.shape[2] * x.shape[3]
+        if self.runtime.mode in ("count", "trace"):  # the same, in fewer operations
+            return F.linear(spikes.sum(2), self.weight / positions, self.bias * share)
+        currents = F.linear(spikes.transpose(1, 2), self.weight / positions)
+        return currents.sum(1) + self.bias * share
+
+
+class SpikingMaxPool(TimedLayer):
+    """Max-pool of binary spikes, by temporal decomposition: how much the largest of the running sums has grown.
+
+    That is 0 or 1, and adds up to the largest of the counts, whenever the spikes come. At delay T - 1 trains have no
+    gaps, and "any of them fires" is the same: then no sums are kept. Padding with zeros is padding with nothing, since
+    counts are not negative.
+
+    Args:
+        pool: the trained pool.
+        name: its dotted name in the trained model.
+        runtime: of the converted network.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d, name: str, runtime: Runtime) -> None:
+        super().__init__(name, runtime)
+        self.pool = pool
+
+    def check_sources(self, *inputs: Tensor) -> None:
+        self.runtime.sources[self.name] = getattr(inputs[0], "source", None)
+
+    def source(self) -> Any:
+        return self.runtime.sources.get(self.name)
+
+    @property
+    def without_gaps(self) -> bool:
+        """Whether every spike train that comes in is contiguous from its first step on."""
+        neuron = self.source()
+        lossless = self.runtime.time_steps - 1
+        return isinstance(neuron, DelayedNeuron) and self.runtime.delay(neuron.name, neuron.delay) >= lossless
+
+    def count(self, *inputs: Tensor) -> Tensor:
+        return self.pool(inputs[0])
+
+    def step(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        if self.runtime.is_constant(x) or self.without_gaps:
+            return self.pool(x)
+        total = pooled = None
+        increments = []
+        for spikes in self.runtime.split(x):
+            increment, total, pooled = pool_increment(spikes, total, pooled, self.pool)
+            increments.append(increment)
+        return torch.cat(increments)
+
+    def tick(self, window: Window, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        if window.constant or self.without_gaps:
+            return self.pool(x)
+        state = window.state
+        if window.begins:
+            state.clear()
+        increment, state["sum"], state["pooled"] = pool_increment(x, state.get("sum"), state.get("pooled"), self.pool)
+        return increment
 
 
 class SpikingProduct(TimedLayer):

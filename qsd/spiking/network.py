@@ -1,6 +1,7 @@
 """Conversion of a trained network into one of binary spikes, and the two ways to run it."""
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,11 +13,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d
 from qsd.models.compact import CompactModel
-from qsd.neurons import SpikeNeuron
+from qsd.neurons import LearnedStepNeuron, SpikeNeuron
 from qsd.spiking.clock import Clock
 from qsd.spiking.layers import DelayedNeuron, SpikingChain, SpikingLinear
 from qsd.spiking.rules import Conversion, Merge, check_merge
 from qsd.spiking.runtime import IMAGE, Runtime, Stream, Trace, TracedTensor, delay_choice, plain
+
+logger = logging.getLogger(__name__)
 
 Delay = int | Mapping[str, int] | None
 
@@ -238,6 +241,7 @@ def to_spike_driven(
     merge: Merge = True,
     merged_bits: int | None = None,
     example: Tensor | None = None,
+    time_steps: int | None = None,
 ) -> SpikingNetwork:
     """Convert a trained network into one whose neurons exchange binary spikes, without losing anything.
 
@@ -251,7 +255,10 @@ def to_spike_driven(
         merge: turn chains of convolutions without a neuron between (RepConv, SepConv) into one convolution each, so
             that every synaptic operation but the first sees spikes; ``"rep"`` or ``"sep"`` for one kind only.
         merged_bits: quantize the merged kernels (symmetric, per output channel); not lossless.
-        example: an input ``[1, ...]`` to compare with; ``None`` for a random image of 32 x 32 pixels.
+        example: an input ``[1, ...]`` to compare with; ``None`` for a random image of 32 x 32 pixels, or of as many as
+            the network needs.
+        time_steps: another T than that of the training, for neurons of learned steps (CSDformer). They keep their range
+            and divide it anew, which is another network: a warning names what to expect.
 
     Returns:
         The spiking network.
@@ -260,6 +267,8 @@ def to_spike_driven(
         QsdError: for a layer without a conversion rule, a float model, or counts that differ (say, because of a
             functional ReLU in the model's own ``forward``).
     """
+    if time_steps is not None:
+        model = _with_time_steps(model, time_steps)
     return convert(model, delay, merge, merged_bits, example, check=True)
 
 
@@ -340,8 +349,8 @@ def count_spikes(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def _counting(counts: dict[str, Tensor], name: str) -> Any:
-    def hook(module: SpikeNeuron, inputs: tuple[Tensor], _output: Tensor) -> None:
-        counts[name] = module.counts(inputs[0])
+    def hook(module: SpikeNeuron, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        counts[name] = module.counts(*inputs)
 
     return hook
 
@@ -350,7 +359,34 @@ def _random_image(model: nn.Module) -> Tensor:
     first = next((m.in_channels for m in model.modules() if isinstance(m, QuantConv2d)), 3)
     channels = getattr(model, "in_chans", first)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, channels, 32, 32, generator=generator, dtype=torch.float64)
+    side = max(32, getattr(model, "total_stride", 1))
+    return torch.randn(1, channels, side, side, generator=generator, dtype=torch.float64)
+
+
+def _with_time_steps(model: nn.Module, time_steps: int) -> nn.Module:
+    """A copy whose neurons have another T, with a warning if that is not the one that it was trained with."""
+    neurons = [m for m in model.modules() if isinstance(m, SpikeNeuron)]
+    trained = sorted({neuron.time_steps for neuron in neurons})
+    if trained in ([], [time_steps]):
+        return model
+    if not all(isinstance(neuron, LearnedStepNeuron) for neuron in neurons):
+        raise QsdError(
+            f"time_steps={time_steps}: neurons of a fixed step were trained with T = {trained[0]} and cannot take "
+            "another; train the model with that T."
+        )
+    model = copy.deepcopy(model)
+    for neuron in model.modules():
+        if isinstance(neuron, LearnedStepNeuron):
+            neuron.change_time_steps(time_steps)
+    if isinstance(registered := getattr(model, "registered", None), dict):
+        registered["arguments"]["time_steps"] = time_steps
+    logger.warning(
+        "trained with T = %d and converted with T = %d: every neuron rounds to other values, %.2g times as coarse, so "
+        "the result equals a network that was never trained. Expect to lose accuracy, the more the smaller T is: "
+        "measure it, or train with time_steps=%d.",
+        trained[0], time_steps, trained[0] / time_steps, time_steps,
+    )  # fmt: skip
+    return model
 
 
 def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:

@@ -14,11 +14,23 @@ from qsd.layers import (
     QuantConv2d,
     QuantLinear,
     SpikeDrivenSelfAttention,
+    SpikeProduct,
+    TokenMean,
     TransformerBlock,
     quantized_weight,
 )
-from qsd.neurons import SpikeNeuron
-from qsd.spiking.layers import Convolution, DelayedNeuron, SpikingAttention, SpikingChain, SpikingDense
+from qsd.models import CsdFormer
+from qsd.neurons import LearnedStepNeuron, SpikeNeuron
+from qsd.spiking.layers import (
+    Convolution,
+    DelayedNeuron,
+    SpikingAttention,
+    SpikingChain,
+    SpikingDense,
+    SpikingMaxPool,
+    SpikingPooledDense,
+    SpikingProduct,
+)
 from qsd.spiking.runtime import Runtime
 
 Merge = bool | Literal["rep", "sep"]
@@ -109,7 +121,7 @@ def register_conversion(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
     return register
 
 
-@register_conversion(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout)
+@register_conversion(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, TokenMean)
 def _keep(module: nn.Module, name: str, conversion: Conversion) -> nn.Module:
     del name, conversion
     return module
@@ -118,6 +130,36 @@ def _keep(module: nn.Module, name: str, conversion: Conversion) -> nn.Module:
 @register_conversion(SpikeNeuron)
 def _neuron(module: SpikeNeuron, name: str, conversion: Conversion) -> nn.Module:
     return DelayedNeuron(module, name, conversion.delay(name), conversion.runtime)
+
+
+@register_conversion(LearnedStepNeuron)
+def _learned_neuron(module: LearnedStepNeuron, name: str, conversion: Conversion) -> nn.Module:
+    # What was learned is fixed now.
+    fixed = SpikeNeuron(module.time_steps, module.threshold, module.amplitude)
+    return DelayedNeuron(fixed, name, conversion.delay(name), conversion.runtime)
+
+
+@register_conversion(nn.MaxPool2d)
+def _max_pool(module: nn.MaxPool2d, name: str, conversion: Conversion) -> nn.Module:
+    if module.return_indices:
+        raise QsdError(f"max-pool {name} returns indices, which spikes do not have; use return_indices=False.")
+    return SpikingMaxPool(module, name, conversion.runtime)
+
+
+@register_conversion(SpikeProduct)
+def _product(module: SpikeProduct, name: str, conversion: Conversion) -> nn.Module:
+    del module
+    return SpikingProduct(name, conversion.runtime)
+
+
+@register_conversion(CsdFormer)
+def _csdformer(module: CsdFormer, name: str, conversion: Conversion) -> nn.Module:
+    for key, child in list(module.named_children()):
+        setattr(module, key, conversion.convert(child, f"{name}.{key}" if name else key))
+    if isinstance(head := module.head, SpikingDense):  # the mean over the tokens goes into its weights
+        module.head = SpikingPooledDense(head.weight, head.bias, head.name, conversion.runtime)
+        module.pool = nn.Identity()  # type: ignore[assignment]
+    return module
 
 
 @register_conversion(LinearChain)

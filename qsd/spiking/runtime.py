@@ -241,10 +241,10 @@ def is_marked(x: Any) -> bool:
     return isinstance(x, TracedTensor) and hasattr(x, "source")
 
 
-def plain(x: Tensor) -> Tensor:
-    """The tensor without marks.
+def plain(x: Any) -> Any:
+    """A tensor without marks, and anything else as it is.
 
     Args:
-        x: any tensor.
+        x: anything.
     """
-    return x.as_subclass(Tensor)
+    return x.as_subclass(Tensor) if isinstance(x, Tensor) else x

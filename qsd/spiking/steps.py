@@ -8,6 +8,8 @@ The delayed neuron and the temporal decomposition are those of CSDformer (Zhang 
 20 to 23, as reconstructed from its text).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,24 @@ def product_increment(
     right_total = right_sum + right
     increment = left @ right_total + left_sum @ right
     return increment, left_sum + left, right_total
+
+
+def pool_increment(
+    spikes: Tensor, spike_sum: Tensor | None, pooled_sum: Tensor | None, pool: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This step's part of ``max_i(sum_t(spikes_i))``: by how much the largest running sum of a window has grown.
+
+    It is 0 or 1: every sum grows by 0 or 1, so their maximum does.
+
+    Args:
+        spikes: binary, of this step ``[B, C, H, W]``.
+        spike_sum: spikes of all earlier steps, ``None`` in the first.
+        pooled_sum: what the pool makes of them, ``None`` in the first step.
+        pool: the max-pool.
+
+    Returns:
+        The increment ``[B, C, H', W']``, and both sums with this step in them.
+    """
+    spike_sum = spikes if spike_sum is None else spike_sum + spikes
+    total = pool(spike_sum)
+    return total if pooled_sum is None else total - pooled_sum, spike_sum, total

@@ -11,10 +11,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qsd.spiking.layers import Convolution, DelayedNeuron, SpikingChain, SpikingProduct, SpikingQuery, TimedLayer
+from qsd.spiking.layers import (
+    Convolution,
+    DelayedNeuron,
+    SpikingChain,
+    SpikingMaxPool,
+    SpikingProduct,
+    SpikingQuery,
+    TimedLayer,
+)
 from qsd.spiking.network import SpikingNetwork
 
-Kind = Literal["convolution", "linear", "product", "reduction", "other"]
+Kind = Literal["convolution", "linear", "product", "pool", "reduction", "other"]
 
 # Positions of the two operands of what multiplies and sums.
 _MATMULS = {
@@ -45,8 +53,8 @@ class Operation:
     """One torch operation on values that were computed from the images.
 
     Attributes:
-        kind: what it is: with weights (convolution, linear), of two activations (product), a weighted or plain sum over
-            positions (reduction), or something that bends or compares (other).
+        kind: what it is: with weights (convolution, linear), of two activations (product), a maximum in a max-pool of
+            ours (pool), a weighted or plain sum over positions (reduction), or what bends or compares (other).
         torch_name: the operation's name in torch.
         name: where it was: a layer's dotted name in the trained model, or a module's path.
         layer: innermost layer of ours that it is in, or ``None``.
@@ -129,12 +137,12 @@ class Watch(TorchDispatchMode):
         image = all(self.is_image(x) for x in activations)
         kind, operands = self._kind(name, args, activations)
         outside = self._stack and not isinstance(self._stack[-1], DelayedNeuron)
-        if kind is not None and outside and not (image and kind in ("reduction", "other")):
+        if kind is not None and outside and not (image and kind in ("pool", "reduction", "other")):
             self.report(Operation(kind, name, *self._place(), operands, image, args, output))
         for x in tree_leaves(output):
             if isinstance(x, Tensor):
                 self._activations.add(_storage(x))
-                if image and kind in (None, "reduction", "other"):
+                if image and kind in (None, "pool", "reduction", "other"):
                     self._images.add(_storage(x))
         return output
 
@@ -156,6 +164,8 @@ class Watch(TorchDispatchMode):
             return ("other", (args[0],)) if bent else (None, ())
         if name in _REDUCTIONS:
             return "reduction", (activations[0],)
+        if name.startswith("max_pool") and any(isinstance(module, SpikingMaxPool) for module in self._stack):
+            return "pool", (activations[0],)
         return (None, ()) if name in _LINEAR else ("other", tuple(activations))
 
     def _weighted(self, kind: Kind, operands: tuple[Tensor, Tensor]) -> tuple[Kind | None, tuple[Tensor, ...]]:

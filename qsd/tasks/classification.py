@@ -20,10 +20,10 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from qsd.errors import QsdError
+from qsd.layers import initialize_neurons
 from qsd.models import load_weights
 from qsd.models.checkpoints import check_weights
-from qsd.quantizers import StepSizeQuantizer
-from qsd.tasks.diagnosis import collapsed_step, first_non_finite, non_finite_parameter
+from qsd.tasks.diagnosis import collapsed_step, first_non_finite, learned_steps, non_finite_parameter
 from qsd.tasks.random_state import get_random_state, set_random_state
 
 AuxiliaryLoss = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
@@ -40,15 +40,17 @@ class ClassificationTask(LightningModule):
         model_args: further arguments of the model, such as ``time_steps`` or ``drop_path_rate``.
         num_classes: outputs of the classifier; ``None`` takes the number from the data.
         init_from: weights to start from: a checkpoint of ours, a ``.safetensors`` file or a checkpoint of the
-            published code. A classifier of another number of classes starts afresh.
+            published code. A classifier of another number of classes starts afresh. From a float network, neurons of
+            a learned step get theirs from the first training batch.
         optimizer: any name known to ``timm.optim``.
         optimizer_args: further arguments of the optimiser.
         base_lr: learning rate for a total batch of 256 images; the rate is scaled linearly with the total batch
             (images per process x processes x accumulated batches).
         min_lr: where the cosine schedule ends, for parameters at the full rate.
         warmup_epochs: epochs of linear warm-up, a step at a time.
-        step_lr: learning rate of the quantizers' step sizes, over that of the other parameters. Adam and its kin move
-            every parameter by about the learning rate per step, which is as much as a whole step size.
+        step_lr: learning rate of the step sizes of quantizers and neurons, over that of the other parameters. Adam and
+            its kin move every parameter by about the learning rate per step, which is as much as a whole step size of
+            a quantizer.
         weight_decay: one-dimensional parameters (norms, biases, step sizes, layer scales) are exempt.
         layer_decay: factor of the learning rate from one layer group to the one below; ``None`` for none.
         label_smoothing: of the training loss.
@@ -98,6 +100,7 @@ class ClassificationTask(LightningModule):
         self._mixup: Mixup | None = None
         self._auxiliary_losses: list[AuxiliaryLoss] = []
         self._random_states: list[dict[str, Any]] | None = None
+        self._neurons_are_set = False
 
     def configure_model(self) -> None:
         """Build the network, now that the data can tell its number of classes. Lightning calls this; once is enough."""
@@ -109,7 +112,7 @@ class ClassificationTask(LightningModule):
         with _blaming(f"model {h['model']!r} with model_args={h['model_args']}"):
             model: Any = timm.create_model(h["model"], num_classes=h["num_classes"], **h["model_args"])
         if h["init_from"] is not None:
-            load_weights(model, h["init_from"])
+            self._neurons_are_set = not load_weights(model, h["init_from"])
         if h["grad_checkpointing"]:
             model.set_grad_checkpointing()
         if trainer and trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda":
@@ -169,7 +172,7 @@ class ClassificationTask(LightningModule):
             groups = param_groups_layer_decay(
                 self.model, h["weight_decay"], no_weight_decay_list=exempt, layer_decay=h["layer_decay"]
             )
-        steps = {id(module.step) for module in self.model.modules() if isinstance(module, StepSizeQuantizer)}
+        steps = {id(step) for step in learned_steps(self.model).values()}
         split = []
         for group in groups:
             lr_group = lr * group.get("lr_scale", 1.0)
@@ -298,12 +301,24 @@ class ClassificationTask(LightningModule):
                 raise QsdError(f"label {label} is outside the classifier's num_classes={self.hparams['num_classes']}.")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Restore the random states of a resumed training, right before the first thing that may draw from them."""
+        """Set the neurons' learned steps from the first batch of a training that is not resumed.
+
+        Of a resumed one, restore the random states, right before the first thing that may draw from them.
+        """
         if self._random_states is not None:
             rank, states = self.global_rank, self._random_states
             self._random_states = None
             if rank < len(states):
                 set_random_state(states[rank])
+        if not self._neurons_are_set:
+            self._neurons_are_set = True
+            self._initialize_neurons(batch[0])
+
+    def _initialize_neurons(self, images: Tensor) -> None:
+        images = images.contiguous(memory_format=torch.channels_last)
+        if initialize_neurons(self.model, images) and self.trainer.world_size > 1:
+            for step in learned_steps(self.model).values():  # each process has seen a batch of its own
+                step.data.copy_(self.trainer.strategy.reduce(step.data.clone(), reduce_op="mean"))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop when a step size is no longer positive."""
@@ -327,6 +342,7 @@ class ClassificationTask(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that do not fit; take the random states along, if training goes on."""
         check_weights(checkpoint["state_dict"], self.state_dict(), "the checkpoint")
+        self._neurons_are_set = True
         self._random_states = checkpoint.get("random_states")
 
     def _check_step_sizes(self) -> None:

@@ -1,0 +1,202 @@
+"""Size and cost of registered models: parameters, operations, neurons, memory, and the compute of training them.
+
+python tools/profile_model.py csdformer_8_512 csdformer_8_768
+python tools/profile_model.py qsd_15m --image-size 384 --model-args '{"time_steps": 8}' --json
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from qsd import QsdError, model_size
+from qsd.models.checkpoints import STEP_NAMES
+from qsd.neurons import SpikeNeuron
+
+IMAGENET, CIFAR = 1_281_167, 50_000  # training images
+_PRODUCTS = ("bmm", "baddbmm")
+
+
+@dataclass
+class Profile:
+    """What a model is and takes. Operations are multiply-accumulates (MACs) of one image, forward.
+
+    Attributes:
+        name: registered name.
+        image_size: height and width in pixels.
+        time_steps: T, or ``None`` for a float network.
+        parameters: step sizes not counted.
+        macs: of layers with weights.
+        product_macs: of products of two activations (attention).
+        neurons: neurons, or ReLUs of a float network, per image.
+        kept_bytes: what is kept for the backward pass per image, in float32.
+        packed_bytes: of the model at its real precision.
+        epoch_images: training images of an epoch.
+        epoch_macs: of training for an epoch: forward, and twice that backward.
+        direct_epoch_macs: of training the same skeleton directly as a spiking network, which runs T times per image,
+            as the CSDformer paper counts; ``None`` for a float network.
+    """
+
+    name: str
+    image_size: int
+    time_steps: int | None
+    parameters: int
+    macs: int
+    product_macs: int
+    neurons: int
+    kept_bytes: int
+    packed_bytes: int
+    epoch_images: int
+    epoch_macs: int
+    direct_epoch_macs: int | None
+
+
+def profile(
+    name: str, image_size: int | None = None, model_args: dict[str, Any] | None = None, epoch_images: int | None = None
+) -> Profile:
+    """Profile one model.
+
+    Args:
+        name: registered with timm.
+        image_size: height and width; ``None`` for the model's own.
+        model_args: further arguments of the model.
+        epoch_images: images of an epoch; ``None`` for ImageNet's, or CIFAR's where the model's own size is CIFAR's.
+
+    Raises:
+        QsdError: for an unknown name, or sizes that do not fit.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)) or "none"
+        raise QsdError(f"model {name!r} is unknown to timm; nearest names: {near}.")
+    try:
+        model: Any = timm.create_model(name, **(model_args or {}))
+    except TypeError as error:
+        raise QsdError(f"model {name} does not take model_args={model_args}: {error}.") from error
+    native = model.pretrained_cfg["input_size"][-1]
+    size = native if image_size is None else image_size
+    channels = getattr(model, "in_chans", 3)
+    packed_bytes = model_size(model).packed_bytes
+    neurons = _count_neurons(model.train())
+    with FakeTensorMode() as fake:  # shapes without numbers: no time, no memory
+        state = {key: fake.from_tensor(tensor) for key, tensor in model.state_dict(keep_vars=True).items()}
+        # Two images, since batch norm trains on no less where one token is left.
+        images = torch.empty(2, channels, size, size)
+        kept = _KeptBytes(state.values())
+        # Fused attention is not counted everywhere.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, kept.hooks():
+            torch.func.functional_call(model, state, images)
+    macs = products = 0
+    for operation, flops in counter.get_flop_counts()["Global"].items():
+        if operation.__name__ in _PRODUCTS:
+            products += flops // 4  # two images, two operations each
+        else:
+            macs += flops // 4
+    epoch_images = epoch_images or (CIFAR if native == 32 else IMAGENET)
+    epoch_macs = 3 * (macs + products) * epoch_images
+    time_steps = next((m.time_steps for m in model.modules() if isinstance(m, SpikeNeuron)), None)
+    return Profile(
+        name=name,
+        image_size=size,
+        time_steps=time_steps,
+        parameters=sum(p.numel() for key, p in model.named_parameters() if not key.endswith(STEP_NAMES)),
+        macs=macs,
+        product_macs=products,
+        neurons=sum(neurons) // 2,
+        kept_bytes=kept.total // 2,
+        packed_bytes=packed_bytes,
+        epoch_images=epoch_images,
+        epoch_macs=epoch_macs,
+        direct_epoch_macs=None if time_steps is None else time_steps * epoch_macs,
+    )
+
+
+def _count_neurons(model: nn.Module) -> list[int]:
+    outputs: list[int] = []
+    for module in model.modules():
+        if isinstance(module, SpikeNeuron | nn.ReLU):
+            module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output.numel()))
+    return outputs
+
+
+class _KeptBytes:
+    """Storages that autograd keeps, each counted once, parameters not at all."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = {p.untyped_storage()._cdata for p in parameters}
+        self._kept: dict[int, Tensor] = {}
+
+    def hooks(self) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        if (key := tensor.untyped_storage()._cdata) not in self._parameters:
+            self._kept[key] = tensor
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+
+
+def table(profiles: list[Profile]) -> Table:
+    """The profiles side by side, one model a row."""
+    columns = (
+        "model", "pixels", "T", "parameters", "MACs", "attention products", "neurons", "kept for backward", "packed",
+        "training, one epoch", "directly over T", "share",
+    )  # fmt: skip
+    result = Table(*columns, title="Per image; an epoch's training is forward and backward")
+    for p in profiles:
+        direct = p.direct_epoch_macs
+        result.add_row(
+            p.name,
+            str(p.image_size),
+            "-" if p.time_steps is None else str(p.time_steps),
+            f"{p.parameters / 1e6:.3f} M",
+            f"{p.macs / 1e9:.3f} G",
+            f"{p.product_macs / 1e9:.3f} G",
+            f"{p.neurons / 1e6:.2f} M",
+            f"{p.kept_bytes / 2**20:.1f} MiB",
+            f"{p.packed_bytes / 2**20:.2f} MiB",
+            f"{p.epoch_macs / 1e15:.3f} PMAC",
+            "-" if direct is None else f"{direct / 1e15:.3f} PMAC",
+            "-" if direct is None else f"{100 * p.epoch_macs / direct:.0f} %",
+        )
+    return result
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", metavar="NAME", help="registered models")
+    parser.add_argument("--image-size", type=int, help="height and width in pixels; the default is the model's own")
+    parser.add_argument("--model-args", type=json.loads, default={}, help="further arguments of the models, as JSON")
+    parser.add_argument("--epoch-images", type=int, help="training images; the default is ImageNet's, or CIFAR's")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(args)
+    try:
+        profiles = [
+            profile(name, options.image_size, options.model_args, options.epoch_images) for name in options.names
+        ]
+    except QsdError as error:
+        print(f"profile_model: error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps([asdict(p) for p in profiles], indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 190).print(table(profiles))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
