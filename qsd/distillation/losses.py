@@ -3,6 +3,7 @@
 from math import gcd
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -109,7 +110,8 @@ def logits_loss(student: Tensor, teacher: Tensor, kind: LogitsKind = "soft", tem
     Returns:
         A scalar, averaged over images.
     """
-    student, teacher = student.float(), teacher.detach().float()
+    precision = torch.promote_types(student.dtype, torch.float32)
+    student, teacher = student.to(precision), teacher.detach().to(precision)
     if kind == "hard":
         return F.cross_entropy(student, teacher.argmax(dim=-1))
     wanted = (teacher / temperature).log_softmax(dim=-1)

@@ -48,9 +48,8 @@ def similarity_distance(student: Tensor, teacher: Tensor) -> Tensor:
         ``[B, heads]``. Twice differentiating is an error.
     """
     with torch.autocast(student.device.type, enabled=False):
-        if student.dtype in (torch.float16, torch.bfloat16):
-            student = student.float()
-        return _SimilarityDistance.apply(student, teacher.detach().to(student.dtype))
+        precision = torch.promote_types(student.dtype, torch.float32)
+        return _SimilarityDistance.apply(student.to(precision), teacher.detach().to(precision))
 
 
 class _SimilarityDistance(torch.autograd.Function):

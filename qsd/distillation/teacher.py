@@ -1,5 +1,6 @@
 """The teacher: a frozen network that sees the student's images in its own way."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from torch.nn import functional as F
 
 from qsd.distillation.attention import AttentionMaps, AttentionRecorder, ProductRecorder, attention_layers
 from qsd.errors import QsdError
+from qsd.layers import LinearChain
 from qsd.models.checkpoints import load_weights, read_checkpoint, read_state_dict
-from qsd.models.variants import QSD_VARIANTS
+from qsd.spiking.rules import fold_norms
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 
@@ -33,6 +35,9 @@ class Teacher:
         self.statistics = statistics
         self.layers = attention_layers(network)
         self._recorder = AttentionRecorder(network) if self.layers else None
+        for module in network.modules():
+            if hasattr(module, "fused_attn"):  # timm's switch between one call, which can be seen, and its parts
+                setattr(module, "fused_attn", True)  # noqa: B010 - an attribute that no type knows
         self._fixed_size = _fixed_size(network)
         self._channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), None)
 
@@ -95,13 +100,13 @@ class Teacher:
         """
         images = self.prepare(images, statistics)
         if not attention:
-            return self.network(images), []
+            return self._run(images), []
         if self._recorder is not None:
             self._recorder.start()
-            logits = self.network(images)
+            logits = self._run(images)
             return logits, self._recorder.take()
         with ProductRecorder() as products:
-            logits = self.network(images)
+            logits = self._run(images)
         maps = products.take(images, int(getattr(self.network, "num_prefix_tokens", 0)))
         if not maps:
             raise QsdError(
@@ -110,6 +115,16 @@ class Teacher:
                 "attention_weight=0."
             )
         return logits, maps
+
+    def _run(self, images: Tensor) -> Tensor:
+        try:
+            return self.network(images)
+        except AssertionError as error:  # timm's word for images of a wrong size
+            size = "x".join(map(str, images.shape[-2:]))
+            raise QsdError(
+                f"teacher {self.name} cannot see images of {size} pixels: {' '.join(str(error).split())} Pass img_size "
+                "among teacher_args, or choose another."
+            ) from error
 
 
 def build_teacher(
@@ -139,6 +154,7 @@ def build_teacher(
             network = _from_name(teacher, weights, arguments or {})
             if statistics is None and not attention_layers(network):
                 statistics = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+        _fold(network)
     return Teacher(network, teacher, statistics)
 
 
@@ -159,7 +175,7 @@ def _from_name(name: str, weights: str | None, arguments: dict[str, Any]) -> Any
     if not timm.is_model(name):
         raise QsdError(f"teacher {name!r} is neither a file nor a model that timm knows.")
     if weights is None:
-        if name.removesuffix("_ann") in QSD_VARIANTS:
+        if timm.models.model_entrypoint(name).__module__.startswith("qsd."):
             raise QsdError(
                 f"teacher {name} has no weights: train it first (qsd fit ... --model.model {name}) and give its "
                 "checkpoint as teacher, or give a file of weights as teacher_weights."
@@ -183,6 +199,13 @@ def _create(name: str, **arguments: Any) -> Any:
             f"teacher {name} cannot be built with {arguments}: {reason[:300]}; weights from a file are given as "
             "teacher_weights."
         ) from error
+
+
+def _fold(network: nn.Module) -> None:
+    """Put batch norms into the convolutions before them: a tenth of the time, and equal in evaluation."""
+    for name, chain in list(network.named_modules()):
+        if isinstance(chain, LinearChain):
+            network.set_submodule(name, nn.Sequential(OrderedDict(fold_norms(chain, name))))
 
 
 def _fixed_size(network: nn.Module) -> tuple[int, ...] | None:
