@@ -226,6 +226,14 @@ class ClassificationTask(LightningModule):
         """
         self._auxiliary_losses.append(loss)
 
+    def remove_auxiliary_loss(self, loss: AuxiliaryLoss) -> None:
+        """Take back what `add_auxiliary_loss` added; what was not added is passed over.
+
+        Args:
+            loss: the same function.
+        """
+        self._auxiliary_losses = [kept for kept in self._auxiliary_losses if kept != loss]
+
     def __getstate__(self) -> dict[str, Any]:
         # Weight averaging deep-copies the task; the copy must not take along the losses' owners, such as a teacher.
         return {**super().__getstate__(), "_auxiliary_losses": []}

@@ -1,6 +1,8 @@
 """One training step in float64 with frozen batch norms, on PROCESSES processes: gradients, averaged, into a file.
 
-python one_step.py PROCESSES OUT
+A float twin teaches attention and logits; the file TEACHER holds its weights.
+
+python one_step.py PROCESSES OUT TEACHER
 """
 
 import sys
@@ -10,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from qsd.callbacks import Distillation
 from qsd.data import DigitsData
 from qsd.tasks import ClassificationTask
 
@@ -31,6 +34,8 @@ if __name__ == "__main__":
     L.seed_everything(0)
     sizes = {"embed_dims": (8, 8, 8, 8), "num_heads": 2, "depth": 4, "layer_scale": 0.5}
     task = ClassificationTask("qsd_tiny", model_args=sizes, optimizer="sgd", warmup_epochs=0)
+    twin = {**sizes, "in_chans": 1}
+    distillation = Distillation("qsd_tiny_ann", sys.argv[3], twin, attention_weight=1.0, logits_weight=1.0)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=processes,
@@ -38,7 +43,7 @@ if __name__ == "__main__":
         precision="64-true",
         max_steps=1,
         limit_val_batches=0,
-        callbacks=[FreezeAndRecord()],
+        callbacks=[FreezeAndRecord(), distillation],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

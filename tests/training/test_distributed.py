@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from qsd import cli
@@ -26,11 +27,14 @@ def run(*command, cwd):
     return done
 
 
-def test_averaged_gradients_of_two_processes_equal_those_of_one(tmp_path):
+def test_averaged_gradients_of_two_processes_equal_those_of_one_with_a_teacher_too(tmp_path):
+    sizes = {"embed_dims": (8, 8, 8, 8), "num_heads": 2, "depth": 4, "layer_scale": 0.5}
+    twin = timm.create_model("qsd_tiny_ann", num_classes=10, in_chans=1, **sizes)
+    torch.save(twin.state_dict(), tmp_path / "teacher.pth")
     gradients = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.pt"
-        run(ROOT / "tests/programs/one_step.py", processes, out, cwd=tmp_path)
+        run(ROOT / "tests/programs/one_step.py", processes, out, "teacher.pth", cwd=tmp_path)
         gradients.append(torch.load(out))
     one, two = gradients
     assert one.keys() == two.keys()
