@@ -21,29 +21,35 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2}
 SHORT = [
     "--model.model_args=" + json.dumps(SIZES), "--data.img_size=32", "--data.num_workers=0", "--trainer.max_epochs=1",
-    "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu",
+    "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=2", "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
 ]  # fmt: skip
 EVALUATE = [option for option in SHORT if "max_epochs" not in option and "limit_train" not in option]
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The folder ``runs`` after the demonstration's configuration was trained, and converted."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(["fit", "--config", str(ROOT / "configs/digits.yaml"), *SHORT]) == 0
+    return folder / "runs"
+
+
 @pytest.fixture
 def workplace(tmp_path, tree, reference_state, monkeypatch):
-    """A folder as the README's reader has it: configurations, data, a run, a reference checkpoint."""
+    """A folder as the README's reader has it: configurations, data, a reference checkpoint."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     torch.save({"model": reference_state}, tmp_path / "REFERENCE.pth")
     return tmp_path
 
 
-def needs_a_run(command):
-    return "runs/digits" in command
-
-
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("qsd ")])
-def test_qsd_commands(command, workplace, tree, tool, monkeypatch):
-    if needs_a_run(command):
-        assert cli.main(["fit", "--config", "configs/digits.yaml", *SHORT]) == 0
+def test_qsd_commands(command, workplace, tree, tool, monkeypatch, request):
+    if "runs/digits" in command:
+        shutil.copytree(request.getfixturevalue("finished_run"), "runs")
     if "cifar" in command:
         monkeypatch.setattr("qsd.data.CifarData.load_part", _noise)
         torch.save(timm.create_model("qsd_15m", num_classes=5, **SIZES).state_dict(), "CHECKPOINT")
@@ -80,10 +86,14 @@ def test_make_commands(command):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
-def test_tools(command, workplace, tool, capsys):
-    script, *arguments = shlex.split(command)[1:]
-    assert tool(Path(script).stem).main([*arguments, "--num-heads=4"]) == 0
-    assert "imported.ckpt: " in capsys.readouterr().out
+def test_tools(command, workplace, tree, finished_run, tool, capsys):
+    shutil.copytree(finished_run, "runs")
+    assert tool("import_checkpoint").main(["REFERENCE.pth", "CHECKPOINT", "--num-heads=4"]) == 0
+    script, *arguments = (str(tree) if word == "DIR" else word for word in shlex.split(command)[1:])
+    converting = Path(script).stem == "convert"
+    short = ["--max-images=4", "--step-images=2", "--data.img_size=32"] if converting else ["--num-heads=4"]
+    assert tool(Path(script).stem).main([*arguments, *short]) == 0
+    assert ("report: " if converting else "imported.ckpt: ") in capsys.readouterr().out
 
 
 def test_no_command_is_left_out():
@@ -113,7 +123,10 @@ def test_the_demonstration_runs_from_any_folder(tmp_path, tool, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     options = [o for o in SHORT if "model_args" not in o]
     evaluate_too = [o for o in options if "num_workers" not in o]
-    assert tool("demo").main(["--", "--trainer.fast_dev_run=false", *evaluate_too]) == 0
+    assert tool("demo").main(["--images=8", "--", "--trainer.fast_dev_run=false", *evaluate_too]) == 0
     out = capsys.readouterr().out
     assert "test accuracy" in out
+    for report in ("version_0/report.html", "version_0/test/report.html"):
+        assert report in out
+        assert (tmp_path / "runs/digits" / report).is_file()
     assert (tmp_path / "runs/digits/version_0/checkpoints/best.ckpt").is_file()

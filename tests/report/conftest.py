@@ -69,7 +69,8 @@ def _made_up(model="qsd_tiny", time_steps=4, layers=12):
              "note": "sees the image" if i == 0 else ""}
             for i, name in enumerate(operations)
         ]},
-        "energy": {"preset": "fp32", "mac_pj": 4.6, "ac_pj": 0.9, "images": 200, "bits": 3, "merged": True, "layers": layers,
+        "energy": {"preset": "fp32", "mac_pj": 4.6, "ac_pj": 0.9, "images": 200, "bits": 3, "merged": True,
+                   "layers": layers,
                    "total_mj": {**totals, "papers_stem_per_step": totals["papers"] * 1.1}},
         "sizes": {"parameters": 15.1e6, "float_bytes": 60.5e6, "packed_bytes": 7.7e6, "file_bytes": 7.8e6,
                   "converted_bytes": 147.6e6, "float_equivalents": 1.9e6},
