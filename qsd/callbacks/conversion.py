@@ -99,6 +99,9 @@ class ConvertToSpikeDriven(Callback):
         checkpoint = _best_checkpoint(trainer, folder)
         problem, cause = None, None
         if trainer.is_global_zero:
+            bar = getattr(trainer.progress_bar_callback, "progress", None)
+            if bar is not None:  # rich's, which would redraw itself among ours
+                bar.stop()
             try:
                 self._convert(trainer, pl_module, checkpoint, folder)
             except Exception as error:  # whatever it was, the training is not lost and the others are waiting
@@ -147,12 +150,13 @@ class ConvertToSpikeDriven(Callback):
 
 def _best_checkpoint(trainer: Trainer, folder: Path) -> Path:
     """The best checkpoint by what is monitored, else the newest, else one that is written now (by all processes)."""
-    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    for callback in sorted(callbacks, key=lambda c: c.monitor is None):
-        if callback.best_model_path and Path(callback.best_model_path).is_file():
-            return Path(callback.best_model_path)
-    path = folder / "final.ckpt"
-    trainer.save_checkpoint(path)
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path]
+    paths = [Path(c.best_model_path) for c in sorted(callbacks, key=lambda c: c.monitor is None)]
+    # The first process decides: others may not see its disk.
+    path = trainer.strategy.broadcast(next((path for path in paths if path.is_file()), None))
+    if path is None:
+        path = folder / "final.ckpt"
+        trainer.save_checkpoint(path)
     return path
 
 
