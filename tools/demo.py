@@ -67,11 +67,12 @@ def main(args: list[str] | None = None) -> int:
     table.add_row("energy per image, integer network", f"{1e3 * energy['integer']:.3g} µJ")
     table.add_row("packed network", f"{record['sizes']['file_bytes'] / 1e3:.0f} kB")
     table.add_row("training time, with conversion", f"{seconds:.0f} s")
-    table.add_row("logs", str(folder))
-    table.add_row("checkpoint", str(best))
-    table.add_row("report on validation images", str(folder / "report.html"))
-    table.add_row("report on test images", str(folder / "test" / "report.html"))
     console.print(table)
+    # Outside of the table, which would shorten them.
+    print(f"logs: {folder}")
+    print(f"checkpoint: {best}")
+    print(f"report on validation images: {folder / 'report.html'}")
+    print(f"report on test images: {folder / 'test' / 'report.html'}")
     return 0
 
 
