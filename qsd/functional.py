@@ -142,7 +142,7 @@ def learned_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_
     Args:
         x: accumulated input, any shape.
         threshold: positive, without dimensions.
-        amplitude: without dimensions; the same tensor as the threshold for LSQ; ``None`` for bare counts.
+        amplitude: without dimensions; equal to the threshold for LSQ; ``None`` for bare counts.
         time_steps: T, the most spikes that a neuron can fire.
 
     Returns:

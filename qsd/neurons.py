@@ -155,8 +155,7 @@ class LearnedStepNeuron(SpikeNeuron):
         if self._amplitude is not None:
             counts = self.counts(x, scale)
             return counts if self._amplitude == 1 else counts * self._amplitude
-        worth = self.worth(x[0].numel())
-        return learned_spikes(x, worth if scale is None else worth / scale, worth, self.time_steps)
+        return learned_spikes(x, self._scaled_threshold(x, scale), self.worth(x[0].numel()), self.time_steps)
 
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, amplitude={'step' if self._amplitude is None else self._amplitude}"

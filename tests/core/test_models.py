@@ -11,12 +11,13 @@ from qsd import QsdError
 from qsd.layers import QuantConv2d, QuantLinear, TransformerBlock
 from qsd.neurons import SpikeNeuron
 
-NAMES = timm.list_models("qsd_*", exclude_filters="")
+NAMES = timm.list_models(["qsd_*", "csdformer_*"], exclude_filters="")
 SMALL = {"embed_dims": (8, 8, 16, 24), "num_heads": 4, "depth": 4, "num_classes": 5, "layer_scale": 0.5}
+SMALL_CSD = {"embed_dims": 24, "num_heads": 4, "depth": 3, "num_classes": 5}
 
 
 def small(name, **kwargs):
-    return timm.create_model(name, **{**SMALL, **kwargs})
+    return timm.create_model(name, **{**(SMALL if name.startswith("qsd") else SMALL_CSD), **kwargs})
 
 
 @pytest.mark.parametrize(
@@ -28,10 +29,17 @@ def small(name, **kwargs):
         ("qsd_55m", 55.359),
         ("qsd_75m", 74.663),
         ("qsd_124m", 123.754),
+        # The papers truncate: 16.81, 29.68, 66.34; of CIFAR-10 4.15, 5.76, 9.32.
+        ("csdformer_8_384", 16.816),
+        ("csdformer_8_512", 29.689),
+        ("csdformer_8_768", 66.339),
+        ("csdformer_4_256", 4.152),
+        ("csdformer_2_384", 5.763),
+        ("csdformer_4_384", 9.320),
     ],
 )
-def test_parameter_counts_are_the_published_network_s(name, millions):
-    # Published code, float parameters at 1000 classes; step sizes are not counted.
+def test_parameter_counts_are_the_published_networks(name, millions):
+    # Float parameters at 1000 classes (CIFAR models: at 10); step sizes are not counted.
     with torch.device("meta"):
         model = timm.create_model(name)
         twin = timm.create_model(f"{name}_ann")
@@ -43,8 +51,10 @@ def test_parameter_counts_are_the_published_network_s(name, millions):
 def test_the_registry_holds_every_size_and_its_twin():
     assert {n.removesuffix("_ann") for n in NAMES} == {
         "qsd_8m", "qsd_15m", "qsd_31m", "qsd_55m", "qsd_75m", "qsd_124m", "qsd_tiny",
+        "csdformer_8_384", "csdformer_8_512", "csdformer_8_768", "csdformer_4_256", "csdformer_2_384",
+        "csdformer_4_384",
     }  # fmt: skip
-    assert len(NAMES) == 14
+    assert len(NAMES) == 26
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,19 +69,19 @@ def test_contract(name):
     with torch.no_grad():
         features = model.forward_features(images)
         logits = model(images)
-        assert features.shape == (2, model.num_features, 3, 2)
+        shapes = [(i["num_chs"], 48 // i["reduction"], 32 // i["reduction"]) for i in model.feature_info]
+        assert features.shape == (2, *shapes[-1])
         assert logits.shape == (2, 5)
         torch.testing.assert_close(logits, model.forward_head(features))
         torch.testing.assert_close(model.get_classifier()(model.forward_head(features, pre_logits=True)), logits)
         final, stages = model.forward_intermediates(images)
         assert torch.equal(final, features)
-        assert [tuple(s.shape[1:]) for s in stages] == [(8, 12, 8), (8, 6, 4), (16, 3, 2), (24, 3, 2)]
+        assert [tuple(s.shape[1:]) for s in stages] == shapes
         assert torch.equal(
             model.forward_intermediates(images, indices=[1], intermediates_only=True, stop_early=True)[0], stages[1]
         )
         extractor = small(name, in_chans=2, features_only=True, out_indices=(0, 2)).eval()
-        assert extractor.feature_info.channels() == [8, 16]
-        assert extractor.feature_info.reduction() == [4, 16]
+        assert extractor.feature_info.channels() == [shapes[0][0], shapes[2][0]]
         extractor.model.load_state_dict(model.state_dict(), strict=False)
         for ours, theirs in zip(extractor(images), (stages[0], stages[2])):
             torch.testing.assert_close(ours, theirs)
@@ -91,11 +101,22 @@ def test_contract(name):
     model.reset_classifier(0)
     assert model(images).shape == (2, 24)
     assert model.prune_intermediate_layers([1]) == [1]
-    assert model.forward_features(images).shape == (2, 8, 6, 4)
-    assert model.forward_features(images[..., :8, :8]).shape == (2, 8, 1, 1)  # smaller images than before are legal
+    assert model.forward_features(images).shape == (2, *shapes[1])
+    stride = model.feature_info[1]["reduction"]
+    least = model.forward_features(images[..., :stride, :stride])  # smaller images than before are legal
+    assert least.shape == (2, shapes[1][0], 1, 1)
 
 
-@pytest.mark.parametrize("name", ["qsd_tiny", "qsd_tiny_ann"])
+def test_features_are_those_of_the_published_stages():
+    shapes = [(info["num_chs"], info["reduction"]) for info in small("qsd_15m").feature_info]
+    assert shapes == [(8, 4), (8, 8), (16, 16), (24, 16)]
+    assert {info["reduction"] for info in small("csdformer_8_384").feature_info} == {16}
+    assert {info["reduction"] for info in small("csdformer_4_384").feature_info} == {4}
+    default = timm.create_model("csdformer_8_384", embed_dims=24, num_heads=4, depth=2, features_only=True)
+    assert len(default(torch.randn(1, 3, 32, 32))) == 1  # the last block's, whatever the depth
+
+
+@pytest.mark.parametrize("name", ["qsd_tiny", "qsd_tiny_ann", "csdformer_4_256", "csdformer_4_256_ann"])
 def test_the_network_compiles_without_a_graph_break_and_exports(name):
     model, images = small(name, depth=2).train(), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
@@ -106,8 +127,9 @@ def test_the_network_compiles_without_a_graph_break_and_exports(name):
     torch.testing.assert_close(program.module()(images), model(images))
 
 
-def test_gradient_checkpointing_is_bit_equal():
-    model, images = small("qsd_tiny").train(), torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize("name", ["qsd_tiny", "csdformer_4_256"])
+def test_gradient_checkpointing_is_bit_equal(name):
+    model, images = small(name).train(), torch.randn(2, 3, 32, 32)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     gradients = []
     for enable in (False, True):
@@ -124,12 +146,13 @@ def test_stochastic_depth_grows_linearly_over_both_stages():
     assert [b.drop_path_rate for b in blocks] == pytest.approx([0.1 * i for i in range(8)])
 
 
-def test_one_dimensional_parameters_are_exempt_from_weight_decay():
-    optimizer = create_optimizer_v2(small("qsd_tiny"), opt="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.7)
+@pytest.mark.parametrize("name", ["qsd_tiny", "csdformer_4_256"])
+def test_parameters_of_one_dimension_or_none_are_exempt_from_weight_decay(name):
+    optimizer = create_optimizer_v2(small(name, depth=4), opt="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.7)
     decayed = [g for g in optimizer.param_groups if g["weight_decay"] > 0]
     exempt = [g for g in optimizer.param_groups if g["weight_decay"] == 0]
     assert all(p.dim() > 1 for g in decayed for p in g["params"])
-    assert all(p.dim() == 1 for g in exempt for p in g["params"])
+    assert all(p.dim() <= 1 for g in exempt for p in g["params"])
     assert len({g["lr_scale"] for g in optimizer.param_groups}) >= 4  # groups by depth
 
 
@@ -141,6 +164,40 @@ def test_twins_have_the_same_topology_without_spikes_or_quantizers():
     layers = [m for m in spiking.modules() if isinstance(m, QuantConv2d | QuantLinear)]
     assert all(layer.quantizer.bits == 4 for layer in layers)
     assert small("qsd_15m_ann", attention="softmax")(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_csdformer_s_twin_has_the_same_topology_and_softmax_attention_on_demand():
+    model, twin = small("csdformer_8_384", weight_bits=4), small("csdformer_8_384_ann")
+    assert not any(isinstance(m, SpikeNeuron) for m in twin.modules())
+    assert {k for k in model.state_dict() if not k.endswith("step")} == set(twin.state_dict())
+    assert {k for k in small("csdformer_8_384").state_dict() if "quantizer" in k} == set()
+    assert small("csdformer_8_384", time_steps=0).state_dict().keys() == twin.state_dict().keys()
+    assert small("csdformer_8_384_ann", attention="softmax")(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    layers = [m for m in model.modules() if isinstance(m, QuantConv2d | QuantLinear)]
+    assert all(layer.quantizer.bits == 4 for layer in layers)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 31), (33, 80)])
+def test_csdformer_takes_any_size_and_shape_that_its_pools_allow(size):
+    model = small("csdformer_8_384").eval()
+    tokens = [-(-side // 16) for side in size]  # a pool of stride 2 rounds up
+    assert model.forward_features(torch.randn(1, 3, *size)).shape[-2:] == tuple(tokens)
+    assert model(torch.randn(1, 3, *size)).shape == (1, 5)
+
+
+def test_csdformer_s_tokenizer_pools_spike_counts_and_the_head_sees_spikes():
+    model = small("csdformer_4_256").train()
+    pools = [m for m in model.modules() if isinstance(m, torch.nn.MaxPool2d)]
+    assert [(p.kernel_size, p.stride, p.padding) for p in pools] == [(3, 2, 1)] * 2  # of CIFAR's four stages, the last
+    seen = []
+    for pool in pools:
+        pool.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    model.pool.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    model(torch.randn(2, 3, 32, 32))
+    for spikes, neuron in zip(seen, (model.stem[3].neuron, model.stem[4].neuron, model.head_neuron)):
+        counts = spikes / neuron.step
+        assert set(counts.round(decimals=4).unique().tolist()) <= {0, 1, 2, 3, 4}
+        assert counts.any()
 
 
 def test_time_steps_and_bits_can_be_overridden():
@@ -188,6 +245,31 @@ def test_sizes_that_do_not_fit_together_are_named(kwargs, message):
         small("qsd_tiny", **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"embed_dims": 24, "num_heads": 5}, r"24 channels are not divisible by num_heads=5"),
+        ({"embed_dims": 20}, r"embed_dims=20 is no positive multiple of 8"),
+        ({"embed_dims": (8, 8)}, r"embed_dims=\(8, 8\) is no positive multiple of 8"),
+        ({"depth": 0}, "depth=0"),
+        ({"strides": (2, 2)}, "four positive strides"),
+        ({"mlp_ratio": 0}, "mlp_ratio=0"),
+        ({"activation": "gelu"}, "activation='gelu' is unknown; use 'lsq', 'qcfs' or 'relu'"),
+        ({"attention": "linear"}, "attention='linear' is unknown; use 'nrelu' or 'softmax'"),
+        ({"attention": "softmax"}, "not spike-driven"),
+        ({"time_steps": 300}, "time_steps=300"),
+        ({"weight_bits": 1}, "weight_bits=1"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
+        ({"global_pool": "max"}, "only 'avg' exists"),
+        ({"num_classes": -1}, "num_classes=-1"),
+        ({"pretrained": True}, "none were published for CSDformer"),
+    ],
+)
+def test_csdformer_names_what_does_not_fit(kwargs, message):
+    with pytest.raises(QsdError, match=message):
+        small("csdformer_8_384", **kwargs)
+
+
 def test_images_that_are_too_small_or_of_other_channels_are_named():
     model = small("qsd_tiny")
     with pytest.raises(QsdError, match="15x40 pixels are smaller than the network's total stride 16"):
@@ -196,8 +278,9 @@ def test_images_that_are_too_small_or_of_other_channels_are_named():
         model(torch.randn(1, 1, 32, 32))
 
 
-def test_half_precision_autocast_trains():
-    model = small("qsd_tiny").train()
+@pytest.mark.parametrize("name", ["qsd_tiny", "csdformer_4_256"])
+def test_half_precision_autocast_trains(name):
+    model = small(name).train()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(torch.randn(2, 3, 32, 32)).float().square().sum()
     loss.backward()

@@ -11,10 +11,10 @@ from qsd.neurons import SpikeNeuron
 from qsd.spiking import to_spike_driven
 
 
-@pytest.mark.parametrize("delay", [None, 0, {"*": 3, "*.q_neuron": 5, "stages.*": 1}], ids=["lossless", "0", "mixed"])
-@pytest.mark.parametrize("time_steps", [3, 4])
-def test_two_images_in_a_row_fire_what_each_fires_alone(delay, time_steps):
-    spiking = to_spike_driven(dense_network(time_steps=time_steps, depth=2), merge="rep")
+@pytest.mark.parametrize("delay", [None, 0, {"*": 3, "*.q_neuron": 5, "s*": 1}], ids=["lossless", "0", "mixed"])
+@pytest.mark.parametrize(("name", "time_steps"), [("qsd_tiny", 3), ("qsd_tiny", 4), ("csdformer_4_256", 4)])
+def test_two_images_in_a_row_fire_what_each_fires_alone(delay, name, time_steps):
+    spiking = to_spike_driven(dense_network(name, time_steps=time_steps, depth=2), merge="rep")
     images = torch.randn(2, 1, 3, 34, 32, dtype=torch.float64)
     alone = [spiking.simulate(image, delay=delay, record="*") for image in images]
     stream = spiking.stream(images, delay=delay, record="*")

@@ -1,6 +1,8 @@
 """Conversion: the trained network, the count domain and binary spikes agree, neuron by neuron."""
 
 import copy
+import logging
+import random
 
 import pytest
 import timm
@@ -10,18 +12,20 @@ from torch.nn import functional as F
 
 from qsd import QsdError
 from qsd.layers import LinearChain, QuantConv2d, QuantLinear, SepConv, conv_norm, rep_conv
-from qsd.neurons import SpikeNeuron
+from qsd.neurons import LsqNeuron, QcfsNeuron, SpikeNeuron
 from qsd.spiking import count_spikes, register_conversion, to_spike_driven
-from qsd.spiking.layers import SpikingChain
+from qsd.spiking.layers import SpikingChain, SpikingMaxPool
 from qsd.spiking.rules import RULES, fold_norms, merge_factors
 
-NAMES = timm.list_models("qsd_*", exclude_filters="*_ann")
+NAMES = timm.list_models(["qsd_*", "csdformer_*"], exclude_filters="*_ann")
+SMALL_CSD = {"embed_dims": 32, "num_heads": 4, "depth": 2, "num_classes": 5}
 SMALL = {"embed_dims": (8, 8, 16, 24), "num_heads": 4, "depth": 4, "num_classes": 5, "layer_scale": 0.5}
 
 
 def dense_network(name="qsd_tiny", **kwargs):
     """A shrunk model in evaluation whose statistics make neurons fire at about half their capacity."""
-    model = timm.create_model(name, **{**SMALL, **kwargs}).double().eval()
+    sizes = SMALL if name.startswith("qsd") else SMALL_CSD
+    model = timm.create_model(name, **{**sizes, **kwargs}).double().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
@@ -30,6 +34,15 @@ def dense_network(name="qsd_tiny", **kwargs):
             module.bias.data.normal_(0.2, 0.3)
         if hasattr(module, "step"):
             module.step.data.mul_(torch.empty_like(module.step).uniform_(0.7, 1.3))
+    # Learned steps by their inputs in evaluation, some larger, some smaller.
+    neurons = [module for module in model.modules() if isinstance(module, LsqNeuron)]
+    handles = [
+        n.register_forward_pre_hook(lambda m, i: m.initialize(i[0] * random.uniform(0.4, 0.8), *i[1:])) for n in neurons
+    ]
+    if neurons:
+        model(torch.randn(2, model.in_chans, 32, 32, dtype=torch.float64))
+    for handle in handles:
+        handle.remove()
     return model
 
 
@@ -62,6 +75,76 @@ def test_every_window_and_merge_with_odd_sizes_and_batches(time_steps, merge):
         assert_same_counts(model, spiking, torch.randn(batch, 3, 41, 50, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("activation", ["lsq", "qcfs"])
+@pytest.mark.parametrize("time_steps", [1, 2, 3, 4, 6, 8])
+def test_csdformer_converts_for_every_window_and_activation_with_odd_sizes_and_batches(time_steps, activation):
+    model = dense_network("csdformer_4_256", time_steps=time_steps, activation=activation)
+    for neuron in model.modules():
+        if isinstance(neuron, QcfsNeuron):
+            neuron.ceiling.data.fill_(random.uniform(0.8, 2))
+    spiking = to_spike_driven(model)
+    for batch, size in ((1, (11, 19)), (3, (4, 30))):
+        assert_same_counts(model, spiking, torch.randn(batch, 3, *size, dtype=torch.float64))
+
+
+def test_low_bit_weights_of_csdformer_convert():
+    model = dense_network("csdformer_4_256", weight_bits=4)
+    assert_same_counts(model, to_spike_driven(model), torch.randn(2, 3, 16, 16, dtype=torch.float64))
+
+
+def test_ties_of_integer_products_are_decided_alike():
+    # With all steps 1/2 and 16 channels a head, thresholds are binary fractions: products lie on them, often.
+    model = dense_network("csdformer_4_256", num_heads=2, depth=1)
+    attention = model.blocks[0].attn
+    for neuron in attention.modules():
+        if isinstance(neuron, LsqNeuron):
+            neuron.step.data.fill_(0.5)
+    seen = []
+    attention.score_neuron.register_forward_hook(lambda m, i, o: seen.append(m.drive(*i)))
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert_same_counts(model, to_spike_driven(model), images)
+    drive = seen[-1]
+    assert ((drive % 1) == 0.5).double().mean() > 0.05
+
+
+def test_latency_of_csdformer_is_the_paper_s_network_s():
+    # 4 neurons in the tokenizer, 6 in each block, and ours in front of the head: 4 + (4 + 8 * 6 + 1) * 3
+    spiking = to_spike_driven(dense_network("csdformer_8_384", depth=8))
+    assert spiking.latency() == 160 + 3
+    assert spiking.latency(0) == 4
+    assert spiking.latency({"head_neuron": 0}) == 160
+    assert spiking.interval() == 4 + 3
+    assert to_spike_driven(dense_network("csdformer_4_384", depth=4)).latency() == 88 + 3
+
+
+def test_another_window_at_conversion_is_another_network_and_a_warning_says_so(caplog):
+    model, images = dense_network("csdformer_4_256"), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING):
+        spiking = to_spike_driven(model, time_steps=8)
+    assert "trained with T = 4 and converted with T = 8" in caplog.text
+    assert "Expect to lose accuracy" in caplog.text
+    assert spiking.time_steps == 8
+    assert {m.time_steps for m in model.modules() if isinstance(m, SpikeNeuron)} == {4}, "the model is not changed"
+    finer = copy.deepcopy(model)
+    for neuron in finer.modules():
+        if isinstance(neuron, LsqNeuron):
+            neuron.change_time_steps(8)
+    assert_same_counts(finer, spiking, images)
+    caplog.clear()
+    to_spike_driven(model, time_steps=4)
+    assert not caplog.text
+    with pytest.raises(QsdError, match="time_steps=8: neurons of a fixed step were trained with T = 4"):
+        to_spike_driven(dense_network(), time_steps=8)
+    with pytest.raises(QsdError, match="time_steps=0"):
+        to_spike_driven(model, time_steps=0)
+
+
+def test_images_too_small_for_the_pools_are_named_by_the_converted_network_too():
+    spiking = to_spike_driven(dense_network("csdformer_8_384"))
+    with pytest.raises(QsdError, match="8x40 pixels are smaller than the network's total stride 16"):
+        spiking(torch.randn(1, 3, 8, 40, dtype=torch.float64))
+
+
 def test_latency_is_the_published_network_s():
     # T + the neurons on the longest path times T - 1 + T - 1 for each attention: 4 + 61 * 3 + 8 * 3
     spiking = to_spike_driven(timm.create_model("qsd_15m", **{**SMALL, "depth": 8}), merge=False)
@@ -87,8 +170,9 @@ def test_spikes_are_binary_contiguous_and_recorded_by_name():
     assert torch.equal(((final / neuron.threshold).floor()).clamp(0, 4), counts["head_neuron"])
 
 
-def test_below_the_lossless_delay_counts_err_within_the_bound_and_calling_is_refused():
-    model = dense_network()
+@pytest.mark.parametrize("name", ["qsd_tiny", "csdformer_4_256"])
+def test_below_the_lossless_delay_counts_err_within_the_bound_and_calling_is_refused(name):
+    model = dense_network(name)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     lossless, hasty = to_spike_driven(model), to_spike_driven(model, delay={"*": 3, "head_neuron": 1})
     with pytest.raises(QsdError, match=r"head_neuron has a delay of 1, below T - 1 = 3.*simulate"):
@@ -102,8 +186,9 @@ def test_below_the_lossless_delay_counts_err_within_the_bound_and_calling_is_ref
     assert torch.equal(hasty.simulate(images, delay=3).logits, logits[3])  # an argument overrides what is stored
 
 
-def test_results_do_not_depend_on_the_rest_of_the_batch():
-    spiking = to_spike_driven(dense_network())
+@pytest.mark.parametrize("name", ["qsd_tiny", "csdformer_4_256"])
+def test_results_do_not_depend_on_the_rest_of_the_batch(name):
+    spiking = to_spike_driven(dense_network(name))
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     for delay in (0, 3):
         together = spiking.simulate(images, delay=delay).logits
@@ -174,6 +259,69 @@ class Cheat(nn.Module):
 
     def forward(self, x):
         return self.last(self.trick(self.second(self.neuron(self.first(x)))))
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2, 3])
+def test_a_max_pool_in_a_model_of_ones_own_is_exact_at_every_delay(delay):
+    # Also in front of all neurons, on the image, and on currents between a convolution and its neuron.
+    model = nn.Sequential(
+        nn.MaxPool2d(2, 1, 1), conv_norm(2, 6, 3), SpikeNeuron(4, 0.2), nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        conv_norm(6, 4, 3), nn.MaxPool2d((1, 2)), SpikeNeuron(4, 0.3), nn.MaxPool2d(3, 1, 1), QuantConv2d(4, 3, 1),
+    ).double().eval()  # fmt: skip
+    images = torch.randn(2, 2, 13, 10, dtype=torch.float64)
+    spiking = to_spike_driven(model, example=images[:1])
+    # A pool adds nothing of its own: counts are pooled, whatever the delay was that made them.
+    trace = spiking.simulate(images, delay=delay, record="*")
+    inner = model[8](model[7](trace.counts["6"].double() * 0.3))
+    torch.testing.assert_close(trace.logits, inner, rtol=1e-10, atol=1e-12)
+    if delay == 3:
+        assert_same_counts(model, spiking, images)
+    with pytest.raises(QsdError, match="max-pool 1 returns indices"):
+        to_spike_driven(nn.Sequential(conv_norm(2, 3, 3), nn.MaxPool2d(2, return_indices=True), SpikeNeuron(4)))
+
+
+def test_taking_any_spike_of_a_window_in_each_step_breaks_exactness_below_the_lossless_delay(monkeypatch):
+    # So that nobody simplifies the pool to it: at T - 1 it is right, below it counts what two neurons fire in turn.
+    model = dense_network("csdformer_4_256")
+    spiking, images = to_spike_driven(model), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    pools = [m for m in spiking.modules() if isinstance(m, SpikingMaxPool)]
+    pooled = {}
+    for pool in pools:
+        pool.register_forward_hook(lambda m, i, o: pooled.setdefault(m.name, []).append((i[0], o)))
+
+    def errors(delay):
+        pooled.clear()
+        spiking.simulate(images, delay=delay)
+        wrong = []
+        for pool in pools:
+            spikes, out = pooled[pool.name][-1]  # the first call is the tracing
+            exact = F.max_pool2d(spiking_counts(spikes), 3, 2, 1)
+            wrong.append((spiking_counts(out) != exact).double().mean())
+            assert set(out.unique().tolist()) <= {0, 1}
+        return max(wrong)
+
+    def spiking_counts(spikes):
+        return spikes.unflatten(0, (4, 2)).sum(0)
+
+    assert [errors(delay) for delay in range(4)] == [0, 0, 0, 0]
+    monkeypatch.setattr(SpikingMaxPool, "without_gaps", property(lambda self: True))
+    assert errors(3) == 0
+    assert errors(0) > 0.01
+
+
+def test_a_hard_reset_breaks_exactness_of_the_whole_network(monkeypatch):
+    def hard_reset(membrane, threshold):
+        spikes = membrane >= threshold
+        return spikes, membrane.masked_fill(spikes, 0)
+
+    model = dense_network("csdformer_4_256")
+    spiking, images = to_spike_driven(model), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    exact, hard = count_spikes(model, images), {}
+    monkeypatch.setattr("qsd.spiking.layers.fire", hard_reset)
+    with spiking.runtime.counting(hard):
+        spiking.simulate(images)
+    wrong = torch.cat([(hard[name] != exact[name]).flatten() for name in exact])
+    assert wrong.double().mean() > 0.1
 
 
 @pytest.mark.parametrize(

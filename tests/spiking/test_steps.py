@@ -8,7 +8,7 @@ import torch
 from qsd.neurons import SpikeNeuron
 from qsd.spiking.layers import DelayedNeuron
 from qsd.spiking.runtime import Runtime
-from qsd.spiking.steps import fire, product_increment
+from qsd.spiking.steps import fire, pool_increment, product_increment
 
 
 def integrate(currents, threshold, delay):
@@ -79,3 +79,44 @@ def test_increments_add_up_to_the_product_of_counts_also_when_windows_are_offset
         total += increment
     slow = torch.einsum("bhic,bhcj->bhij", left.sum(0).long(), right.sum(0).long())
     assert torch.equal(total.long(), slow)
+
+
+def random_trains(steps, lead=0):
+    """Binary ``[steps, B, C, H, W]``; half of the channels come later."""
+    spikes = torch.zeros(steps + lead, 2, 4, 7, 6, dtype=torch.float64)
+    spikes[:steps, :, :2] = torch.randint(0, 2, spikes[:steps, :, :2].shape)
+    spikes[lead:, :, 2:] = torch.randint(0, 2, spikes[lead:, :, 2:].shape)
+    return spikes
+
+
+@pytest.mark.parametrize("lead", [0, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_increments_of_a_max_pool_are_binary_and_add_up_to_the_largest_count(lead, stride):
+    def pool(x):
+        return torch.nn.functional.max_pool2d(x, 3, stride, 1)
+
+    spikes = random_trains(4, lead)
+    spike_sum = pooled_sum = None
+    total = torch.zeros_like(pool(spikes[0]))
+    for x in spikes:
+        increment, spike_sum, pooled_sum = pool_increment(x, spike_sum, pooled_sum, pool)
+        assert set(increment.unique().tolist()) <= {0, 1}
+        total += increment
+    assert torch.equal(total, pool(spikes.sum(0)))
+
+
+def test_simplifications_of_the_max_pool_count_too_many():
+    # Random trains, 3x3 windows, T = 4: "any of them fires" over-counts in 45 % of windows; passing a spike on if its
+    # neuron's count reaches the largest one does in 40 %, because a second neuron that ties passes again.
+    trains = torch.randint(0, 2, (4, 50, 4, 8, 8), generator=torch.Generator().manual_seed(0)).double()
+    windows = trains.unfold(3, 3, 1).unfold(4, 3, 1).flatten(-2)  # [T, ..., 9]
+    exact = windows.sum(0).amax(-1)
+    sums = windows.cumsum(0)
+    any_of_them = windows.amax(-1).sum(0)
+    gated = (windows * (sums == sums.amax(-1, keepdim=True))).amax(-1).sum(0)
+    for wrong in (any_of_them, gated):
+        assert bool((wrong >= exact).all())
+        assert 0.3 < (wrong > exact).double().mean() < 0.6
+    # without gaps, as at delay T - 1, any of them is right
+    contiguous = torch.arange(4).view(4, 1, 1, 1, 1, 1) < windows.sum(0)
+    assert torch.equal(contiguous.double().amax(-1).sum(0), exact)

@@ -1,5 +1,6 @@
 """The task: schedules, auxiliary losses, resuming, and every way in which a training must stop."""
 
+import copy
 import csv
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from qsd import QsdError
+from qsd import QsdError, initialize_neurons
 from qsd.data import DigitsData, ImageArray
+from qsd.neurons import LsqNeuron
 from qsd.quantizers import StepSizeQuantizer
 from qsd.tasks import ClassificationTask
 
@@ -221,6 +223,124 @@ def test_validation_counts_every_image_once(tmp_path):
         (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
     )
     assert metrics["val/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+# -- neurons of a learned step -----------------------------------------------------------------------------------------
+
+SMALL_CSD = {"embed_dims": 16, "num_heads": 2, "depth": 1}
+
+
+def csd_task(model="csdformer_4_256", **kwargs):
+    return ClassificationTask(
+        model, **{"model_args": dict(SMALL_CSD), "optimizer": "adamw", "base_lr": 0.05, "step_lr": 1.0, **kwargs}
+    )
+
+
+class Steps(Callback):
+    """Records the neurons' steps behind every batch, and the images of the first."""
+
+    def __init__(self):
+        self.seen, self.images = [], None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.images = batch[0] if self.images is None else self.images
+        self.seen.append([p.item() for n, p in pl_module.model.named_parameters() if n.endswith("neuron.step")])
+
+
+def test_steps_come_from_the_first_batch_once(tmp_path):
+    L.seed_everything(3)
+    steps = Steps()
+    frozen = csd_task(base_lr=0.0, min_lr=0.0)
+    make_trainer(tmp_path, [steps, EMAWeightAveraging(decay=0.5)]).fit(frozen, FewDigits())
+    assert all(seen == steps.seen[0] for seen in steps.seen)  # learning rate 0: nothing else moves them
+    assert len(set(steps.seen[0])) > 5  # no longer what the constructor gave
+    # without an update the batch norms' statistics alone differ, which initialization does not use
+    expected = copy.deepcopy(frozen.model)
+    initialize_neurons(expected, steps.images)
+    assert [p.item() for n, p in expected.named_parameters() if n.endswith("neuron.step")] == pytest.approx(
+        steps.seen[0]
+    )
+
+
+def test_neuron_steps_learn_at_the_step_rate_and_without_decay(tmp_path):
+    task = csd_task(step_lr=0.5, weight_decay=0.1)
+    trainer = make_trainer(tmp_path, fast_dev_run=True)
+    trainer.fit(task, FewDigits())
+    neuron = task.model.head_neuron.step
+    groups = [g for g in trainer.optimizers[0].param_groups if any(p is neuron for p in g["params"])]
+    assert len(groups) == 1
+    assert len(groups[0]["params"]) == sum(isinstance(m, LsqNeuron) for m in task.model.modules())
+    assert groups[0]["weight_decay"] == 0
+    full = max(g["initial_lr"] for g in trainer.optimizers[0].param_groups)
+    assert groups[0]["initial_lr"] == pytest.approx(0.5 * full)
+
+
+def test_a_float_network_s_weights_start_the_quantized_one_and_the_first_batch_its_steps(tmp_path):
+    first = csd_task("csdformer_4_256_ann")
+    trainer = make_trainer(tmp_path)
+    trainer.fit(first, FewDigits())
+    trainer.save_checkpoint(tmp_path / "float.ckpt")
+    steps = Steps()
+    second = csd_task(base_lr=0.0, min_lr=0.0, init_from=str(tmp_path / "float.ckpt"))
+    make_trainer(tmp_path, [steps], max_steps=1).fit(second, FewDigits())
+    for name, weight in first.model.named_parameters():
+        assert torch.equal(weight, second.model.get_parameter(name)), name
+    assert len(set(steps.seen[0])) > 5
+    # a quantized checkpoint brings its steps along
+    second.model.head_neuron.step.data.fill_(0.123)
+    second.trainer.save_checkpoint(tmp_path / "quantized.ckpt")
+    third = csd_task(base_lr=0.0, min_lr=0.0, init_from=str(tmp_path / "quantized.ckpt"))
+    make_trainer(tmp_path, max_steps=1).fit(third, FewDigits())
+    assert third.model.head_neuron.step.item() == pytest.approx(0.123)
+
+
+def test_a_resumed_training_keeps_its_steps_also_if_it_had_not_begun(tmp_path):
+    def fit(folder, interrupt=(), resume=None):
+        L.seed_everything(5)
+        task = csd_task()
+        checkpoint = ModelCheckpoint(folder, "last", every_n_train_steps=1, enable_version_counter=False)
+        make_trainer(folder, [checkpoint, *interrupt]).fit(task, FewDigits(), ckpt_path=resume)
+        return task.model.state_dict()
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "part", [InterruptAfter(1)])
+    resumed = fit(tmp_path / "part", resume=tmp_path / "part" / "last.ckpt")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+    task = csd_task(base_lr=0.0, min_lr=0.0)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(task, FewDigits())
+    task.model.head_neuron.step.data.fill_(0.321)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    saved.update(global_step=0, epoch=0, optimizer_states=[], lr_schedulers=[], callbacks={})
+    del saved["loops"]
+    torch.save(saved, tmp_path / "fresh.ckpt")
+    other = csd_task(base_lr=0.0, min_lr=0.0)
+    make_trainer(tmp_path, max_steps=1).fit(other, FewDigits(), ckpt_path=tmp_path / "fresh.ckpt")
+    assert other.model.head_neuron.step.item() == pytest.approx(0.321)
+
+
+def test_qcfs_keeps_its_fixed_start(tmp_path):
+    task = csd_task(model_args={**SMALL_CSD, "activation": "qcfs"}, base_lr=0.0, min_lr=0.0)
+    make_trainer(tmp_path, max_steps=1).fit(task, FewDigits())
+    assert {p.item() for n, p in task.model.named_parameters() if n.endswith("ceiling")} == {8.0}
+
+
+@pytest.mark.parametrize(("activation", "parameter"), [("lsq", "step"), ("qcfs", "ceiling")])
+def test_a_neuron_s_step_that_is_no_longer_positive_stops_and_is_named(activation, parameter, tmp_path):
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 1:
+                pl_module.model.blocks[0].attn.q_neuron.get_parameter(parameter).data.fill_(-0.5)
+
+    task = csd_task(model_args={**SMALL_CSD, "activation": activation}, base_lr=1e-9)
+    message = (
+        r"a step size of model\.blocks\.0\.attn\.q_neuron is -0.5 at step 2, not positive.*lower base_lr or step_lr"
+    )
+    with pytest.raises(QsdError, match=message):
+        make_trainer(tmp_path, [Poison()]).fit(task, FewDigits())
 
 
 # -- when training must stop ------------------------------------------------------------------------------------------
