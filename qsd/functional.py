@@ -17,12 +17,16 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
     return mask.to(x.dtype).mul_(x)
 
 
+def _count(drive: Tensor, time_steps: int) -> Tensor:
+    return (drive + 0.5).floor_().clamp_(0, time_steps)
+
+
 class _SpikeCount(torch.autograd.Function):
     """Keeps one bit of information per element for the backward pass (a bool), never the membrane itself."""
 
     @staticmethod
     def forward(drive: Tensor, time_steps: int) -> Tensor:
-        return torch.floor(drive + 0.5).clamp_(0, time_steps)
+        return _count(drive, time_steps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -50,6 +54,8 @@ def spike_count(drive: Tensor, time_steps: int) -> Tensor:
     Returns:
         Integer-valued counts in ``0..T``, in the dtype and shape of ``drive``. Twice differentiating is an error.
     """
+    if not (torch.is_grad_enabled() and drive.requires_grad):
+        return _count(drive, time_steps)  # without the mask that only a backward pass needs
     return _SpikeCount.apply(drive, time_steps)
 
 

@@ -18,6 +18,8 @@ from qsd.spiking.clock import Window
 from qsd.spiking.runtime import IMAGE, Runtime, TracedTensor, plain
 from qsd.spiking.steps import charge, fire, pool_increment, product_increment
 
+_NEURONS_AT_A_TIME = 2**16
+
 
 class TimedLayer(nn.Module):
     """A layer of a converted network, in its modes: ``count``, ``step``, and ``tick`` on a clock.
@@ -154,25 +156,33 @@ class DelayedNeuron(TimedLayer):
         runtime, steps = self.runtime, self.time_steps
         if runtime.is_constant(x):
             raise self._sees_an_image()
+        delay, threshold, records = self.lag(), self._threshold(*scale), runtime.records(self.name)
+        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+            x = x.contiguous()
         currents = runtime.split(x)
-        delay, threshold = self.lag(), self._threshold(*scale)
-        membrane = torch.full_like(currents[0], threshold / 2)
-        spikes = torch.zeros(currents.shape, dtype=torch.bool, device=x.device)
-        potentials: list[Tensor] | None = [] if runtime.records(self.name) else None
-        for t in range(steps + delay):
-            if t < steps:
-                membrane = charge(membrane, currents[t])
-            if potentials is not None:
-                potentials.append(membrane)
-            if t >= delay:
-                spikes[t - delay], membrane = fire(membrane, threshold)
-        if potentials is not None:
-            runtime.trace.spikes[self.name] = spikes
+        spikes = torch.empty_like(currents)
+        shape = (steps + delay if records else 0, *currents.shape[1:])
+        potentials = currents.new_empty_strided(shape, currents.stride())
+        # Neurons do not see each other. Some thousands at a time, their membranes stay in the processor's cache.
+        columns = (
+            t.as_strided((len(t), currents[0].numel()), (currents.stride(0), 1)) for t in (currents, spikes, potentials)
+        )
+        for current, spike, potential in zip(*(column.split(_NEURONS_AT_A_TIME, dim=1) for column in columns)):
+            membrane = torch.full_like(current[0], threshold / 2)
+            for t in range(steps + delay):
+                if t < steps:
+                    charge(membrane, current[t])
+                if records:
+                    potential[t] = membrane
+                if t >= delay:
+                    fire(membrane, threshold, spike[t - delay])
+        if records:
+            runtime.trace.spikes[self.name] = spikes.bool()
             runtime.trace.counts[self.name] = spikes.sum(0, dtype=torch.uint8)
-            runtime.trace.membrane[self.name] = torch.stack(potentials)
+            runtime.trace.membrane[self.name] = potentials
         if runtime.on_counts is not None:
-            runtime.on_counts(self.name, spikes.sum(0, dtype=x.dtype))
-        return self._emit(spikes.flatten(0, 1).to(x.dtype))
+            runtime.on_counts(self.name, spikes.sum(0))
+        return self._emit(spikes.flatten(0, 1))
 
     def tick(self, window: Window, *inputs: Any) -> Tensor:
         x, *scale = inputs
@@ -183,10 +193,9 @@ class DelayedNeuron(TimedLayer):
         if window.begins:
             state["membrane"], state["count"] = torch.full_like(x, threshold / 2), torch.zeros_like(x)
         if window.open:
-            state["membrane"] = charge(state["membrane"], x)
+            charge(state["membrane"], x)
         if window.within(delay, self.time_steps):
-            fired, state["membrane"] = fire(state["membrane"], threshold)
-            spikes = fired.to(x.dtype)
+            fire(state["membrane"], threshold, spikes)
             state["count"] = state["count"] + spikes
         if self.runtime.on_counts is not None and window.step == delay + self.time_steps:
             self.runtime.on_counts(self.name, state["count"])
@@ -307,7 +316,7 @@ class SpikingLinear(TimedLayer):
         steps = self.runtime.time_steps
         if self.runtime.is_constant(x):  # an image: computed once, and the same current in every step
             current = self.linear_map(x, 1.0) / steps
-            return current.repeat(steps, *[1] * (current.dim() - 1))
+            return torch.cat([current] * steps)  # which keeps the layout of channels, as repeat does not
         return self.linear_map(x, 1 / steps)
 
     def tick(self, window: Window, *inputs: Tensor) -> Tensor:

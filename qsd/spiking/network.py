@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d
@@ -22,6 +22,8 @@ from qsd.spiking.runtime import IMAGE, Runtime, Stream, Trace, TracedTensor, del
 logger = logging.getLogger(__name__)
 
 Delay = int | Mapping[str, int] | None
+
+_PIXELS_AT_A_TIME = 16 * 224 * 224  # times steps, of a simulation
 
 
 class SpikingNetwork(nn.Module):
@@ -106,9 +108,27 @@ class SpikingNetwork(nn.Module):
         Returns:
             Output, recordings and latency.
         """
-        runtime, latency = self.runtime, self.latency(delay)
+        patterns, latency, handed = self._patterns(record), self.latency(delay), self.runtime.on_counts
+        counts: dict[str, list[Tensor]] = {}
+        # A few images at a time: all steps of a layer lie in memory at once.
+        size = max(1, _PIXELS_AT_A_TIME // (self.time_steps * images[0, 0].numel()))
+        traces = []
+        try:
+            if handed is not None:
+                self.runtime.on_counts = lambda name, count: counts.setdefault(name, []).append(count)
+            for some in images.split(size):
+                traces.append(self._simulate(some, delay, patterns, latency))
+        finally:
+            self.runtime.on_counts = handed
+        for name in counts:
+            assert handed is not None
+            handed(name, torch.cat(counts[name]))
+        return _joined(traces)
+
+    def _simulate(self, images: Tensor, delay: Delay, record: tuple[str, ...], latency: int) -> Trace:
+        runtime = self.runtime
         with runtime.running("step", delay_choice(delay), len(images)):
-            runtime.record = self._patterns(record)
+            runtime.record = record
             runtime.trace = trace = Trace(torch.empty(0), latency)
             trace.logits = tree_map_only(Tensor, lambda x: runtime.split(x).sum(0), self.network(images))
         return trace
@@ -346,6 +366,18 @@ def count_spikes(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
     return counts
+
+
+def _joined(traces: list[Trace]) -> Trace:
+    if len(traces) == 1:
+        return traces[0]
+    parts, structure = zip(*(tree_flatten(trace.logits) for trace in traces))
+    trace = Trace(tree_unflatten([torch.cat(part) for part in zip(*parts)], structure[0]), traces[0].latency)
+    for name in traces[0].spikes:
+        trace.spikes[name] = torch.cat([t.spikes[name] for t in traces], dim=1)
+        trace.counts[name] = torch.cat([t.counts[name] for t in traces])
+        trace.membrane[name] = torch.cat([t.membrane[name] for t in traces], dim=1)
+    return trace
 
 
 def _counting(counts: dict[str, Tensor], name: str) -> Any:

@@ -14,28 +14,27 @@ import torch
 from torch import Tensor
 
 
-def charge(membrane: Tensor, current: Tensor) -> Tensor:
-    """Add a step's current to the membrane.
+def charge(membrane: Tensor, current: Tensor) -> None:
+    """Add a step's current to the membrane, in place.
 
     Args:
         membrane: potential ``[B, ...]``, in units of the input.
         current: input of this step, the same shape.
     """
-    return membrane + current
+    membrane.add_(current)
 
 
-def fire(membrane: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Fire where the membrane has reached the threshold, and take the threshold off there.
+def fire(membrane: Tensor, threshold: float, spikes: Tensor) -> None:
+    """Fire where the membrane has reached the threshold, and take the threshold off there, in place.
 
     Args:
         membrane: potential after the step's charge ``[B, ...]``.
         threshold: potential that one spike is worth.
-
-    Returns:
-        Binary spikes (bool ``[B, ...]``) and the membrane behind them.
+        spikes: where 0 and 1 are written, of the same shape and type. (A comparison into numbers, and a multiple that
+            is taken off: many times faster than choosing element by element.)
     """
-    spikes = membrane >= threshold
-    return spikes, torch.where(spikes, membrane - threshold, membrane)
+    torch.ge(membrane, threshold, out=spikes)
+    membrane.sub_(spikes, alpha=threshold)
 
 
 def product_increment(

@@ -58,7 +58,9 @@ def test_every_simplification_of_the_neuron_breaks_exactness(deviation):
             membrane = membrane.clamp(min=0)
     count = torch.zeros(5000, dtype=torch.float64)
     for _ in range(time_steps):
-        spikes = membrane > threshold if deviation == "strict threshold" else fire(membrane, threshold)[0]
+        spikes = torch.empty_like(membrane)
+        fire(membrane.clone(), threshold, spikes)
+        spikes = membrane > threshold if deviation == "strict threshold" else spikes.bool()
         membrane = membrane.where(~spikes, torch.tensor(0.0) if deviation == "hard reset" else membrane - threshold)
         count += spikes
     exact = integrate(currents, threshold, time_steps - 1).sum(0)
