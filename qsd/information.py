@@ -138,9 +138,7 @@ class SignalMeter:
         self.by_count = self.by_count.to(device) + torch.bincount(level, x, minlength=levels)
         if counts is not None:
             active = counts.unflatten(1, (self.heads, -1)).flatten(2).any(dim=2)
-            self.silent = self.silent.to(device) + torch.stack(
-                [(~active).sum(), active.new_tensor(active.numel()).long()]
-            )
+            self.silent = self.silent.to(device) + torch.stack([(~active).sum(), torch.ones_like(active).sum()])
 
     def reduce(self, add_over_processes: Callable[[Tensor], Tensor]) -> None:
         """Take the other processes' images in.
@@ -192,13 +190,9 @@ class InformationMeter:
 
     Args:
         model: a network with named attention taps.
-
-    Attributes:
-        active: whether forward passes are measured.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.active = False
         self.meters: dict[tuple[str, str], SignalMeter] = {}
         self._handles = []
         for name, layer in attention_layers(model).items():
@@ -210,8 +204,6 @@ class InformationMeter:
 
     def _hook(self, meter: SignalMeter) -> Callable[..., None]:
         def hook(neuron: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-            if not self.active:
-                return
             with torch.no_grad():
                 if isinstance(neuron, SpikeNeuron):
                     meter.update(neuron.drive(*inputs) / neuron.time_steps, neuron.counts(*inputs))
@@ -269,7 +261,6 @@ def measure_information(
         _attached(InformationMeter(model)) as meter,
         _attached(AttentionRecorder(model)) as recorder,
     ):
-        meter.active = True
         for batch in batches:
             images = (batch[0] if isinstance(batch, tuple | list) else batch).to(device)
             images_seen += len(images)

@@ -34,6 +34,9 @@ class DigitsData(ImageData):
             of cores per training process, at most 8.
         in_chans: 1, or 3 equal channels for a model of colour images.
         seed: of order and augmentation, not of the split; None takes that of ``seed_everything``, or 0.
+        train_images: use only so many of the training images, every class in proportion; None uses all. Validation and
+            test stay as they are.
+        train_subset: which of the possible choices of ``train_images``; another number gives another one.
     """
 
     def __init__(
@@ -43,8 +46,13 @@ class DigitsData(ImageData):
         num_workers: int | None = 0,
         in_chans: Literal[1, 3] = 1,
         seed: int | None = None,
+        train_images: int | None = None,
+        train_subset: int = 0,
     ) -> None:
         super().__init__(img_size, batch_size, num_workers, seed)
+        if train_images is not None and not 1 <= train_images <= _SIZES["train"]:
+            raise QsdError(f"train_images={train_images} is not from 1 to {_SIZES['train']}")
+        self.train_images, self.train_subset = train_images, train_subset
         if in_chans not in (1, 3):
             raise QsdError(f"in_chans={in_chans} is unknown; choose 1 (grey) or 3 (three equal channels)")
         self.in_chans = in_chans
@@ -68,6 +76,9 @@ class DigitsData(ImageData):
             digits = load_digits()
             images = np.stack([self._enlarge(image) for image in digits.images])
             for name, indices in zip(_SIZES, stratified_split(digits.target, list(_SIZES.values()))):
+                if name == "train" and self.train_images is not None:
+                    (chosen,) = stratified_split(digits.target[indices], [self.train_images], self.train_subset)
+                    indices = indices[chosen]
                 names = [f"digit {index}" for index in indices]
                 self._parts[name] = ImageArray(images[indices], digits.target[indices], names)
                 if name == "train":

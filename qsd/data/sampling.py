@@ -90,21 +90,22 @@ class EvalSampler(DistributedSampler[Any]):
         return iter(self.indices)
 
 
-def stratified_split(labels: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+def stratified_split(labels: Sequence[int] | np.ndarray, sizes: Sequence[int], seed: int = 0) -> list[np.ndarray]:
     """Split indices into parts that hold every class in the same proportion.
 
-    The split is fixed: it depends on the labels and sizes alone.
+    The split is fixed: it depends on the arguments alone.
 
     Args:
         labels: the class of every image ``[N]``.
         sizes: images per part; together at most N.
+        seed: another one gives another split.
 
     Returns:
         The sorted indices of every part, disjoint. The number of images of a class in a part differs from its exact
         share by less than two.
     """
     labels = np.asarray(labels)
-    shuffled = np.random.RandomState(0).permutation(len(labels))
+    shuffled = np.random.RandomState(seed).permutation(len(labels))
     position = np.empty(len(labels))
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
