@@ -1,8 +1,8 @@
 """mmcv's operators without a compiler: ``mmcv._ext`` made of torchvision's.
 
 OpenMMLab's detectors call a compiled extension of mmcv for non-maximum suppression and RoIAlign. torchvision brings
-the same operators, compiled for the PyTorch at hand. `install` makes ``import mmcv.ops`` work with them where no compiled
-extension is installed; a compiled one always wins. On a CPU both give the same bits.
+the same operators, compiled for the PyTorch at hand. `install` makes ``import mmcv.ops`` work with them where no
+compiled extension is installed; a compiled one always wins. On a CPU both give the same bits.
 """
 
 import importlib

@@ -41,7 +41,7 @@ class SpikeFPNHead(InitializeSteps, FPNHead):
     def __init__(self, spike_cfg: Config = None, norm_cfg: Config = None, **arguments: Any) -> None:
         super().__init__(conv_cfg=spike_conv_cfg(spike_cfg, norm_cfg), norm_cfg=None, act_cfg=None, **arguments)
         classify: Any = SpikeConv2d(self.channels, self.out_channels, 1, spike_cfg=spike_cfg)
-        dropout: Any = self.dropout or nn.Identity()
+        dropout: Any = getattr(self, "dropout", None) or nn.Identity()
         # Dropped channels are spikes that do not arrive.
         self.conv_seg = nn.Sequential(classify.neuron, dropout, classify.proj)
         self.dropout = None
