@@ -15,7 +15,16 @@ from qsd.mm import ops  # noqa: E402 - before anything imports mmcv.ops
 ops.install()
 
 from qsd.mm.backbone import SpikeTransformerBackbone  # noqa: E402
+from qsd.mm.hooks import SpikeStatisticsHook, StepSizeHook  # noqa: E402
 from qsd.mm.layers import SpikeConv2d, SpikeSettings  # noqa: E402
 from qsd.mm.optim import StepSizeOptimWrapperConstructor  # noqa: E402
 
-__all__ = ["SpikeConv2d", "SpikeSettings", "SpikeTransformerBackbone", "StepSizeOptimWrapperConstructor", "ops"]
+__all__ = [
+    "SpikeConv2d",
+    "SpikeSettings",
+    "SpikeStatisticsHook",
+    "SpikeTransformerBackbone",
+    "StepSizeHook",
+    "StepSizeOptimWrapperConstructor",
+    "ops",
+]
