@@ -51,3 +51,4 @@ default_hooks = dict(
     sampler_seed=dict(type="DistSamplerSeedHook"),
     visualization=dict(type="SegVisualizationHook"),
 )
+custom_hooks = [dict(type="StepSizeHook"), dict(type="SpikeStatisticsHook")]

@@ -3,21 +3,18 @@
 #   python tools/mmdet_train.py configs/digits_det.py
 _base_ = ["coco_qsd.py"]
 
-spike_cfg = dict(_delete_=True, time_steps=4, weight_bits=4)
 classes = tuple("0123456789")
 channels = 64
 strides = [4, 8, 16, 16, 32]
 model = dict(
     backbone=dict(model="qsd_tiny"),
-    neck=dict(spike_cfg=spike_cfg, in_channels=[16, 32, 64, 80], out_channels=channels),
-    rpn_head=dict(spike_cfg=spike_cfg, in_channels=channels, feat_channels=channels),
+    neck=dict(in_channels=[16, 32, 64, 80], out_channels=channels),
+    rpn_head=dict(in_channels=channels, feat_channels=channels),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=channels),
-        bbox_head=dict(spike_cfg=spike_cfg, in_channels=channels, fc_out_channels=256, num_classes=10),
+        bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=10),
         mask_roi_extractor=dict(out_channels=channels),
-        mask_head=dict(
-            spike_cfg=spike_cfg, num_convs=2, in_channels=channels, conv_out_channels=channels, num_classes=10
-        ),
+        mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=channels, num_classes=10),
     ),
     train_cfg=dict(rpn_proposal=dict(nms_pre=300, max_per_img=100), rcnn=dict(sampler=dict(num=64))),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),

@@ -3,16 +3,14 @@
 #   python tools/mmseg_train.py configs/digits_seg.py
 _base_ = ["ade20k_qsd.py"]
 
-spike_cfg = dict(_delete_=True, time_steps=4, weight_bits=4)
 classes = ("background", *"0123456789")
 channels = 64
 data_preprocessor = dict(size=(160, 160))
 model = dict(
     data_preprocessor=data_preprocessor,
     backbone=dict(model="qsd_tiny"),
-    neck=dict(spike_cfg=spike_cfg, in_channels=[16, 32, 64, 80], out_channels=channels),
+    neck=dict(in_channels=[16, 32, 64, 80], out_channels=channels),
     decode_head=dict(
-        spike_cfg=spike_cfg,
         in_channels=[channels] * 4,
         channels=channels,
         num_classes=len(classes),

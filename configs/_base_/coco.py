@@ -38,4 +38,5 @@ param_scheduler = [
 ]
 sync_bn = "torch"
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))
+custom_hooks = [dict(type="StepSizeHook"), dict(type="SpikeStatisticsHook")]
 auto_scale_lr = dict(enable=False, base_batch_size=24)

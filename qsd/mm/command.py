@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import distributed
 
 from qsd.errors import QsdError
 from qsd.mm import ops
+from qsd.mm.checks import check_data
 
 # Mistakes of the user; Config raises the others for files that are no configurations and keys that do not exist.
 _USER_ERRORS = (QsdError, OSError, torch.OutOfMemoryError)
@@ -102,7 +104,7 @@ def _train(options: argparse.Namespace, framework: str) -> None:
     config.load_from = None if options.resume == "auto" else options.resume
     if config.load_from is not None and not Path(config.load_from).is_file():
         raise QsdError(f"checkpoint {config.load_from} does not exist.")
-    build_runner(config).train()
+    build_runner(config, ("train", "val")).train()
 
 
 def _test(options: argparse.Namespace, framework: str) -> None:
@@ -110,7 +112,7 @@ def _test(options: argparse.Namespace, framework: str) -> None:
         raise QsdError(f"checkpoint {options.checkpoint} does not exist.")
     config = load_config(options, framework)
     config.load_from = options.checkpoint
-    build_runner(config).test()
+    build_runner(config, ("test",)).test()
 
 
 def load_config(options: argparse.Namespace, framework: str) -> Config:
@@ -139,9 +141,12 @@ def load_config(options: argparse.Namespace, framework: str) -> Config:
         raise QsdError(
             f"configuration {path} is for {config.get('default_scope', 'no framework')}, not for {framework}."
         )
-    if root is not None and config.data_root != root:
+    if root is not None:
         old, new = root.rstrip("/"), str(config.data_root).rstrip("/")
-        config.merge_from_dict(_replace_prefix(config.to_dict(), old, new))
+        if not Path(new).is_dir():
+            raise QsdError(f"the data's folder {new} does not exist; give yours with --cfg-options data_root=DIR")
+        if new != old:
+            config.merge_from_dict(_replace_prefix(config.to_dict(), old, new))
     config.launcher = options.launcher
     config.work_dir = options.work_dir or config.get("work_dir") or str(Path("runs", path.stem))
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
@@ -158,11 +163,12 @@ def _replace_prefix(value: Any, old: str, new: str) -> Any:
     return value
 
 
-def build_runner(config: Config) -> Runner:
+def build_runner(config: Config, parts: tuple[str, ...]) -> Runner:
     """A Runner, on CUDA or not, whose operators and data were checked.
 
     Args:
         config: complete.
+        parts: of the data, those that will be used.
 
     Raises:
         QsdError: if the data are missing or do not fit the model.
@@ -175,6 +181,9 @@ def build_runner(config: Config) -> Runner:
             config.model_wrapper_cfg = ConfigDict(
                 type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False
             )
+    # mmengine keeps visualizers by name for the life of the process; two runs must not share one.
+    config.visualizer.name = f"{config.work_dir} {time.monotonic_ns()}"
     runner = Runner.from_cfg(config)
     runner.logger.info(f"mmcv's operators: {ops.provider()}")
+    check_data(runner, parts)
     return runner

@@ -20,6 +20,13 @@ from qsd.mm.layers import InitializeSteps, SpikeConv2d, SpikeDeconv2d, SpikeLine
 Config = dict[str, Any] | None
 
 
+def _initialization(scores: str, boxes: str, **scores_bias: float) -> dict[str, Any]:
+    """He's initialisation of hidden layers. mmdet's own (0.01) is too small for neurons to reach their threshold."""
+    small = {"type": "Normal", "std": 0.01}
+    override = [{**small, **scores_bias, "name": scores}, {**small, "name": boxes}]
+    return {"type": "Kaiming", "layer": "Conv2d", "mode": "fan_in", "override": override}
+
+
 @MODELS.register_module()
 class SpikeFPN(InitializeSteps, FPN):
     """Feature pyramid whose lateral and output convolutions stand behind neurons.
@@ -47,7 +54,7 @@ class SpikeRPNHead(InitializeSteps, RPNHead):
 
     def __init__(self, spike_cfg: Config = None, **arguments: Any) -> None:
         self.spike_cfg = spike_cfg
-        super().__init__(**arguments)
+        super().__init__(**{"init_cfg": _initialization("rpn_cls", "rpn_reg"), **arguments})
 
     def _init_layers(self) -> None:
         sizes = [self.in_channels] + [self.feat_channels] * self.num_convs
@@ -73,7 +80,7 @@ class SpikeRetinaHead(InitializeSteps, RetinaHead):
 
     def __init__(self, spike_cfg: Config = None, **arguments: Any) -> None:
         self.spike_cfg = spike_cfg
-        super().__init__(**arguments)
+        super().__init__(**{"init_cfg": _initialization("retina_cls", "retina_reg", bias_prob=0.01), **arguments})
 
     def _init_layers(self) -> None:
         sizes = [self.in_channels] + [self.feat_channels] * self.stacked_convs

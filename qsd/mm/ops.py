@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -243,3 +243,23 @@ def install() -> None:
     """Let ``import mmcv._ext`` find torchvision's operators if there are no compiled ones. Twice does no harm."""
     if not any(isinstance(finder, _ExtensionFinder) for finder in sys.meta_path):
         sys.meta_path.append(_ExtensionFinder())
+    _replace_substitutes()
+
+
+def _replace_substitutes() -> None:
+    """Give modules that were imported before, and found no operators, the operators.
+
+    mmdet then defines functions and classes of the same names that say that mmcv must be compiled.
+    """
+    early = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in ("mmdet", "mmseg")]
+    substitutes = [(module, name) for module in early for name, value in vars(module).items() if _is_substitute(value)]
+    if substitutes:
+        operators = importlib.import_module("mmcv.ops")
+        for module, name in substitutes:
+            setattr(module, name, getattr(operators, name.lstrip("_"), getattr(module, name)))
+
+
+def _is_substitute(value: Any) -> bool:
+    function = vars(value).get("__init__") if isinstance(value, type) else value
+    constants = function.__code__.co_consts if isinstance(function, FunctionType) else ()
+    return any("mmcv to be compiled with ops" in constant for constant in constants if isinstance(constant, str))

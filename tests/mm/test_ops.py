@@ -1,6 +1,7 @@
 """mmcv's operators from torchvision, against numbers of the compiled ones."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -122,3 +123,16 @@ def test_installing_twice_leaves_one_finder():
 
 def test_the_environment_report_says_where_operators_come_from():
     assert "torchvision" in mmcv_ops.get_compiler_version()
+
+
+def test_modules_that_were_imported_before_get_the_operators():
+    # mmdet's own tools import it before they read a configuration, and so before `custom_imports`.
+    code = """
+import mmdet.utils, mmdet.datasets, mmdet.structures.mask.structures as masks
+assert masks.roi_align.__module__.startswith("mmdet")
+import qsd.mm, mmcv.ops, mmdet.models.dense_heads.rpn_head as rpn
+assert masks.roi_align == mmcv.ops.roi_align
+assert rpn.batched_nms is mmcv.ops.batched_nms
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
