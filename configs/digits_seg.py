@@ -25,10 +25,15 @@ train_pipeline = [
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="PackSegInputs"),  # no flip: a mirrored digit is another sign or none
 ]
-test_pipeline = train_pipeline
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(160, 160), keep_ratio=True),  # other images too
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="PackSegInputs"),
+]
 
 
-def part(name):
+def part(name, pipeline):
     return dict(
         _delete_=True,
         type="BaseSegDataset",
@@ -36,13 +41,13 @@ def part(name):
         reduce_zero_label=True,
         data_root=data_root,
         data_prefix=dict(img_path=f"images/{name}", seg_map_path=f"annotations/{name}"),
-        pipeline=train_pipeline,
+        pipeline=pipeline,
     )
 
 
-train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False, dataset=part("training"))
-val_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False, dataset=part("validation"))
-test_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False, dataset=part("test"))
+train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False, dataset=part("training", train_pipeline))
+val_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False, dataset=part("validation", test_pipeline))
+test_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False, dataset=part("test", test_pipeline))
 
 iterations = 1000
 train_cfg = dict(max_iters=iterations, val_interval=250)

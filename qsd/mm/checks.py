@@ -12,6 +12,7 @@ from PIL import Image
 
 from qsd.errors import QsdError
 
+_EMPTY = "holds no images to {} on, or none of the classes asked for."
 _IGNORED = 255  # what `reduce_zero_label` makes of 0
 
 
@@ -26,9 +27,20 @@ def check_data(runner: Runner, parts: tuple[str, ...]) -> None:
         QsdError: for the first thing that does not fit.
     """
     for part in parts:
-        loop = getattr(runner, f"{part}_loop")
+        loop = _loop(runner, part)
         if loop is not None:
             _check_dataset(loop.dataloader.dataset, part, runner.cfg)
+
+
+def _loop(runner: Runner, part: str) -> Any:
+    try:
+        return getattr(runner, f"{part}_loop")
+    except ValueError as error:
+        if "at least one array" not in str(error):  # what mmengine's data sets stumble over when they are empty
+            raise
+        data = runner.cfg[f"{part}_dataloader"].dataset
+        where = Path(data.get("data_root") or "", data.get("ann_file") or "")
+        raise QsdError(f"{where} {_EMPTY.format(part)}") from error
 
 
 def _check_dataset(dataset: Any, part: str, config: Config) -> None:
@@ -38,12 +50,10 @@ def _check_dataset(dataset: Any, part: str, config: Config) -> None:
         return
     where = getattr(dataset, "ann_file", "") or next(iter(dataset.data_prefix.values()), "the data")
     classes = dataset.metainfo.get("classes") or ()
-    if hasattr(dataset, "cat_ids"):
+    if hasattr(dataset, "cat_ids") and len(dataset.cat_ids) < len(classes):
         _check_categories(Path(dataset.ann_file), classes)
     if len(dataset) == 0:
-        raise QsdError(
-            f"{where} holds no images to {part} on (of the classes asked for); check the file and data_root."
-        )
+        raise QsdError(f"{where} {_EMPTY.format(part)}")
     for name, number in _class_numbers(config.model):
         if number != len(classes):
             raise QsdError(

@@ -20,8 +20,12 @@ class StepSizeOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     ``lr_mult`` (factors by prefix of the parameters' names).
     """
 
+    def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
+        # Without any paramwise option mmengine would make one group of all.
+        super().__init__(optim_wrapper_cfg, {"step_lr": 0.01, **(paramwise_cfg or {})})
+
     def _validate_cfg(self) -> None:
-        unknown = set(self.paramwise_cfg or {}) - {"step_lr", "lr_mult"}
+        unknown = set(self.paramwise_cfg) - {"step_lr", "lr_mult"}
         if unknown:
             raise QsdError(f"paramwise_cfg has {', '.join(sorted(unknown))}; known are step_lr and lr_mult.")
 
@@ -33,7 +37,7 @@ class StepSizeOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             module: the model.
         """
         steps = {id(m.step) for m in module.modules() if isinstance(m, StepSizeQuantizer)}
-        step_lr = self.paramwise_cfg.get("step_lr", 0.01)
+        step_lr = self.paramwise_cfg["step_lr"]
         factors = self.paramwise_cfg.get("lr_mult", {})
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():

@@ -17,8 +17,18 @@ from rich.progress import track
 from qsd.errors import QsdError
 from qsd.models.checkpoints import read_checkpoint
 
-# What mmengine puts beside the weights: the course of the losses.
-_IN_CHECKPOINTS: list[Any] = [HistoryBuffer, np.ndarray, np.zeros(0).__reduce__()[0]]
+
+def _no_method(*_: Any) -> None:
+    """In place of `getattr`, by which mmengine pickles methods beside the weights, and which could run code."""
+
+
+# The course of the losses, which mmengine puts beside the weights.
+_IN_CHECKPOINTS: list[Any] = [
+    HistoryBuffer,
+    np.ndarray,
+    np.zeros(0).__reduce__()[0],
+    (_no_method, "builtins.getattr"),
+]
 
 
 def load_model(checkpoint: str | Path, device: str = "cpu") -> tuple[Any, Config]:

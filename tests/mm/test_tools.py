@@ -1,6 +1,7 @@
 """The command lines, from the user's end, on small data in the layouts of COCO and ADE20K."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_scenes_share_neither_digits_nor_backgrounds(tool):
     assert [len(d) for d in digits] == [1197, 200, 400]
     assert sum(map(len, digits)) == len(set.union(*digits))
     spans = [split.columns for split in maker.SPLITS]
-    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+    assert all(a[1] <= b[0] for a, b in pairwise(spans))
 
 
 def test_scenes_masks_boxes_and_maps_agree(scenes):
@@ -149,7 +150,7 @@ def test_scenes_masks_boxes_and_maps_agree(scenes):
 
     coco = COCO(scenes / "annotations/instances_training.json")
     assert len(coco.imgs) == 16
-    for number, image in coco.imgs.items():
+    for number in coco.imgs:
         classes = torch.tensor(list(Image.open(scenes / f"annotations/training/{number:05d}.png").tobytes()))
         expected = torch.ones(160, 160, dtype=torch.long)
         for annotation in coco.imgToAnns[number]:
