@@ -1,13 +1,22 @@
-# Two commands for a fresh machine with Python >= 3.10: `make demo` and `make test`. Both reuse what is there.
+# Commands for a fresh machine with Python >= 3.10: `make demo`, `make demo-detection`, `make demo-segmentation` and
+# `make test`. All reuse what is there.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-detection demo-segmentation test lint clean
 
 # Train configs/digits.yaml, test it, print a table.
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
+
+# Train configs/digits_det.py or configs/digits_seg.py on scenes of digits, test it, draw predictions, print a table.
+demo-detection demo-segmentation: demo-%: data/digit_scenes $(VENV)/.installed-mm
+	$(BIN)/python tools/mm_demo.py $*
+
+data/digit_scenes: | $(VENV)/.installed
+	mkdir -p $(@D)
+	$(BIN)/python tools/make_digit_scenes.py $@
 
 # The linters, the type checker, the layers of the package, then the tests: what CI runs.
 test: lint
@@ -27,9 +36,13 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+$(VENV)/.installed-mm: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[mm]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[dev,mm]'
+	touch $@ $(VENV)/.installed $(VENV)/.installed-mm
 
 # Remove the environment and caches, not the runs.
 clean:

@@ -82,10 +82,12 @@ def _noise(self, part):
 def test_make_commands(command):
     done = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert {"make demo": "tools/demo.py", "make test": "pytest"}[command] in done.stdout
+    scripts = {"make demo": "tools/demo.py", "make test": "pytest"}
+    scripts |= {f"make demo-{kind}": f"tools/mm_demo.py {kind}" for kind in ("detection", "segmentation")}
+    assert scripts[command] in done.stdout
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("python tools/import", "python tools/convert"))])
 def test_tools(command, workplace, tree, finished_run, tool, capsys):
     shutil.copytree(finished_run, "runs")
     assert tool("import_checkpoint").main(["REFERENCE.pth", "CHECKPOINT", "--num-heads=4"]) == 0
@@ -97,6 +99,7 @@ def test_tools(command, workplace, tree, finished_run, tool, capsys):
 
 
 def test_no_command_is_left_out():
+    # Those of mmdet and mmseg are run by tests/mm/test_readme.py.
     assert len(COMMANDS) > 15
     assert all(c.startswith(("qsd ", "make ", "python ", "pip install -e .")) for c in COMMANDS)
 

@@ -1,0 +1,99 @@
+"""Data that do not fit the model, named before the training begins."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.runner import Runner
+from PIL import Image
+
+from qsd.errors import QsdError
+
+_EMPTY = "holds no images to {} on, or none of the classes asked for."
+_IGNORED = 255  # what `reduce_zero_label` makes of 0
+
+
+def check_data(runner: Runner, parts: tuple[str, ...]) -> None:
+    """Refuse empty data, classes that an annotation file lacks, and classes that the model does not have.
+
+    Args:
+        runner: built from a configuration.
+        parts: of ``"train"``, ``"val"`` and ``"test"``, those that will be used.
+
+    Raises:
+        QsdError: for the first thing that does not fit.
+    """
+    for part in parts:
+        loop = _loop(runner, part)
+        if loop is not None:
+            _check_dataset(loop.dataloader.dataset, part, runner.cfg)
+
+
+def _loop(runner: Runner, part: str) -> Any:
+    try:
+        return getattr(runner, f"{part}_loop")
+    except ValueError as error:
+        if "at least one array" not in str(error):  # what mmengine's data sets stumble over when they are empty
+            raise
+        data = runner.cfg[f"{part}_dataloader"].dataset
+        where = Path(data.get("data_root") or "", data.get("ann_file") or "")
+        raise QsdError(f"{where} {_EMPTY.format(part)}") from error
+
+
+def _check_dataset(dataset: Any, part: str, config: Config) -> None:
+    while hasattr(dataset, "dataset"):  # repeated, balanced, ...
+        dataset = dataset.dataset
+    if not hasattr(dataset, "metainfo") or not hasattr(dataset, "data_prefix"):
+        return
+    where = getattr(dataset, "ann_file", "") or next(iter(dataset.data_prefix.values()), "the data")
+    classes = dataset.metainfo.get("classes") or ()
+    if hasattr(dataset, "cat_ids") and len(dataset.cat_ids) < len(classes):
+        _check_categories(Path(dataset.ann_file), classes)
+    if len(dataset) == 0:
+        raise QsdError(f"{where} {_EMPTY.format(part)}")
+    for name, number in _class_numbers(config.model):
+        if number != len(classes):
+            raise QsdError(
+                f"model.{name}={number}, but the {part} data have {len(classes)} classes ({', '.join(classes[:3])}, "
+                "...); make them equal."
+            )
+    if hasattr(dataset, "reduce_zero_label"):
+        _check_maps(dataset, len(classes))
+
+
+def _check_categories(file: Path, classes: tuple[str, ...]) -> None:
+    known = {category["name"] for category in json.loads(file.read_text()).get("categories", [])}
+    missing = [name for name in classes if name not in known]
+    if missing:
+        raise QsdError(
+            f"{file} has no category {missing[0]!r} ({len(missing)} of {len(classes)} classes are missing; it has "
+            f"{', '.join(sorted(known)[:3]) or 'none'}, ...); set dataset.metainfo.classes to its names."
+        )
+
+
+def _check_maps(dataset: Any, classes: int) -> None:
+    """Look into a few label maps, which an index error deep in the loss would otherwise find."""
+    for index in range(min(len(dataset), 8)):
+        path = dataset.get_data_info(index)["seg_map_path"]
+        labels = np.unique(np.asarray(Image.open(path)))
+        values = [int(v) - 1 if dataset.reduce_zero_label else int(v) for v in labels]
+        wrong = [v for v in values if v >= classes and v != _IGNORED]
+        if wrong:
+            stored = wrong[0] + int(dataset.reduce_zero_label)
+            raise QsdError(f"{path} holds the label {stored}, beyond the {classes} classes of the data set.")
+
+
+def _class_numbers(part: Any, path: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(part, dict):
+        for key, value in part.items():
+            name = f"{path}.{key}" if path else key
+            if key == "num_classes" and "rpn" not in path:
+                yield name, value
+            else:
+                yield from _class_numbers(value, name)
+    elif isinstance(part, list | tuple):
+        for index, value in enumerate(part):
+            yield from _class_numbers(value, f"{path}.{index}")

@@ -1,0 +1,97 @@
+"""Pictures of what a trained detector or segmenter predicts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+import torch
+from matplotlib import colormaps
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.registry import MODELS, TRANSFORMS, VISUALIZERS, init_default_scope
+from rich.progress import track
+
+from qsd.errors import QsdError
+from qsd.models.checkpoints import read_checkpoint
+
+
+def _no_method(*_: Any) -> None:
+    """In place of `getattr`, by which mmengine pickles methods beside the weights, and which could run code."""
+
+
+# The course of the losses, which mmengine puts beside the weights.
+_IN_CHECKPOINTS: list[Any] = [
+    HistoryBuffer,
+    np.ndarray,
+    np.zeros(0).__reduce__()[0],
+    (_no_method, "builtins.getattr"),
+]
+
+
+def load_model(checkpoint: str | Path, device: str = "cpu") -> tuple[Any, Config]:
+    """A trained model in evaluation, and the configuration it was trained with, from a checkpoint of a training.
+
+    Args:
+        checkpoint: ``.pth`` file that mmengine wrote.
+        device: where the model shall lie.
+
+    Raises:
+        QsdError: if there is no such file, or it is something else.
+    """
+    with torch.serialization.safe_globals(_IN_CHECKPOINTS):
+        content = read_checkpoint(checkpoint)
+    meta = content.get("meta") or {}
+    if "cfg" not in meta or "state_dict" not in content:
+        raise QsdError(f"{checkpoint} is no checkpoint of a training with mmdet or mmseg.")
+    config = Config.fromstring(meta["cfg"], ".py")
+    init_default_scope(config.default_scope)
+    config.model.backbone.pop("init_cfg", None)
+    model = MODELS.build(config.model)
+    model.load_state_dict(content["state_dict"])
+    model.dataset_meta = meta["dataset_meta"]
+    return model.to(device).eval(), config
+
+
+@torch.no_grad()
+def draw_predictions(
+    images: Sequence[str | Path], checkpoint: str | Path, out: str | Path, score: float = 0.3, device: str = "cpu"
+) -> list[Path]:
+    """Write a picture ``<name>.png`` with boxes, masks or segments for each image.
+
+    Args:
+        images: image files.
+        checkpoint: see `load_model`.
+        out: folder, made if needed.
+        score: least score of a box that is drawn.
+        device: where to compute.
+
+    Returns:
+        The pictures, in the order of the images.
+
+    Raises:
+        QsdError: for a checkpoint or image that cannot be read, or two images of one name.
+    """
+    model, config = load_model(checkpoint, device)
+    targets = [Path(out) / f"{Path(image).stem}.png" for image in images]
+    if len(set(targets)) < len(targets):
+        raise QsdError("two images have the same name, and would have the same picture; draw them into two folders.")
+    steps = [step for step in config.test_dataloader.dataset.pipeline if step["type"] != "LoadAnnotations"]
+    pipeline = Compose([TRANSFORMS.build(step) for step in steps])
+    classes = len(model.dataset_meta["classes"])
+    if not model.dataset_meta.get("palette"):
+        colours = colormaps["tab20"](np.linspace(0, 1, classes))[:, :3]
+        model.dataset_meta["palette"] = [tuple(int(255 * part) for part in colour) for colour in colours]
+    visualizer = VISUALIZERS.build({**config.visualizer, "name": f"mm_predict {checkpoint}", "vis_backends": []})
+    visualizer.dataset_meta = model.dataset_meta
+    limit = {"pred_score_thr": score} if config.default_scope == "mmdet" else {"with_labels": False}
+    for image, target in track(list(zip(images, targets)), "pictures"):
+        if not Path(image).is_file() or (pixels := mmcv.imread(str(image), channel_order="rgb")) is None:
+            raise QsdError(f"image {image} does not exist or cannot be read.")
+        data = pseudo_collate([pipeline({"img_path": str(image), "img_id": 0})])
+        (sample,) = model.test_step(data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        visualizer.add_datasample(target.stem, pixels, sample, draw_gt=False, out_file=str(target), **limit)
+    return targets

@@ -1,0 +1,47 @@
+"""Spiking necks and heads of mmseg's segmenters: a neuron in front of every convolution."""
+
+from typing import Any
+
+from mmengine.registry import MODELS
+from mmseg.models.decode_heads import FPNHead
+from mmseg.models.necks import FPN
+from torch import nn
+
+from qsd.mm.layers import InitializeSteps, SpikeConv2d, spike_conv_cfg
+
+Config = dict[str, Any] | None
+
+
+@MODELS.register_module()
+class SpikeSemanticFPN(InitializeSteps, FPN):
+    """Feature pyramid whose lateral and output convolutions stand behind neurons.
+
+    Args:
+        spike_cfg: fields of `SpikeSettings`.
+        norm_cfg: ``dict(type="BN")`` for batch norms behind the convolutions, or ``None``.
+        arguments: those of mmseg's ``FPN``.
+    """
+
+    def __init__(self, spike_cfg: Config = None, norm_cfg: Config = None, **arguments: Any) -> None:
+        super().__init__(conv_cfg=spike_conv_cfg(spike_cfg, norm_cfg), norm_cfg=None, act_cfg=None, **arguments)
+
+
+@MODELS.register_module()
+class SpikeFPNHead(InitializeSteps, FPNHead):
+    """Semantic FPN's head: convolutions and enlargements by level, their sum, a class per pixel.
+
+    A neuron stands in front of each convolution, the last one included; bilinear enlargements act on currents.
+
+    Args:
+        spike_cfg: fields of `SpikeSettings`.
+        norm_cfg: ``dict(type="BN")`` for batch norms behind the convolutions, or ``None``.
+        arguments: those of mmseg's ``FPNHead``.
+    """
+
+    def __init__(self, spike_cfg: Config = None, norm_cfg: Config = None, **arguments: Any) -> None:
+        super().__init__(conv_cfg=spike_conv_cfg(spike_cfg, norm_cfg), norm_cfg=None, act_cfg=None, **arguments)
+        classify: Any = SpikeConv2d(self.channels, self.out_channels, 1, spike_cfg=spike_cfg)
+        dropout: Any = getattr(self, "dropout", None) or nn.Identity()
+        # Dropped channels are spikes that do not arrive.
+        self.conv_seg = nn.Sequential(classify.neuron, dropout, classify.proj)
+        self.dropout = None

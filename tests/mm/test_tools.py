@@ -1,0 +1,261 @@
+"""The command lines, from the user's end, on small data in the layouts of COCO and ADE20K."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from PIL import Image
+
+from .conftest import CONFIGS
+
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+ONE_PROCESS = [f"{loader}.{key}" for loader in LOADERS for key in ("num_workers=0", "persistent_workers=False")]
+# The published scales, made small: pictures of 96x64 pixels.
+COCO_SCALES = [
+    'train_dataloader.dataset.pipeline.2.scale="(96,64)"',
+    'train_dataloader.dataset.pipeline.4.transforms.0.0.scales="[(64,96)]"',
+    'train_dataloader.dataset.pipeline.4.transforms.1.0.scales="[(48,96)]"',
+    'train_dataloader.dataset.pipeline.4.transforms.1.1.crop_size="(40,60)"',
+    'train_dataloader.dataset.pipeline.4.transforms.1.2.scales="[(64,96)]"',
+    *(f'{part}_dataloader.dataset.pipeline.1.scale="(96,64)"' for part in ("val", "test")),
+]
+ADE_SCALES = [
+    'train_dataloader.dataset.pipeline.2.scale="(128,64)"',
+    'train_dataloader.dataset.pipeline.3.crop_size="(64,64)"',
+    'model.data_preprocessor.size="(64,64)"',
+    *(f'{part}_dataloader.dataset.pipeline.1.scale="(128,64)"' for part in ("val", "test")),
+]
+
+
+def scalars(folder):
+    """Everything a run logged, in order."""
+    (path,) = folder.rglob("vis_data/scalars.json")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_coco_qsd_trains_and_validates_on_coco_s_layout(tool, coco, tmp_path):
+    options = [
+        f"data_root={coco}",
+        "train_dataloader.batch_size=2",
+        "train_cfg.max_epochs=1",
+        *ONE_PROCESS,
+        *COCO_SCALES,
+    ]
+    options.append("model.test_cfg.rcnn.score_thr=0.0")  # an untrained network is sure of nothing
+    config = str(CONFIGS / "coco_qsd.py")
+    assert tool("mmdet_train").main([config, "--work-dir", str(tmp_path), "--cfg-options", *options]) == 0
+    logged = scalars(tmp_path)
+    assert "coco/bbox_mAP_50" in logged[-1]
+    assert "coco/segm_mAP_50" in logged[-1]
+    assert (tmp_path / "epoch_1.pth").is_file()
+
+
+def test_ade20k_qsd_trains_and_validates_on_ade20k_s_layout(tool, ade, tmp_path):
+    options = [
+        f"data_root={ade}", "train_dataloader.batch_size=2", "train_cfg.max_iters=2", "train_cfg.val_interval=2",
+        "default_hooks.checkpoint.interval=2", *ONE_PROCESS, *ADE_SCALES,
+    ]  # fmt: skip
+    config = str(CONFIGS / "ade20k_qsd.py")
+    assert tool("mmseg_train").main([config, "--work-dir", str(tmp_path), "--cfg-options", *options]) == 0
+    assert "mIoU" in scalars(tmp_path)[-1]
+    assert (tmp_path / "iter_2.pth").is_file()
+
+
+FEW = [
+    "train_cfg.max_iters=3", "train_cfg.val_interval=3", "default_hooks.checkpoint.interval=3",
+    "default_hooks.logger.interval=1", "train_dataloader.batch_size=4", "val_dataloader.batch_size=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory, scenes):
+    """Folder of a short training of the demonstration's detector."""
+    return _demonstration(tmp_path_factory.mktemp("det"), "mmdet_train", "digits_det", scenes)
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory, scenes):
+    """Folder of a short training of the demonstration's segmenter."""
+    return _demonstration(tmp_path_factory.mktemp("seg"), "mmseg_train", "digits_seg", scenes)
+
+
+def _demonstration(folder, program, config, scenes):
+    from qsd.mm import command
+
+    framework = program.partition("_")[0]
+    options = ["--work-dir", str(folder), "--cfg-options", f"data_root={scenes}", *FEW]
+    if framework == "mmdet":
+        options.append("model.test_cfg.rcnn.score_thr=0.0")
+    assert command.train(program, framework, [str(CONFIGS / f"{config}.py"), *options]) == 0
+    return folder
+
+
+def test_the_detector_s_demonstration_learns_and_is_tested(tool, detector, scenes, tmp_path, capsys):
+    logged = scalars(detector)
+    losses = [row["loss"] for row in logged if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert 0 < logged[-1]["spikes/mean"] < 1
+    checkpoint = str(detector / "iter_3.pth")
+    config = str(CONFIGS / "digits_det.py")
+    options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}", "model.test_cfg.rcnn.score_thr=0.0"]
+    assert tool("mmdet_test").main([config, checkpoint, *options]) == 0
+    (result,) = tmp_path.rglob("2*.json")
+    assert {"coco/bbox_mAP_50", "coco/segm_mAP_50", "spikes/mean"} <= json.loads(result.read_text()).keys()
+
+
+def test_the_segmenter_s_demonstration_learns_and_is_tested(tool, segmenter, scenes, tmp_path):
+    losses = [row["loss"] for row in scalars(segmenter) if "loss" in row]
+    assert losses[-1] < losses[0]
+    options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}"]
+    config = str(CONFIGS / "digits_seg.py")
+    assert tool("mmseg_test").main([config, str(segmenter / "iter_3.pth"), *options]) == 0
+    (result,) = tmp_path.rglob("2*.json")
+    assert "mIoU" in json.loads(result.read_text())
+
+
+def test_training_goes_on_where_it_stopped(tool, segmenter, scenes):
+    options = [f"data_root={scenes}", *FEW, "train_cfg.max_iters=4", "default_hooks.checkpoint.interval=4"]
+    config = str(CONFIGS / "digits_seg.py")
+    assert tool("mmseg_train").main([config, "--work-dir", str(segmenter), "--resume", "--cfg-options", *options]) == 0
+    newest = max(segmenter.rglob("vis_data/scalars.json"), key=lambda path: path.stat().st_mtime)
+    assert [row["iter"] for row in map(json.loads, newest.read_text().splitlines()) if "loss" in row] == [4]
+    assert (segmenter / "iter_4.pth").is_file()
+
+
+@pytest.mark.parametrize("kind", ["detector", "segmenter"])
+def test_predictions_are_drawn_on_the_image(tool, scenes, tmp_path, kind, request, capsys):
+    checkpoint = request.getfixturevalue(kind) / "iter_3.pth"
+    images = sorted((scenes / "images/test").glob("*.jpg"))[:2]
+    arguments = [*map(str, images), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--score=0.0"]
+    assert tool("mm_predict").main(arguments) == 0
+    for image in images:
+        drawn = Image.open(tmp_path / "out" / f"{image.stem}.png")
+        assert drawn.size == (160, 160)
+        assert drawn.convert("RGB").tobytes() != Image.open(image).tobytes()
+    assert "2 pictures" in capsys.readouterr().out
+
+
+def test_scenes_share_neither_digits_nor_backgrounds(tool):
+    maker = tool("make_digit_scenes")
+    digits = [{image.tobytes() for image, _ in maker._digits(split.part)} for split in maker.SPLITS]
+    assert [len(d) for d in digits] == [1197, 200, 400]
+    assert sum(map(len, digits)) == len(set.union(*digits))
+    spans = [split.columns for split in maker.SPLITS]
+    assert all(a[1] <= b[0] for a, b in pairwise(spans))
+
+
+def test_scenes_masks_boxes_and_maps_agree(scenes):
+    from pycocotools.coco import COCO
+
+    coco = COCO(scenes / "annotations/instances_training.json")
+    assert len(coco.imgs) == 16
+    for number in coco.imgs:
+        classes = torch.tensor(list(Image.open(scenes / f"annotations/training/{number:05d}.png").tobytes()))
+        expected = torch.ones(160, 160, dtype=torch.long)
+        for annotation in coco.imgToAnns[number]:
+            mask = torch.from_numpy(coco.annToMask(annotation)).bool()
+            assert int(mask.sum()) == annotation["area"]
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            x, y, w, h = annotation["bbox"]
+            assert (x, y) == (columns.min(), rows.min())
+            assert (x + w, y + h) == (columns.max() + 1, rows.max() + 1)
+            expected[mask] = annotation["category_id"] + 1
+        assert torch.equal(classes.view(160, 160), expected)
+
+
+def test_the_same_seed_makes_the_same_scenes(tool, scenes, tmp_path):
+    assert tool("make_digit_scenes").main([str(tmp_path / "again"), "--scenes", "16", "4", "4"]) == 0
+    for path in scenes.rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(scenes)).read_bytes()
+
+
+def wrong_file(path):
+    path.write_text("no checkpoint")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        ("mmdet_train", ["missing.py"], "configuration missing.py does not exist"),
+        ("mmdet_train", ["ade20k_qsd"], "is for mmseg, not for mmdet"),
+        ("mmseg_train", ["digits_det"], "is for mmdet, not for mmseg"),
+        ("mmdet_train", ["coco_qsd"], "data/coco does not exist; give yours with --cfg-options data_root=DIR"),
+        ("mmdet_train", ["coco_qsd", "--amp", "--cfg-options", "data_root=COCO"], "--amp needs a CUDA device"),
+        ("mmdet_train", ["coco_qsd", "--resume", "no.pth", "--cfg-options", "data_root=COCO"], "no.pth does not exist"),
+        ("mmdet_test", ["coco_qsd", "no.pth"], "checkpoint no.pth does not exist"),
+        ("mmdet_train", ["digits_det", "--cfg-options", "data_root=EMPTY"], "holds no images to train on"),
+        ("mmdet_train", ["digits_det", "--cfg-options", "data_root=OTHER"], "has no category '9'"),
+        (
+            "mmdet_train",
+            ["digits_det", "--cfg-options", "data_root=SCENES", "model.roi_head.mask_head.num_classes=7"],
+            "model.roi_head.mask_head.num_classes=7, but the train data have 10 classes",
+        ),
+        (
+            "mmseg_train",
+            ["digits_seg", "--cfg-options", "data_root=SCENES", "model.decode_head.num_classes=5"],
+            "model.decode_head.num_classes=5, but the train data have 11 classes",
+        ),
+        ("mmseg_train", ["digits_seg", "--cfg-options", "data_root=LABELS"], "holds the label 40"),
+        ("mmdet_train", ["digits_det", "--cfg-options", "data_root=COCO"], "instances_training.json"),
+        (
+            "mmdet_train",
+            ["digits_det", "--pretrained", "no.ckpt", "--cfg-options", "data_root=SCENES"],
+            "checkpoint no.ckpt does not exist",
+        ),
+    ],
+)
+def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    folders = {"SCENES": scenes, "COCO": coco, **_spoilt(scenes, tmp_path)}
+    words = [str(CONFIGS / f"{a}.py") if (CONFIGS / f"{a}.py").is_file() else a for a in arguments]
+    for key, folder in folders.items():
+        words = [word.replace(f"data_root={key}", f"data_root={folder}") for word in words]
+    assert tool(program).main(words) == 2
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith(f"{program}: error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+
+
+def _spoilt(scenes, folder):
+    """Scenes without images, with other classes, with labels beyond the classes."""
+    spoilt = {}
+    for key in ("EMPTY", "OTHER", "LABELS"):
+        copy = spoilt[key] = folder / key.lower()
+        (copy / "annotations").mkdir(parents=True)
+        (copy / "images").symlink_to(scenes / "images")
+        for file in (scenes / "annotations").glob("*.json"):
+            content = json.loads(file.read_text())
+            if key == "EMPTY":
+                content["images"] = content["annotations"] = []
+            if key == "OTHER":
+                content["categories"] = content["categories"][:9]
+            (copy / "annotations" / file.name).write_text(json.dumps(content))
+        for part in ("training", "validation", "test"):
+            (copy / "annotations" / part).mkdir()
+            for file in (scenes / "annotations" / part).glob("*.png"):
+                image = Image.open(file)
+                (image.point(lambda v: 40) if key == "LABELS" else image).save(copy / "annotations" / part / file.name)
+    return spoilt
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("missing.pth", "does not exist"), ("text.pth", "cannot be read"), ("weights.pth", "no checkpoint of a training")],
+)
+def test_a_wrong_checkpoint_draws_nothing(tool, scenes, tmp_path, monkeypatch, capsys, name, message):
+    monkeypatch.chdir(tmp_path)
+    wrong_file(tmp_path / "text.pth")
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, "weights.pth")
+    image = str(next((scenes / "images/test").glob("*.jpg")))
+    assert tool("mm_predict").main([image, "--checkpoint", name, "--out", "out"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_of_scenes_is_kept(tool, scenes, capsys):
+    before = sorted(path.name for path in scenes.rglob("*"))
+    assert tool("make_digit_scenes").main([str(scenes)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert sorted(path.name for path in scenes.rglob("*")) == before

@@ -1,0 +1,220 @@
+"""Compose handwritten digits on photographs: a small, real data set for detection and segmentation, no download.
+
+python tools/make_digit_scenes.py data/digit_scenes
+
+The digits and both photographs are those that scikit-learn ships. Training, validation and test scenes share neither
+digits nor parts of a photograph. One folder serves both frameworks:
+
+    images/{training,validation,test}/*.jpg
+    annotations/instances_{training,validation,test}.json    boxes and masks, COCO's format
+    annotations/{training,validation,test}/*.png             ADE20K's format: 1 is background, 2 to 11 are the digits
+    crops/{train,val}/<digit>/*.jpg                          windows around digits, ImageNet's layout, to pretrain on
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+from sklearn.datasets import load_digits, load_sample_images
+
+from qsd import QsdError
+from qsd.data import DigitsData
+from qsd.data.base import Part
+
+SIDE = 160  # pixels of a scene
+WINDOW = 64  # pixels of a crop
+DIGITS = (1, 4)  # fewest and most in a scene
+HEIGHTS = (28, 64)  # smallest and largest digit, in pixels
+CONTRAST = 70  # grey levels between a digit's colour and what lies behind it, at least
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of the data: its names in OpenMMLab's layouts and ImageNet's, its digits, its columns of photographs."""
+
+    name: str
+    crops: str | None
+    part: Part
+    columns: tuple[float, float]
+
+
+SPLITS = (
+    Split("training", "train", "train", (0.0, 0.5)),
+    Split("validation", "val", "val", (0.5, 0.75)),
+    Split("test", None, "test", (0.75, 1.0)),
+)
+
+
+@dataclass
+class Scene:
+    """An image ``[H, W, 3]``, and a mask ``[H, W]`` and label for each digit in it."""
+
+    image: np.ndarray
+    masks: list[np.ndarray]
+    labels: list[int]
+
+
+def compose(split: Split, count: int, seed: int) -> Iterator[Scene]:
+    """Scenes of a split, the same ones for the same seed."""
+    random = np.random.default_rng([seed, [s.name for s in SPLITS].index(split.name)])
+    photographs = [_columns(image, split.columns) for image in load_sample_images().images]
+    digits = _digits(split.part)
+    for _ in range(count):
+        scene = Scene(_background(photographs[random.integers(len(photographs))], random), [], [])
+        taken = np.zeros((SIDE, SIDE), bool)
+        for _ in range(random.integers(DIGITS[0], DIGITS[1] + 1)):
+            image, label = digits[random.integers(len(digits))]
+            _place(scene, taken, image, label, random)
+        yield scene
+
+
+def _columns(image: np.ndarray, columns: tuple[float, float]) -> np.ndarray:
+    start, end = (round(share * image.shape[1]) for share in columns)
+    return image[:, start:end]
+
+
+def _digits(part: Part) -> list[tuple[np.ndarray, int]]:
+    """Grey levels 0 to 1, ``[8, 8]``, and label of each digit of a part: the parts are those of `DigitsData`."""
+    chosen = DigitsData(img_size=8).load_part(part)
+    images = load_digits().images / 16
+    numbers = [int(chosen.name(i).removeprefix("digit ")) for i in range(len(chosen))]
+    return [(images[number], int(label)) for number, label in zip(numbers, chosen.labels)]
+
+
+def _background(photograph: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    side = random.integers(SIDE // 2, SIDE + 1)
+    top, left = (random.integers(length - side + 1) for length in photograph.shape[:2])
+    crop = Image.fromarray(photograph[top : top + side, left : left + side])
+    pixels = np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
+    return pixels[:, ::-1] if random.random() < 0.5 else pixels.copy()
+
+
+def _place(scene: Scene, taken: np.ndarray, digit: np.ndarray, label: int, random: np.random.Generator) -> None:
+    """Paint a digit where none is yet, in a colour that stands out; leave it away if there is no room."""
+    size = int(random.integers(HEIGHTS[0], HEIGHTS[1] + 1))
+    grey = Image.fromarray((255 * digit).astype(np.uint8))
+    grey = grey.resize((size, size), Image.Resampling.BICUBIC)
+    grey = grey.rotate(random.uniform(-10, 10), Image.Resampling.BICUBIC)
+    alpha = np.clip(np.asarray(grey, np.float32) / 255, 0, 1)
+    for _ in range(20):
+        top, left = random.integers(0, SIDE - size + 1, 2)
+        place = (slice(top, top + size), slice(left, left + size))
+        if not taken[place].any():
+            break
+    else:
+        return
+    taken[place] = True
+    behind = scene.image[place]
+    weight = alpha[..., None]
+    mean = (behind * weight).sum((0, 1)) / weight.sum()
+    while abs((colour := random.uniform(0, 255, 3)).mean() - mean.mean()) < CONTRAST:
+        pass
+    scene.image[place] = behind * (1 - weight) + colour * weight
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[place] = alpha > 0.5
+    scene.masks.append(mask)
+    scene.labels.append(label)
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed run-length encoding: lengths of zeros and ones in turn, down the columns."""
+    flat = mask.flatten(order="F")
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    lengths = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    return [0, *lengths] if flat[0] else lengths
+
+
+def annotation(mask: np.ndarray, label: int, image: int, number: int) -> dict:
+    """COCO's entry for one digit; the box is the mask's."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": label + 1,
+        "bbox": [int(x) for x in box],
+        "area": int(mask.sum()),
+        "iscrowd": 0,
+        "segmentation": {"size": list(mask.shape), "counts": run_lengths(mask)},
+    }
+
+
+def write_split(folder: Path, split: Split, count: int, seed: int) -> None:
+    """Write images, annotations and crops of a split into an existing folder."""
+    images, maps = folder / "images" / split.name, folder / "annotations" / split.name
+    for path in (images, maps):
+        path.mkdir(parents=True)
+    coco: dict[str, list] = {"images": [], "annotations": []}
+    coco["categories"] = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
+    scenes = compose(split, count, seed)
+    for number, scene in enumerate(track(scenes, f"{split.name} scenes", total=count), start=1):
+        name = f"{number:05d}.jpg"
+        pixels = np.clip(np.rint(scene.image), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(images / name, quality=95)
+        classes = np.ones((SIDE, SIDE), np.uint8)
+        for mask, label in zip(scene.masks, scene.labels):
+            classes[mask] = label + 2
+            coco["annotations"].append(annotation(mask, label, number, len(coco["annotations"]) + 1))
+            if split.crops is not None:
+                target = folder / "crops" / split.crops / str(label)
+                target.mkdir(parents=True, exist_ok=True)
+                _window(pixels, mask).save(target / f"{number:05d}_{len(coco['annotations'])}.jpg", quality=95)
+        Image.fromarray(classes).save(maps / f"{number:05d}.png")
+        coco["images"].append({"id": number, "file_name": name, "height": SIDE, "width": SIDE})
+    (folder / "annotations" / f"instances_{split.name}.json").write_text(json.dumps(coco))
+
+
+def _window(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    corner = [int(np.clip((x[0] + x[-1] + 1) // 2 - WINDOW // 2, 0, SIDE - WINDOW)) for x in (rows, columns)]
+    return Image.fromarray(pixels[corner[0] : corner[0] + WINDOW, corner[1] : corner[1] + WINDOW])
+
+
+def make_scenes(folder: Path, counts: tuple[int, int, int], seed: int = 0) -> None:
+    """Write the whole data set, or nothing.
+
+    Args:
+        folder: must not exist.
+        counts: scenes to train, validate and test.
+        seed: of everything.
+
+    Raises:
+        QsdError: if the folder exists, or a count is not positive.
+    """
+    if folder.exists():
+        raise QsdError(f"{folder} exists; remove it first, or use it as it is.")
+    if min(counts) < 1:
+        raise QsdError(f"scenes {counts}: each part needs at least one.")
+    partial = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for split, count in zip(SPLITS, counts):
+            write_split(partial, split, count, seed)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="to write, must not exist")
+    parser.add_argument("--scenes", type=int, nargs=3, default=(2000, 200, 400), metavar=("TRAIN", "VAL", "TEST"))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(args)
+    try:
+        make_scenes(options.folder, tuple(options.scenes), options.seed)
+    except (QsdError, OSError) as error:
+        print(f"make_digit_scenes: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
