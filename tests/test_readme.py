@@ -87,7 +87,9 @@ def test_make_commands(command):
     assert scripts[command] in done.stdout
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("python tools/import", "python tools/convert"))])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith(("python tools/import", "python tools/convert"))]
+)
 def test_tools(command, workplace, tree, finished_run, tool, capsys):
     shutil.copytree(finished_run, "runs")
     assert tool("import_checkpoint").main(["REFERENCE.pth", "CHECKPOINT", "--num-heads=4"]) == 0
