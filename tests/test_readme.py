@@ -19,11 +19,13 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2}
+CSD_SIZES = {"embed_dims": 8, "num_heads": 2, "depth": 1}
 SHORT = [
     "--model.model_args=" + json.dumps(SIZES), "--data.img_size=32", "--data.num_workers=0", "--trainer.max_epochs=1",
     "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
 ]  # fmt: skip
+SHORT_CSD = ["--model.model_args=" + json.dumps(CSD_SIZES), *SHORT[1:]]
 EVALUATE = [option for option in SHORT if "max_epochs" not in option and "limit_train" not in option]
 
 
@@ -36,14 +38,16 @@ def workplace(tmp_path, tree, reference_state, monkeypatch):
     return tmp_path
 
 
-def needs_a_run(command):
-    return "runs/digits" in command
+def train_before(command):
+    """The training whose checkpoint the command names."""
+    for name, short in (("digits", SHORT), ("csdformer_digits", SHORT_CSD)):
+        if f"runs/{name}/" in command:
+            assert cli.main(["fit", "--config", f"configs/{name}.yaml", *short]) == 0
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("qsd ")])
 def test_qsd_commands(command, workplace, tree, tool, monkeypatch):
-    if needs_a_run(command):
-        assert cli.main(["fit", "--config", "configs/digits.yaml", *SHORT]) == 0
+    train_before(command)
     if "cifar" in command:
         monkeypatch.setattr("qsd.data.CifarData.load_part", _noise)
         torch.save(timm.create_model("qsd_15m", num_classes=5, **SIZES).state_dict(), "CHECKPOINT")
@@ -51,7 +55,8 @@ def test_qsd_commands(command, workplace, tree, tool, monkeypatch):
     if "imported.ckpt" in command:
         assert tool("import_checkpoint").main(["REFERENCE.pth", "imported.ckpt", "--num-heads=4"]) == 0
     words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]
-    short = [*SHORT, "--trainer.precision=32"] if words[0] == "fit" else EVALUATE
+    short = SHORT_CSD if "csdformer" in command else SHORT
+    short = [*short, "--trainer.precision=32"] if words[0] == "fit" else EVALUATE
     if "ckpt_path" in command:  # the model comes from the checkpoint
         short = [option for option in short if "model_args" not in option]
     if "--trainer.devices" in words:  # as another process starts it, it is tested with the distributed tests
@@ -79,11 +84,22 @@ def test_make_commands(command):
     assert {"make demo": "tools/demo.py", "make test": "pytest"}[command] in done.stdout
 
 
+# What shortens each tool, and what it must say.
+TOOLS = {
+    "import_checkpoint": (["--num-heads=4"], "imported.ckpt: "),
+    "convert": (["--max-images=2", "--step-images=2"], "Delay of every neuron"),
+    "compare_activations": (["--", *SHORT_CSD], "qcfs"),
+    "profile_model": ([], "18.512 G"),
+}
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
 def test_tools(command, workplace, tool, capsys):
+    train_before(command)
     script, *arguments = shlex.split(command)[1:]
-    assert tool(Path(script).stem).main([*arguments, "--num-heads=4"]) == 0
-    assert "imported.ckpt: " in capsys.readouterr().out
+    short, says = TOOLS[Path(script).stem]
+    assert tool(Path(script).stem).main([*arguments, *short]) == 0
+    assert says in capsys.readouterr().out
 
 
 def test_no_command_is_left_out():
