@@ -6,6 +6,7 @@ smaller; all other tensors keep their own type. The metadata has one entry, ``qs
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,8 @@ def write_packed(
     partial = path.with_name(f"{path.name}.part")
     try:
         safetensors.torch.save_file({**tensors, **streams}, partial, {KEY: text})
+        os.umask(umask := os.umask(0))
+        partial.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise QsdError(f"{path} cannot be written: {error}.") from error
