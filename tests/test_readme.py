@@ -91,7 +91,7 @@ def test_tools(command, workplace, tool, capsys):
 def test_no_command_is_left_out():
     # Those of mmdet and mmseg are run by tests/mm/test_readme.py.
     assert len(COMMANDS) > 15
-    assert all(c.startswith(("qsd ", "make ", "python ", "pip install -e .")) for c in COMMANDS)
+    assert all(c.startswith(("qsd ", "make ", "python ", "pip install -e ")) for c in COMMANDS)
 
 
 def test_python_examples(tmp_path, monkeypatch):

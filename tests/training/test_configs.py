@@ -12,7 +12,7 @@ from qsd.cli import QsdCLI
 from qsd.quantizers import StepSizeQuantizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-BASES = ("imagenet", "cifar10", "cifar100", "digits")
+BASES = ("imagenet", "cifar10", "cifar100", "digits", "digit_crops")
 
 
 def base_of(path):
