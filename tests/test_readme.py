@@ -125,7 +125,7 @@ def test_tools(command, workplace, tree, finished, tool, capsys):
 
 def test_no_command_is_left_out():
     assert len(COMMANDS) > 15
-    assert all(c.startswith(("qsd ", "make ", "python ", "pip install -e .")) for c in COMMANDS)
+    assert all(c.startswith(("qsd ", "make ", "python ", "pip install -e ")) for c in COMMANDS)
 
 
 def test_python_examples(tmp_path, monkeypatch):

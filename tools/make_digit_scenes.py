@@ -30,8 +30,8 @@ from qsd.data.base import Part
 
 SIDE = 160  # pixels of a scene
 WINDOW = 64  # pixels of a crop
-DIGITS = (1, 4)  # fewest and most in a scene
-HEIGHTS = (28, 64)  # smallest and largest digit, in pixels
+DIGITS = (2, 8)  # fewest and most that a scene is given; some find no room
+HEIGHTS = (28, 56)  # smallest and largest digit, in pixels
 CONTRAST = 70  # grey levels between a digit's colour and what lies behind it, at least
 
 

@@ -105,6 +105,11 @@ class SpikeConvFCBBoxHead(InitializeSteps, ConvFCBBoxHead):
         predictor = {"type": "SpikeLinear", "spike_cfg": spike_cfg}
         super().__init__(cls_predictor_cfg=predictor, reg_predictor_cfg=predictor, **arguments)
         self.relu = nn.Identity()  # the next neuron's work
+        if "init_cfg" not in arguments:
+            # mmdet starts box predictors at 0.001, whose step size a few steps of Adam take through zero.
+            self.init_cfg = [{"type": "Normal", "std": 0.01, "override": [{"name": "fc_cls"}, {"name": "fc_reg"}]}]
+            hidden = [{"name": name} for name in ("shared_fcs", "cls_fcs", "reg_fcs")]
+            self.init_cfg.append({"type": "Xavier", "distribution": "uniform", "override": hidden})
 
     def _add_conv_fc_branch(self, num_branch_convs: int, num_branch_fcs: int, *arguments: Any) -> tuple[Any, Any, int]:
         convs, linears, last = super()._add_conv_fc_branch(num_branch_convs, num_branch_fcs, *arguments)

@@ -10,7 +10,6 @@ import torch
 from matplotlib import colormaps
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.registry import MODELS, TRANSFORMS, VISUALIZERS, init_default_scope
 from rich.progress import track
 
@@ -18,16 +17,21 @@ from qsd.errors import QsdError
 from qsd.models.checkpoints import read_checkpoint
 
 
-def _no_method(*_: Any) -> None:
-    """In place of `getattr`, by which mmengine pickles methods beside the weights, and which could run code."""
+class _Unread:
+    """In place of what mmengine pickles beside the weights and nobody needs here: losses, and methods by `getattr`."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
-# The course of the losses, which mmengine puts beside the weights.
 _IN_CHECKPOINTS: list[Any] = [
-    HistoryBuffer,
     np.ndarray,
     np.zeros(0).__reduce__()[0],
-    (_no_method, "builtins.getattr"),
+    (_Unread, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_Unread, "builtins.getattr"),
 ]
 
 

@@ -13,7 +13,7 @@ from qsd.neurons import LsqNeuron, SpikeNeuron
 from qsd.quantizers import StepSizeQuantizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-BASES = ("imagenet", "cifar10", "cifar100", "digits")
+BASES = ("imagenet", "cifar10", "cifar100", "digits", "digit_crops")
 CSDFORMER = sorted(CONFIGS.glob("csdformer_*.yaml"))
 
 
