@@ -108,6 +108,7 @@ TOOLS = {
     "convert": (["--max-images=4", "--step-images=2", "--data.img_size=32"], "report: "),
     "compare_activations": (["--", *SHORT_CSD], "qcfs"),
     "profile_model": ([], "18.512 G"),
+    "benchmark": (["--quick", "--rounds=1", "--img-size=32", "--no-memory"], "benchmark.json"),
 }
 
 

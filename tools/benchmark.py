@@ -489,13 +489,13 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(), help="folder for benchmark.json and benchmark.png")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = list(sys.argv[1:] if args is None else args)
+    if "--quick" in given:
+        parser.set_defaults(model="qsd_tiny", img_size=64, batch_size=4, rounds=3, num_classes=10)
+        parser.set_defaults(sizes=(48, 64), models=("qsd_tiny", "qsd_8m"), no_compile=True)
     options = parser.parse_args(given)
     options.passed_on = [word for word in given if word not in SUITES]
-    if options.quick:
-        options.model, options.img_size, options.batch_size, options.rounds = "qsd_tiny", 64, 4, 3
-        options.num_classes, options.sizes, options.models = 10, (48, 64), ("qsd_tiny", "qsd_8m")
     options.name, options.memory = options.model, not options.no_memory
-    options.compile = not (options.no_compile or options.quick)
+    options.compile = not options.no_compile
     options.device = torch.device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -196,6 +196,24 @@ def test_results_do_not_depend_on_the_rest_of_the_batch(name):
         torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
 
 
+def test_many_images_are_simulated_a_few_at_a_time_and_come_back_as_one_recording(monkeypatch):
+    spiking = to_spike_driven(dense_network())
+    images = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    runs = []
+    for limit in (5, 2):  # images at a time, the last part smaller
+        monkeypatch.setattr("qsd.spiking.network._PIXELS_AT_A_TIME", limit * 4 * 32 * 32)
+        counts = {}
+        with spiking.runtime.counting(counts):
+            runs.append((spiking.simulate(images, record=("head_neuron", "*.q_neuron")), counts))
+    (whole, counts), (parts, counts_of_parts) = runs
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-12, atol=1e-12)
+    assert parts.latency == whole.latency
+    for ours, theirs in ((parts.spikes, whole.spikes), (parts.counts, whole.counts), (counts_of_parts, counts)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    torch.testing.assert_close(parts.membrane, whole.membrane, rtol=1e-10, atol=1e-10)
+
+
 def test_the_trained_model_stays_as_it_was_and_keeps_its_type():
     model = dense_network().float().train()
     before = copy.deepcopy(model.state_dict())

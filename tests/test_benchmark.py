@@ -1,0 +1,104 @@
+"""The benchmark measures what it says, and its baseline trains."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from qsd.functional import spike_count
+
+
+@pytest.fixture
+def benchmark(tool):
+    return tool("benchmark")
+
+
+def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_path, capsys):
+    small = ["--quick", "--no-memory", "--img-size=32", "--batch-size=2", "--output", str(tmp_path)]
+    assert benchmark.main(["inference", "training", *small]) == 0
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    for suite, case, versus, target in (
+        ("inference", "count domain", "quantized", 1.0),
+        ("inference", "stepping", "count domain", 4.5),
+        ("inference", "stepping, merged kernels", "count domain, merged kernels", 4.5),
+        ("training", "quantized, eager", "float twin, eager", 1.2),
+    ):
+        ratio = results[suite][case]["ratio"]
+        assert (ratio["versus"], ratio["target"], len(ratio["rounds"])) == (versus, target, 3)
+        seconds = zip(results[suite][case]["rounds"], results[suite][versus]["rounds"])
+        assert ratio["median"] == pytest.approx(sorted(a / b for a, b in seconds)[1])
+    # four times the activations, one by one
+    assert (
+        results["training"]["direct, eager"]["kept_bytes"] > 3 * results["training"]["quantized, eager"]["kept_bytes"]
+    )
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert "inference, qsd_tiny, 32 px, batch 2" in capsys.readouterr().out
+
+
+def test_growth_has_exponents(benchmark, tmp_path):
+    assert (
+        benchmark.main(
+            ["sizes", "--quick", "--rounds=1", "--img-size=32", "--sizes", "32", "48", "--output", str(tmp_path)]
+        )
+        == 0
+    )
+    table = json.loads((tmp_path / "benchmark.json").read_text())["sizes"]["pixels"]
+    assert table["x"] == [32**2, 48**2]
+    assert set(table["exponents"]) == {"count domain", "training step, quantized", "training step, float twin"}
+
+
+def test_peak_memory_is_that_of_the_case_alone(benchmark):
+    options = benchmark.parse(["inference", "--quick"])
+    ballast = torch.ones(100_000_000)  # of this process; must not count
+    peaks = benchmark.peak_memory(options, "inference", "count domain")
+    assert 1e8 < peaks["before"] <= peaks["peak"] < benchmark.resident_peak()
+    assert ballast.sum() > 0
+
+
+def test_kept_bytes_are_counted_by_storage_without_parameters_and_images(benchmark):
+    images = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid())
+    assert benchmark.kept_bytes(model, images) == 2 * 4 * 64 * 4  # the sigmoid's output; weights and images are there
+
+    class Neuron(nn.Module):
+        def forward(self, x):
+            return spike_count(x, 4)
+
+    mask = 2 * 4 * 64  # one byte each
+    assert benchmark.kept_bytes(nn.Sequential(nn.Conv2d(3, 4, 1), Neuron()), images) == mask
+
+
+def test_the_directly_trained_baseline_fires_binary_spikes_over_time_and_has_gradients(benchmark):
+    sizes = {"embed_dims": (8, 8, 16, 16), "num_heads": 2, "depth": 4, "layer_scale": 1.0}
+    model = benchmark.DirectlyTrained("qsd_tiny", 3, num_classes=5, **sizes)
+    spikes = []
+    for module in model.modules():
+        if isinstance(module, benchmark.LeakyIntegrateAndFire):
+            module.register_forward_hook(lambda m, _, out: spikes.append((out, m.amplitude)))
+    logits = model(torch.randn(2, 3, 32, 32))
+    logits.square().sum().backward()
+    assert logits.shape == (2, 5)
+    assert all(out.shape[0] == 3 * 2 and set(out.unique().tolist()) <= {0.0, amplitude} for out, amplitude in spikes)
+    assert any(bool(p.grad.any()) for p in model.network.stem.parameters())
+    neuron = benchmark.LeakyIntegrateAndFire(3, 1.0, 1.0)
+    # by hand: 0.8 stays, 0.4 + 0.8 fires and leaves 0.2, 0.1 + 0.8 stays
+    assert neuron(torch.full((3, 1), 0.8)).flatten().tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet18"], "model 'resnet18' is unknown or has no float twin"),
+        (["--rounds", "0"], "rounds=0 is not positive"),
+        (["--output", "missing"], "the folder missing does not exist"),
+    ],
+)
+def test_mistakes_give_one_line(benchmark, capsys, arguments, message):
+    assert benchmark.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_default_model_has_a_float_twin(benchmark):
+    assert all(timm.is_model(f"{name}_ann") for name in benchmark.MODELS)
