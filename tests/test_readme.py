@@ -19,21 +19,24 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2}
+CSD_SIZES = {"embed_dims": 8, "num_heads": 2, "depth": 1}
 SHORT = [
     "--model.model_args=" + json.dumps(SIZES), "--data.img_size=32", "--data.num_workers=0", "--trainer.max_epochs=1",
     "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=2", "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
 ]  # fmt: skip
+SHORT_CSD = ["--model.model_args=" + json.dumps(CSD_SIZES), *SHORT[1:]]
 EVALUATE = [option for option in SHORT if "max_epochs" not in option and "limit_train" not in option]
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    """The folder ``runs`` after the demonstration's configuration was trained, and converted."""
+def finished_runs(tmp_path_factory):
+    """The folder ``runs`` after the configurations for digits were trained (and the demonstration's converted)."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert cli.main(["fit", "--config", str(ROOT / "configs/digits.yaml"), *SHORT]) == 0
+        for name, short in (("digits", SHORT), ("csdformer_digits", SHORT_CSD)):
+            assert cli.main(["fit", "--config", str(ROOT / f"configs/{name}.yaml"), *short]) == 0
     return folder / "runs"
 
 
@@ -48,8 +51,8 @@ def workplace(tmp_path, tree, reference_state, monkeypatch):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("qsd ")])
 def test_qsd_commands(command, workplace, tree, tool, monkeypatch, request):
-    if "runs/digits" in command:
-        shutil.copytree(request.getfixturevalue("finished_run"), "runs")
+    if " runs/" in command:
+        shutil.copytree(request.getfixturevalue("finished_runs"), "runs")
     if "cifar" in command:
         monkeypatch.setattr("qsd.data.CifarData.load_part", _noise)
         torch.save(timm.create_model("qsd_15m", num_classes=5, **SIZES).state_dict(), "CHECKPOINT")
@@ -57,7 +60,8 @@ def test_qsd_commands(command, workplace, tree, tool, monkeypatch, request):
     if "imported.ckpt" in command:
         assert tool("import_checkpoint").main(["REFERENCE.pth", "imported.ckpt", "--num-heads=4"]) == 0
     words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]
-    short = [*SHORT, "--trainer.precision=32"] if words[0] == "fit" else EVALUATE
+    short = SHORT_CSD if "csdformer" in command else SHORT
+    short = [*short, "--trainer.precision=32"] if words[0] == "fit" else EVALUATE
     if "ckpt_path" in command:  # the model comes from the checkpoint
         short = [option for option in short if "model_args" not in option]
     if "--trainer.devices" in words:  # as another process starts it, it is tested with the distributed tests
@@ -87,17 +91,25 @@ def test_make_commands(command):
     assert scripts[command] in done.stdout
 
 
+# What shortens each tool, and what it must say.
+TOOLS = {
+    "import_checkpoint": (["--num-heads=4"], "imported.ckpt: "),
+    "convert": (["--max-images=4", "--step-images=2", "--data.img_size=32"], "report: "),
+    "compare_activations": (["--", *SHORT_CSD], "qcfs"),
+    "profile_model": ([], "18.512 G"),
+}
+
+
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith(("python tools/import", "python tools/convert"))]
+    "command", [c for c in COMMANDS if c.startswith("python ") and Path(c.split()[1]).stem in TOOLS]
 )
-def test_tools(command, workplace, tree, finished_run, tool, capsys):
-    shutil.copytree(finished_run, "runs")
+def test_tools(command, workplace, tree, finished_runs, tool, capsys):
+    shutil.copytree(finished_runs, "runs")
     assert tool("import_checkpoint").main(["REFERENCE.pth", "CHECKPOINT", "--num-heads=4"]) == 0
     script, *arguments = (str(tree) if word == "DIR" else word for word in shlex.split(command)[1:])
-    converting = Path(script).stem == "convert"
-    short = ["--max-images=4", "--step-images=2", "--data.img_size=32"] if converting else ["--num-heads=4"]
+    short, says = TOOLS[Path(script).stem]
     assert tool(Path(script).stem).main([*arguments, *short]) == 0
-    assert ("report: " if converting else "imported.ckpt: ") in capsys.readouterr().out
+    assert says in capsys.readouterr().out
 
 
 def test_no_command_is_left_out():

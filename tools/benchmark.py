@@ -76,9 +76,14 @@ class LeakyIntegrateAndFire(nn.Module):
         super().__init__()
         self.time_steps, self.threshold, self.amplitude = time_steps, threshold, amplitude
 
-    def forward(self, x: Tensor) -> Tensor:
+    def worth(self, features: int) -> float:
+        """What a spike stands for, for attention that asks its neurons (CSDformer's)."""
+        del features
+        return self.threshold
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """Currents to binary spikes times the amplitude; half of the membrane leaks, a spike takes the threshold."""
-        currents = x.unflatten(0, (self.time_steps, -1))
+        currents = (x * scale if scale != 1 else x).unflatten(0, (self.time_steps, -1))
         membrane, spikes = torch.zeros_like(currents[0]), []
         for current in currents:
             membrane = membrane / 2 + current
