@@ -328,9 +328,9 @@ def test_taking_any_spike_of_a_window_in_each_step_breaks_exactness_below_the_lo
 
 
 def test_a_hard_reset_breaks_exactness_of_the_whole_network(monkeypatch):
-    def hard_reset(membrane, threshold):
-        spikes = membrane >= threshold
-        return spikes, membrane.masked_fill(spikes, 0)
+    def hard_reset(membrane, threshold, spikes):
+        torch.ge(membrane, threshold, out=spikes)
+        membrane.mul_(1 - spikes)
 
     model = dense_network("csdformer_4_256")
     spiking, images = to_spike_driven(model), torch.randn(2, 3, 32, 32, dtype=torch.float64)
