@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 WIDTH = 4.2  # inches, about 400 pixels on a screen
 _ROW = 0.165  # inches for the row of a layer
 _MOST_ROWS = 46  # a printed page holds about so many
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 8,
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -50,7 +50,7 @@ def data_uri(figure: Figure) -> str:
         figure: any.
     """
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
@@ -71,7 +71,7 @@ def firing_rates(neurons: Sequence[Mapping[str, Any]]) -> list[Figure]:
         axes.set_xlim(0, most * 1.18 or 1)
         axes.set_xlabel("spikes per neuron and time step")
 
-    return [_layer_figure(chunk, [draw]) for chunk in _chunks(neurons)]
+    return [layer_figure(chunk, [draw]) for chunk in chunks(neurons)]
 
 
 def count_histograms(neurons: Sequence[Mapping[str, Any]]) -> list[Figure]:
@@ -97,7 +97,7 @@ def count_histograms(neurons: Sequence[Mapping[str, Any]]) -> list[Figure]:
             handlelength=1.2, borderaxespad=0.2, title="spikes per image", title_fontsize=6.5,
         )  # fmt: skip
 
-    return [_layer_figure(chunk, [draw], top=0.45) for chunk in _chunks(neurons)]
+    return [layer_figure(chunk, [draw], top=0.45) for chunk in chunks(neurons)]
 
 
 def spike_raster(raster: Mapping[str, Any]) -> Figure:
@@ -108,7 +108,7 @@ def spike_raster(raster: Mapping[str, Any]) -> Figure:
     """
     spikes = np.asarray(raster["spikes"], dtype=bool)
     images, steps, neurons = spikes.shape
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.035 * neurons), layout="constrained")
         axes = figure.subplots()
         image, step, neuron = np.nonzero(spikes)
@@ -151,7 +151,7 @@ def energy_by_layer(layers: Sequence[Mapping[str, Any]]) -> list[Figure]:
         return draw
 
     drawers = [column_drawer(*column) for column in columns]
-    return [_layer_figure(chunk, drawers, top=0.1, xlabel="µJ per image") for chunk in _chunks(layers)]
+    return [layer_figure(chunk, drawers, top=0.1, xlabel="µJ per image") for chunk in chunks(layers)]
 
 
 def energy_totals(totals: Mapping[str, float]) -> Figure:
@@ -180,7 +180,7 @@ def delay_curve(rows: Sequence[Mapping[str, Any]], quantized_accuracy: float | N
         rows: records with ``delay``, ``accuracy`` and ``class_agreement`` (shares).
         quantized_accuracy: of the trained network on the same images, as a line.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         axes = figure.subplots()
         delays = [row["delay"] for row in rows]
@@ -204,7 +204,7 @@ def delay_curve(rows: Sequence[Mapping[str, Any]], quantized_accuracy: float | N
 
 
 def _totals(entries: Sequence[tuple[str, float, str]], unit: str) -> Figure:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.55 + 0.3 * len(entries)), layout="constrained")
         axes = figure.subplots()
         rows = np.arange(len(entries))
@@ -221,7 +221,7 @@ def _totals(entries: Sequence[tuple[str, float, str]], unit: str) -> Figure:
     return figure
 
 
-def _layer_figure(
+def layer_figure(
     chunk: Sequence[Mapping[str, Any]], drawers: Sequence[Any], top: float = 0.0, xlabel: str | None = None
 ) -> Figure:
     """Panels side by side over one axis of layers, whose names are grouped under their stage.
@@ -242,7 +242,7 @@ def _layer_figure(
             labels.append(member["name"].removeprefix(f"{group}."))
             rows.append(row)
             row += 1
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.02, wspace=0.01)
         figure = Figure(figsize=(WIDTH, 0.6 + top + _ROW * row), layout=layout)
         panels = figure.subplots(1, len(drawers), sharey=True, squeeze=False)[0]
@@ -281,7 +281,12 @@ def _group(name: str) -> str:
     return ".".join(parts[:size]) if len(parts) > size else ""
 
 
-def _chunks(records: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, Any]]]:
+def chunks(records: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, Any]]]:
+    """Layers in parts that a printed page holds.
+
+    Args:
+        records: of the layers, with ``name``.
+    """
     count = max(1, -(-len(records) // _MOST_ROWS))
     size = -(-len(records) // count)
     return [records[i : i + size] for i in range(0, len(records), size)]

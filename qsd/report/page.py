@@ -1,50 +1,10 @@
-"""A conversion record as one page of HTML that needs nothing else: no script, no network, figures inside."""
+"""A conversion record as a page."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
-
 from qsd import plots
-
-_PIXELS = 96  # of CSS in an inch
-
-
-@dataclass(frozen=True)
-class PageFigure:
-    """A figure as the page shows it.
-
-    Attributes:
-        uri: the image itself.
-        alt: what it shows, in words.
-        caption: what it shows, and what it was measured on.
-        width: in pixels of CSS.
-        height: in pixels of CSS.
-    """
-
-    uri: str
-    alt: str
-    caption: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A sentence at the top of the page.
-
-    Attributes:
-        kind: ``"good"``, ``"bad"``, or ``"plain"``.
-        title: the finding in a few words.
-        text: its figures.
-    """
-
-    kind: str
-    title: str
-    text: str
+from qsd.report.rendering import Finding, PageFigure, page_figure, render, scientific, series, significant
 
 
 def html(record: Mapping[str, Any]) -> str:
@@ -53,14 +13,8 @@ def html(record: Mapping[str, Any]) -> str:
     Args:
         record: what `qsd.report.record` returned, or what is in a ``conversion.json``.
     """
-    environment = Environment(
-        loader=PackageLoader("qsd.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )  # fmt: skip
-    environment.filters["significant"] = _significant
-    environment.filters["count"] = _count
-    environment.filters["scientific"] = _scientific
-    return environment.get_template("page.html.j2").render(
+    return render(
+        "page.html.j2",
         r=record,
         cards=_cards(record),
         findings=findings(record),
@@ -115,7 +69,7 @@ def _comparison_findings(record: Mapping[str, Any]) -> list[Finding]:
         if c["changed_images"]:
             text += f"; the class stays the same for {100 * c['class_agreement']:.2f} %"
         if c["farthest_first_difference"] is not None:
-            farthest = _scientific(c["farthest_first_difference"])
+            farthest = scientific(c["farthest_first_difference"])
             text += f", and each began within {farthest} steps of a threshold, by rounding"
         found.append(Finding("plain", "In float32", f"{text}."))
     return found
@@ -181,7 +135,7 @@ def _figures(record: Mapping[str, Any]) -> dict[str, list[PageFigure]]:
         )
         figure = plots.delay_curve(rows, record["delays"]["quantized_accuracy"])
         caption = f"Accuracy and class agreement over the delay. Stepped spike by spike on {images} images."
-        found["delay"] = [_page_figure(figure, alt, caption)]
+        found["delay"] = [page_figure(figure, alt, caption)]
     if record["neurons"]:
         neurons = record["neurons"]
         low, high = (f(neurons, key=lambda n: n["rate"]) for f in (min, max))
@@ -190,12 +144,12 @@ def _figures(record: Mapping[str, Any]) -> dict[str, list[PageFigure]]:
             f"{_mean_rate(neurons):.4f}"
         )
         caption = f"Firing rate by layer: spikes per neuron and time step, divided by T whatever the delay. {measured}"
-        found["rates"] = _series(plots.firing_rates(neurons), alt, caption)
+        found["rates"] = series(plots.firing_rates(neurons), alt, caption)
         quiet = max(neurons, key=lambda n: n["histogram"][0])
         silent = f"{100 * quiet['histogram'][0]:.1f} %"
         alt = f"Spike counts by layer; most silent is {quiet['name']}, where {silent} of the neurons fire none"
         caption = f"Neurons by their spike count per image, 1 to T = {record['model']['time_steps']}; the rest of the "
-        found["histograms"] = _series(plots.count_histograms(neurons), alt, f"{caption}neurons fires none. {measured}")
+        found["histograms"] = series(plots.count_histograms(neurons), alt, f"{caption}neurons fires none. {measured}")
     if record["raster"]:
         raster = record["raster"]
         shown, images = len(raster["spikes"][0][0]), len(raster["spikes"])
@@ -205,38 +159,25 @@ def _figures(record: Mapping[str, Any]) -> dict[str, list[PageFigure]]:
             f"Binary spikes of {raster['name']}: {shown} of its {raster['neurons']} neurons, evenly spaced, over the "
             f"windows of the first {images} images; what lies between two windows is left out. Each row is a neuron."
         )
-        found["raster"] = [_page_figure(plots.spike_raster(raster), alt, caption)]
+        found["raster"] = [page_figure(plots.spike_raster(raster), alt, caption)]
     if record["energy"]:
         energy = record["energy"]
         rows = [f"{row['name']} {row['mj']:.4g} mJ" for row in _energy_rows(record)]
         alt = "Total energy per image: " + ", ".join(rows)
         caption = f"Energy of the arithmetic per image. {_energy_measured(record)}"
-        found["energy_totals"] = [_page_figure(plots.energy_totals(energy["total_mj"]), alt, caption)]
+        found["energy_totals"] = [page_figure(plots.energy_totals(energy["total_mj"]), alt, caption)]
         most = max(energy["layers"], key=lambda layer: layer["energy_mj"]["merged"] or 0.0)
         alt = (
             f"Energy by layer in four columns; the dearest of the merged spiking network is {most['name']} with "
             f"{1e3 * most['energy_mj']['merged']:.3g} µJ"
         )
         caption = f"Energy by operation, the columns side by side on one scale. {_energy_measured(record)}"
-        found["energy_layers"] = _series(plots.energy_by_layer(energy["layers"]), alt, caption)
+        found["energy_layers"] = series(plots.energy_by_layer(energy["layers"]), alt, caption)
     if record["sizes"]:
         entries = [(row["name"], row["bytes"]) for row in _size_rows(record) if row["bytes"] is not None]
         alt = "Sizes: " + ", ".join(f"{name} {_bytes(size)}" for name, size in entries)
-        found["sizes"] = [_page_figure(plots.sizes(entries), alt, "Sizes of the weights, computed from the network.")]
+        found["sizes"] = [page_figure(plots.sizes(entries), alt, "Sizes of the weights, computed from the network.")]
     return found
-
-
-def _series(figures: Sequence[Figure], alt: str, caption: str) -> list[PageFigure]:
-    """Several figures that are one, numbered."""
-    if len(figures) == 1:
-        return [_page_figure(figures[0], alt, caption)]
-    parts = [f" Part {i} of {len(figures)}." for i in range(1, len(figures) + 1)]
-    return [_page_figure(figure, f"{alt}.{part}", f"{caption}{part}") for figure, part in zip(figures, parts)]
-
-
-def _page_figure(figure: Figure, alt: str, caption: str) -> PageFigure:
-    width, height = figure.get_size_inches() * _PIXELS
-    return PageFigure(plots.data_uri(figure), alt, caption, round(width), round(height))
 
 
 def _measured(record: Mapping[str, Any]) -> str:
@@ -298,9 +239,9 @@ def _size_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(("converted", sizes["converted_bytes"], meaning))
     table = [{"name": n, "value": _bytes(b), "bytes": b, "meaning": m} for n, b, m in rows]
     equivalents = sizes["float_equivalents"]
-    value = f"{_significant(equivalents / 1e6)} M"
+    value = f"{significant(equivalents / 1e6)} M"
     meaning = "the papers' figure: parameters × bits / 32, neither a count nor bytes"
-    parameters = {"name": "parameters", "value": f"{_significant(sizes['parameters'] / 1e6)} M", "bytes": None}
+    parameters = {"name": "parameters", "value": f"{significant(sizes['parameters'] / 1e6)} M", "bytes": None}
     return [
         *table,
         {**parameters, "meaning": "of the trained network"},
@@ -355,32 +296,5 @@ def _mean_rate(neurons: Sequence[Mapping[str, Any]]) -> float:
     return sum(neuron["rate"] * neuron["size"] for neuron in neurons) / total
 
 
-def _significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits, without an exponent where it can be read."""
-    if value == 0:
-        return "0"
-    exponent = math.floor(math.log10(abs(value)))
-    if -5 <= exponent < 6:
-        return f"{value:.{max(0, digits - 1 - exponent)}f}"
-    return f"{value:.{digits - 1}e}"
-
-
-def _scientific(value: float) -> str:
-    """A number with two digits and its power of ten."""
-    mantissa, exponent = f"{value:.1e}".split("e")
-    power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{mantissa}\N{NO-BREAK SPACE}·\N{NO-BREAK SPACE}10{power}"
-
-
-def _count(value: float | None) -> str:
-    """A number of operations with its thousands, millions or billions."""
-    if value is None:
-        return "–"
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{_significant(value / size)}{unit}"
-    return _significant(value)
-
-
 def _bytes(size: float) -> str:
-    return f"{_significant(size / 1e6)} MB" if size >= 1e6 else f"{_significant(size / 1e3)} kB"
+    return f"{significant(size / 1e6)} MB" if size >= 1e6 else f"{significant(size / 1e3)} kB"
