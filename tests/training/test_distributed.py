@@ -74,6 +74,13 @@ def test_two_processes_train_and_validate_every_image_once(tree, write_tree, tmp
     assert float(metrics[0]["val/loss"]) == pytest.approx(float(metrics[1]["val/loss"]), rel=1e-6)
 
 
+def test_two_processes_agree_on_the_steps_that_their_first_batches_give(tmp_path):
+    run(ROOT / "tests/programs/neuron_steps.py", tmp_path / "steps", cwd=tmp_path)
+    one, two = (torch.load(tmp_path / f"steps.{rank}.pt") for rank in (0, 1))
+    assert len({step.item() for step in one.values()}) > 5  # no longer what the constructor gave
+    assert all(torch.equal(step, two[name]) for name, step in one.items())
+
+
 def test_fewer_images_than_processes_are_named(tmp_path, write_tree):
     tree = write_tree(tmp_path / "small", {"train": {"cat": 4, "dog": 4}, "val": {"cat": 1}})
     command = [
