@@ -1,5 +1,6 @@
 """The networks of this package as backbones of OpenMMLab's detectors and segmenters."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qsd.errors import QsdError
 from qsd.models import load_weights
+
+logger = logging.getLogger(__name__)
 
 
 # In mmengine's own registry, which those of mmdet and mmseg fall back to.
@@ -76,7 +79,13 @@ class SpikeTransformerBackbone(BaseModule):
 
     def init_weights(self) -> None:
         """Load the pretrained weights, if any; a new model has its initial ones."""
-        if self.checkpoint is not None:
+        if self.checkpoint is None:
+            if self.norm_eval:
+                logger.warning(
+                    "norm_eval=True without pretrained weights: batch norms keep their initial statistics, and most "
+                    "neurons stay silent. Pass --pretrained, or model.backbone.norm_eval=False."
+                )
+        else:
             whole = self._build()
             load_weights(whole, self.checkpoint)
             kept = self.model.state_dict().keys()

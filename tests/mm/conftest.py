@@ -16,6 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {
     "model.backbone.model_args": {"embed_dims": (8, 8, 16, 16), "depth": 4, "num_heads": 2},
     "model.neck.in_channels": [8, 8, 16, 16],
+    "model.backbone.norm_eval": False,  # without pretrained weights there are no statistics to keep
 }
 
 

@@ -80,6 +80,11 @@ def test_frozen_stages_and_norms_do_not_learn():
     assert all(torch.equal(backbone.state_dict()[name], value) for name, value in before.items())
 
 
+def test_statistics_that_nobody_learned_are_warned_of(caplog):
+    build(norm_eval=True).init_weights()
+    assert "norm_eval=True without pretrained weights" in caplog.text
+
+
 def test_norms_learn_unless_told_otherwise():
     backbone = build().train()
     assert all(m.training for m in backbone.modules() if isinstance(m, nn.BatchNorm2d))
