@@ -33,7 +33,8 @@ def main(args: list[str] | None = None) -> int:
         if not path.is_file():
             print(f"distill: error: there is no {path.relative_to(CONFIGS.parent)}.", file=sys.stderr)
             return 2
-    table = Table("network", "test accuracy", "checkpoint", title=f"Distillation, configs/{name}_distill.yaml")
+    table = Table("network", "test accuracy", title=f"Distillation, configs/{name}_distill.yaml", title_justify="left")
+    table.add_column("checkpoint", overflow="fold")
     teacher = chosen.teacher
     for overlay, role in zip(overlays, ("teacher", "student")):
         if role == "student" or teacher is None:
