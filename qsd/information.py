@@ -90,10 +90,12 @@ class Information:
 
     Attributes:
         images: how many were seen.
+        accuracy: share of them that was classified right; ``None`` without labels.
         signals: one for every attention layer and projection, in the network's order.
     """
 
     images: int
+    accuracy: float | None
     signals: list[Signal]
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,7 +241,7 @@ def measure_information(
 
     Args:
         model: a network with named attention taps: ours, spiking or float. It is evaluated, and left as it was.
-        batches: images ``[B, C, H, W]``, or tuples that begin with them, such as a data loader.
+        batches: images ``[B, C, H, W]``, alone or with labels ``[B]``, such as a data loader.
         teacher: to compare token similarities with.
         statistics: mean and standard deviation that the images were normalised with, if the teacher needs them.
         max_images: stop after so many images (to the next batch).
@@ -255,17 +257,19 @@ def measure_information(
     distances: dict[tuple[str, str], float] = dict.fromkeys(
         ((layer, projection) for layer in attention_layers(model) for projection in PROJECTIONS), 0.0
     )
-    images_seen = 0
+    images_seen, hits = 0, 0.0
     with (
         _evaluated(model),
         _attached(InformationMeter(model)) as meter,
         _attached(AttentionRecorder(model)) as recorder,
     ):
         for batch in batches:
-            images = (batch[0] if isinstance(batch, tuple | list) else batch).to(device)
+            images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
+            images = images.to(device)
             images_seen += len(images)
             recorder.start()
-            model(images)
+            logits = model(images)
+            hits = nan if labels is None else hits + float((logits.argmax(-1) == labels.to(device)).sum())
             students = recorder.take()
             if teacher is not None:
                 found = attention_distances(students, teacher(images, statistics)[1])
@@ -277,7 +281,8 @@ def measure_information(
     if not images_seen:
         raise QsdError("there are no images to measure with.")
     means = None if teacher is None else {key: total / images_seen for key, total in distances.items()}
-    return Information(images_seen, meter.signals(means))
+    accuracy = None if hits != hits else hits / images_seen
+    return Information(images_seen, accuracy, meter.signals(means))
 
 
 @contextmanager
@@ -313,7 +318,7 @@ def _distribution(moments: list[float], histogram: list[int]) -> Distribution:
 def _entropy(numbers: Tensor) -> float:
     """In bits, of a distribution that is given by how often each value occurs."""
     shares = numbers[numbers > 0].double() / numbers.sum()
-    return float(-(shares * shares.log2()).sum())
+    return abs(float((shares * shares.log2()).sum()))
 
 
 def _without_nan(value: Any) -> Any:

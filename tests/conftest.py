@@ -56,7 +56,7 @@ def truncated():
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tool():
     """Import a script of ``tools/`` by its name."""
 

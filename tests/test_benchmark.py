@@ -24,6 +24,7 @@ def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_pat
         ("inference", "stepping", "count domain", 4.5),
         ("inference", "stepping, merged kernels", "count domain, merged kernels", 4.5),
         ("training", "quantized, eager", "float twin, eager", 1.2),
+        ("training", "distilled, eager", "quantized, eager", 1.45),
     ):
         ratio = results[suite][case]["ratio"]
         assert (ratio["versus"], ratio["target"], len(ratio["rounds"])) == (versus, target, 3)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qsd
+from qsd.distillation import AttentionRecorder, Teacher, attention_loss, logits_loss
 from qsd.errors import QsdError
 from qsd.neurons import SpikeNeuron
 from qsd.spiking.network import convert
@@ -184,7 +185,7 @@ def inference_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def training_cases(options: argparse.Namespace) -> list[Case]:
-    """A training step, eager and compiled: float twin, ours, direct training."""
+    """A training step, eager and compiled: float twin, ours, ours with that twin as teacher, direct training."""
     images = options.images()
     labels = torch.randint(options.num_classes, (len(images),), device=images.device)
     eager, compiled = (1.25, 1.1) if options.name.startswith("csdformer") else (1.2, 1.1)
@@ -204,6 +205,8 @@ def training_cases(options: argparse.Namespace) -> list[Case]:
 
             versus = None if suffix else (f"float twin, {how}", limit)
             cases.append(Case(f"{kind}, {how}", network, step, versus))
+    taught = partial(distillation_step, teacher=lambda: options.model("_ann"), images=images, labels=labels)
+    cases.append(Case("distilled, eager", options.model, taught, ("quantized, eager", 1.45)))
     direct = partial(DirectlyTrained, options.name, options.time_steps, num_classes=options.num_classes)
     cases.append(Case("direct, eager", lambda: direct().to(options.device), step, ("float twin, eager", None)))
     return cases
@@ -217,6 +220,27 @@ def training_step(network: nn.Module, images: Tensor, labels: Tensor) -> Callabl
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def distillation_step(
+    network: nn.Module, teacher: Callable[[], nn.Module], images: Tensor, labels: Tensor
+) -> Callable[[], Any]:
+    """The same with a teacher of attention and logits."""
+    network.train()
+    frozen, recorder = Teacher(teacher(), "float twin"), AttentionRecorder(network)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        recorder.start()
+        logits = network(images)
+        taught, maps = frozen(images)
+        terms = attention_loss(recorder.take(), maps).values()
+        loss = F.cross_entropy(logits, labels) + 0.01 * sum(terms) + logits_loss(logits, taught)
+        loss.backward()
         optimizer.step()
 
     return step
@@ -459,7 +483,9 @@ def measure_suite(suite: str, options: argparse.Namespace) -> dict[str, Any]:
     if suite == "training":
         images = options.images()
         for name, network in networks.items():
-            if name.endswith("eager"):
+            if name.endswith("eager") and not name.startswith(
+                "distilled"
+            ):  # more than its forward pass keeps something
                 results[name]["kept_bytes"] = kept_bytes(network, images)
     networks.clear()
     if options.memory:

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import instantiate_class
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from qsd import QsdError, load_packed, report, to_spike_driven
 from qsd.data import ImageData
+from qsd.data.arguments import add_data_arguments, data_from_arguments
 from qsd.spiking import SpikingNetwork, calibrate_delays
 from qsd.tasks import load_task
 
@@ -31,9 +29,7 @@ def build_parser(config: str | None) -> ArgumentParser:
     parser = ArgumentParser(prog="convert", description=__doc__.splitlines()[0], exit_on_error=False)
     parser.add_argument("checkpoint", help=".ckpt of a training, or a packed .safetensors file")
     parser.add_argument("--config", help="configuration of a training, whose data is taken")
-    parser.add_subclass_arguments(
-        LightningDataModule, "data", required=config is None, help="images; --data.NAME VALUE"
-    )
+    add_data_arguments(parser, config)
     parser.add_argument("--part", choices=tuple(PARTS), default="val", help="images to measure on")
     parser.add_argument("--out", default="converted", help="folder for the three files")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier conversion")
@@ -50,8 +46,6 @@ def build_parser(config: str | None) -> ArgumentParser:
     parser.add_argument("--raster", help="neuron whose spikes are drawn")
     parser.add_argument("--leave-out", nargs="+", choices=report.STAGES, default=[], help="do not measure these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    if config is not None:
-        parser.set_defaults({"data": _data_of(config)})
     return parser
 
 
@@ -123,26 +117,13 @@ def delay_table(record: report.Record) -> Table:
     return table
 
 
-def _data_of(config: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(config).read_text())
-    except yaml.YAMLError as error:
-        raise QsdError(f"{config} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or "data" not in content:
-        raise QsdError(f"{config} has no data section; name the images with --data.")
-    return content["data"]
-
-
 def main(args: list[str] | None = None) -> int:
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--config")
     try:
         parser = build_parser(chosen.parse_known_args(args)[0].config)
         options = parser.parse_args(args)
-        data = instantiate_class((), options.data.as_dict())
-        if not isinstance(data, ImageData):
-            raise QsdError(f"{type(data).__name__} is no qsd.data.ImageData; subclass it, or use qsd.report in Python.")
-        record = convert(options, data)
+        record = convert(options, data_from_arguments(options))
     except (QsdError, ArgumentError, OSError) as error:
         print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -19,18 +19,22 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        usage="distill.py [NAME] [--teacher CHECKPOINT] [options of qsd fit]",
+        description=f"{__doc__.splitlines()[0]} NAME, such as digits or imagenet, is that of configs/NAME.yaml, "
+        "NAME_teacher.yaml and NAME_distill.yaml.",
         epilog="Further options, such as --data.root or --trainer.max_epochs, go to both trainings and tests.",
+        allow_abbrev=False,
     )
-    parser.add_argument("name", nargs="?", default="digits", help="of configs/NAME.yaml, NAME_teacher, NAME_distill")
     parser.add_argument("--teacher", metavar="CHECKPOINT", help="a trained teacher: only the student is trained")
     chosen, options = parser.parse_known_args(args)
-    base, *overlays = (CONFIGS / f"{chosen.name}{suffix}.yaml" for suffix in ("", "_teacher", "_distill"))
+    name = options.pop(0) if options and not options[0].startswith("-") else "digits"
+    base, *overlays = (CONFIGS / f"{name}{suffix}.yaml" for suffix in ("", "_teacher", "_distill"))
     for path in (base, *overlays):
         if not path.is_file():
             print(f"distill: error: there is no {path.relative_to(CONFIGS.parent)}.", file=sys.stderr)
             return 2
-    table = Table("network", "test accuracy", "checkpoint", title=f"Distillation, configs/{chosen.name}_distill.yaml")
+    table = Table("network", "test accuracy", title=f"Distillation, configs/{name}_distill.yaml", title_justify="left")
+    table.add_column("checkpoint", overflow="fold")
     teacher = chosen.teacher
     for overlay, role in zip(overlays, ("teacher", "student")):
         if role == "student" or teacher is None:
@@ -45,7 +49,7 @@ def main(args: list[str] | None = None) -> int:
         teacher = teacher or checkpoint
         if code := qsd(["test", "--config", str(base), *without_fitting(options), "--ckpt_path", str(checkpoint)]):
             return code
-        with (newest_run(chosen.name) / "metrics.csv").open() as file:
+        with (newest_run(name) / "metrics.csv").open() as file:
             metrics = list(csv.DictReader(file))[-1]
         table.add_row(role, f"{100 * float(metrics['test/accuracy']):.2f} %", str(checkpoint))
     Console().print(table)

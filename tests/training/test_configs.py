@@ -20,6 +20,8 @@ CSDFORMER = sorted(CONFIGS.glob("csdformer_*.yaml"))
 def base_of(path):
     if path.stem in BASES or path in CSDFORMER:
         return None
+    if path.stem.endswith(("_teacher", "_distill")):
+        return CONFIGS / f"{path.stem.rpartition('_')[0]}.yaml"
     return CONFIGS / ("cifar100.yaml" if path.stem == "cifar_finetune" else "imagenet.yaml")
 
 
@@ -54,10 +56,16 @@ def test_config_is_parsed_and_instantiated(path, tmp_path, monkeypatch):
     if path in CSDFORMER:
         assert bits == set(), "the paper's weights are floats"
         assert {type(m) for m in model.modules() if isinstance(m, SpikeNeuron)} == {LsqNeuron}
+    elif path.stem.endswith("_teacher"):
+        assert bits == set()
+        assert hparams["model"].endswith("_ann")
     else:
         assert bits == {3 if path.stem == "imagenet_w3" else 2 if path.stem == "imagenet_w2" else 4}
     assert [c.filename for c in cli.trainer.checkpoint_callbacks] == ["best", "last"]
     assert len(cli.trainer.loggers) == 2
+    if path.stem.endswith("_distill"):
+        # the last one, where the command line reaches its teacher
+        assert cli.config.fit.trainer.callbacks[-1].class_path.endswith("callbacks.Distillation")
 
 
 def test_the_published_imagenet_recipe():

@@ -1,0 +1,56 @@
+"""Naming a data module on the command line of a tool: by a training's configuration, by options, or both."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import instantiate_class
+
+from qsd.data.base import ImageData
+from qsd.errors import QsdError
+
+__all__ = ["add_data_arguments", "data_from_arguments"]
+
+
+def add_data_arguments(parser: ArgumentParser, config: str | Path | None) -> None:
+    """Add ``--data`` and ``--data.NAME VALUE``.
+
+    Args:
+        parser: of the tool.
+        config: configuration of a training whose data is the default; without it, ``--data`` has to be given.
+
+    Raises:
+        QsdError: if the configuration is none.
+    """
+    parser.add_subclass_arguments(
+        LightningDataModule, "data", required=config is None, help="images; --data.NAME VALUE"
+    )
+    if config is not None:
+        parser.set_defaults({"data": _data_of(Path(config))})
+
+
+def data_from_arguments(options: Namespace) -> ImageData:
+    """The data module that the options name.
+
+    Args:
+        options: what the parser returned.
+
+    Raises:
+        QsdError: if it is none of ours.
+    """
+    data: Any = instantiate_class((), options.data.as_dict())
+    if not isinstance(data, ImageData):
+        raise QsdError(f"{type(data).__name__} is no qsd.data.ImageData; subclass it, or work in Python.")
+    return data
+
+
+def _data_of(config: Path) -> Any:
+    try:
+        content = yaml.safe_load(config.read_text())
+    except yaml.YAMLError as error:
+        raise QsdError(f"{config} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or "data" not in content:
+        raise QsdError(f"{config} has no data section; name the images with --data.")
+    return content["data"]
