@@ -63,7 +63,7 @@ def firing_rates(neurons: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """
     most = max((neuron["rate"] for neuron in neurons), default=0.0)
 
-    def draw(axes: Axes, chunk: Sequence[Mapping[str, Any]], rows: np.ndarray) -> None:
+    def draw(axes: Axes, chunk: Sequence[Mapping[str, Any]], rows: np.ndarray[Any, Any]) -> None:
         rates = np.array([neuron["rate"] for neuron in chunk])
         axes.barh(rows, rates, height=0.72, color=BLUE)
         for row, rate in zip(rows.tolist(), rates.tolist()):
@@ -82,7 +82,7 @@ def count_histograms(neurons: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """
     most = max((1 - neuron["histogram"][0] for neuron in neurons), default=1.0)
 
-    def draw(axes: Axes, chunk: Sequence[Mapping[str, Any]], rows: np.ndarray) -> None:
+    def draw(axes: Axes, chunk: Sequence[Mapping[str, Any]], rows: np.ndarray[Any, Any]) -> None:
         shares = np.array([neuron["histogram"] for neuron in chunk])
         steps = shares.shape[1] - 1
         colours = matplotlib.colormaps["cividis"](np.linspace(0.9, 0.05, steps) if steps > 1 else [0.3])
@@ -138,7 +138,7 @@ def energy_by_layer(layers: Sequence[Mapping[str, Any]]) -> list[Figure]:
     most = max((1e3 * (layer["energy_mj"].get(c[0]) or 0.0) for layer in layers for c in columns), default=0.0)
 
     def column_drawer(key: str, title: str, colour: str) -> Any:
-        def draw(axes: Axes, chunk: Sequence[Mapping[str, Any]], rows: np.ndarray) -> None:
+        def draw(axes: Axes, chunk: Sequence[Mapping[str, Any]], rows: np.ndarray[Any, Any]) -> None:
             values = [1e3 * (layer["energy_mj"].get(key) or 0.0) for layer in chunk]
             axes.barh(rows, values, height=0.72, color=colour)
             axes.set_xlim(0, most * 1.05 or 1)

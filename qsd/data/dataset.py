@@ -4,7 +4,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ Transform = Callable[[Image.Image], Tensor]
 class ImageSource(Protocol):
     """Undecoded images with labels and names, by index."""
 
-    labels: np.ndarray
+    labels: np.ndarray[Any, Any]
 
     def __len__(self) -> int: ...
 
@@ -78,7 +78,9 @@ class ImageArray:
         names: what to call them.
     """
 
-    def __init__(self, images: np.ndarray, labels: Sequence[int] | np.ndarray, names: Sequence[str]) -> None:
+    def __init__(
+        self, images: np.ndarray[Any, Any], labels: Sequence[int] | np.ndarray[Any, Any], names: Sequence[str]
+    ) -> None:
         self._images = images
         self._names = names
         self.labels = np.asarray(labels, dtype=np.int64)

@@ -6,7 +6,7 @@ travels with the batch, and the main process decides what to do about it.
 
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -71,7 +71,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_uint8(values: np.ndarray, mode: str, file_format: str | None) -> np.ndarray:
+def _to_uint8(values: np.ndarray[Any, Any], mode: str, file_format: str | None) -> np.ndarray[Any, Any]:
     """Scale grey values ``[H, W]`` of any depth to 0..255.
 
     Args:

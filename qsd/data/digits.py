@@ -1,6 +1,6 @@
 """The handwritten digits that scikit-learn ships: real images without a download."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -99,7 +99,7 @@ class DigitsData(ImageData):
         channels = transforms.Grayscale(self.in_chans)
         return transforms.Compose([channels, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)])
 
-    def _enlarge(self, image: np.ndarray) -> np.ndarray:
+    def _enlarge(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Scale one digit to the image size.
 
         Args:

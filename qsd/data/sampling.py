@@ -90,7 +90,9 @@ class EvalSampler(DistributedSampler[Any]):
         return iter(self.indices)
 
 
-def stratified_split(labels: Sequence[int] | np.ndarray, sizes: Sequence[int], seed: int = 0) -> list[np.ndarray]:
+def stratified_split(
+    labels: Sequence[int] | np.ndarray[Any, Any], sizes: Sequence[int], seed: int = 0
+) -> list[np.ndarray[Any, Any]]:
     """Split indices into parts that hold every class in the same proportion.
 
     The split is fixed: it depends on the arguments alone.

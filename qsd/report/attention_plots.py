@@ -47,7 +47,7 @@ def signal_bars(networks: Sequence[Network], key: str, xlabel: str, limit: str |
     most = max((s[k] or 0.0 for n in networks for s in n["signals"] for k in (key, limit) if k), default=0.0)
 
     def panel(network: Network, colour: str) -> Any:
-        def draw(axes: Axes, chunk: Sequence[Mapping[str, Any]], rows: np.ndarray) -> None:
+        def draw(axes: Axes, chunk: Sequence[Mapping[str, Any]], rows: np.ndarray[Any, Any]) -> None:
             signals = [network["signals"][entry["index"]] for entry in chunk]
             values = [signal[key] or 0.0 for signal in signals]
             axes.barh(rows, values, height=0.72, color=colour)
@@ -117,7 +117,9 @@ def membranes(networks: Sequence[Network]) -> list[Figure]:
     return figures
 
 
-def _membrane(axes: Axes, histograms: Sequence[Sequence[int]], edges: np.ndarray, time_steps: int | None) -> None:
+def _membrane(
+    axes: Axes, histograms: Sequence[Sequence[int]], edges: np.ndarray[Any, Any], time_steps: int | None
+) -> None:
     for histogram, colour, style in zip(histograms, COLOURS, _LINES):
         density = np.array(histogram) * BINS_PER_UNIT / max(sum(histogram), 1)
         axes.plot((edges[1:] + edges[:-1]) / 2, density, color=colour, linestyle=style, linewidth=0.9)
@@ -128,7 +130,7 @@ def _membrane(axes: Axes, histograms: Sequence[Sequence[int]], edges: np.ndarray
     axes.tick_params(axis="x", labelsize=6)
 
 
-def _middle(histograms: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
+def _middle(histograms: np.ndarray[Any, Any], edges: np.ndarray[Any, Any]) -> tuple[float, float]:
     """Where all but a thousandth of any membrane lies on either side, and the range from 0 to 1."""
     shares = histograms.cumsum(1) / np.maximum(histograms.sum(1, keepdims=True), 1)
     low = edges[int((shares > 1e-3).argmax(1).min())]
