@@ -112,7 +112,7 @@ def test_make_commands(command):
     assert scripts[command] in done.stdout
 
 
-# What shortens each tool, and what it must say. Those of mmdet and mmseg are run by tests/mm/test_readme.py, that of the
+# What shortens each tool, and what it must say. Those of mmdet and mmseg are run by tests/mm/test_readme.py, the
 # ablation by tests/distillation/test_tools.py.
 TOOLS = {
     "import_checkpoint": (["--num-heads=4"], "imported.ckpt: "),
