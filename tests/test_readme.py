@@ -68,6 +68,8 @@ def test_qsd_commands(command, workplace, tree, tool, finished, monkeypatch):
         monkeypatch.setattr("qsd.data.CifarData.load_part", _noise)
         torch.save(timm.create_model("qsd_15m", num_classes=5, **SIZES).state_dict(), "CHECKPOINT")
         command = command.replace("--data.download true", "")  # no network in a test
+    if "teacher CHECKPOINT" in command:
+        _save_teacher("CHECKPOINT", *((3, 2) if "DIR" in command else (1, 10)))
     if "imported.ckpt" in command:
         assert tool("import_checkpoint").main(["REFERENCE.pth", "imported.ckpt", "--num-heads=4"]) == 0
     words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]
@@ -87,6 +89,14 @@ def test_qsd_commands(command, workplace, tree, tool, finished, monkeypatch):
         assert len(list(workplace.rglob("predictions.csv"))) == 1
 
 
+def _save_teacher(path, in_chans, num_classes):
+    """What a training of the float twin leaves, as far as it is read."""
+    sizes = {**SIZES, "in_chans": in_chans}
+    twin = timm.create_model("qsd_tiny_ann", num_classes=num_classes, **sizes)
+    hyper_parameters = {"model": "qsd_tiny_ann", "model_args": sizes, "num_classes": num_classes}
+    torch.save({"state_dict": twin.state_dict(), "hyper_parameters": hyper_parameters}, path)
+
+
 def _noise(self, part):
     """In place of CIFAR's files."""
     images = np.random.RandomState(0).randint(0, 256, (8, 32, 32, 3)).astype(np.uint8)
@@ -102,12 +112,15 @@ def test_make_commands(command):
     assert scripts[command] in done.stdout
 
 
-# What shortens each tool, and what it must say. Those of mmdet and mmseg are run by tests/mm/test_readme.py.
+# What shortens each tool, and what it must say. Those of mmdet and mmseg are run by tests/mm/test_readme.py, the
+# ablation by tests/distillation/test_tools.py.
 TOOLS = {
     "import_checkpoint": (["--num-heads=4"], "imported.ckpt: "),
     "convert": (["--max-images=4", "--step-images=2", "--data.img_size=32"], "report: "),
     "compare_activations": (["--", *SHORT_CSD], "qcfs"),
     "profile_model": ([], "18.512 G"),
+    "distill": ([*SHORT, "--trainer.limit_test_batches=1"], "_distill.yaml"),
+    "analyze_attention": (["--max-images=4", "--data.img_size=32"], "page: "),
     "benchmark": (["--quick", "--rounds=1", "--img-size=32", "--no-memory"], "benchmark.json"),
 }
 
@@ -118,6 +131,10 @@ TOOLS = {
 def test_tools(command, workplace, tree, finished, tool, capsys):
     bring_run(command, finished)
     assert tool("import_checkpoint").main(["REFERENCE.pth", "CHECKPOINT", "--num-heads=4"]) == 0
+    if "BEFORE" in command:
+        trained = finished("digits", SHORT) / "version_0/checkpoints/best.ckpt"
+        for name in ("BEFORE", "AFTER", "TEACHER"):
+            shutil.copy(trained, name)
     script, *arguments = (str(tree) if word == "DIR" else word for word in shlex.split(command)[1:])
     short, says = TOOLS[Path(script).stem]
     assert tool(Path(script).stem).main([*arguments, *short]) == 0

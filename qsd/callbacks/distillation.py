@@ -73,6 +73,7 @@ class Distillation(Callback):
         self._teacher: Teacher | None = None
         self._recorder: AttentionRecorder | None = None
         self._trainer: Trainer | None = None
+        self._steps = 1.0
 
     @property
     def _distils_attention(self) -> bool:
@@ -112,6 +113,10 @@ class Distillation(Callback):
         task: Any = pl_module
         task.add_auxiliary_loss(self._loss)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask once how long the training is, for schedules."""
+        self._steps = trainer.estimated_stepping_batches
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Record what the student attends to in the forward pass that follows."""
         if self._recorder is not None:
@@ -120,7 +125,7 @@ class Distillation(Callback):
     def _loss(self, images: Tensor, logits: Tensor) -> dict[str, Tensor]:
         assert self._trainer is not None
         assert self._teacher is not None
-        progress = self._trainer.global_step / self._trainer.estimated_stepping_batches
+        progress = self._trainer.global_step / self._steps
         attention_weight = _interpolate(progress, self._attention_weight)
         logits_weight = _interpolate(progress, self._logits_weight)
         students = self._recorder.take() if self._recorder is not None else []

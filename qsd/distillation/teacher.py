@@ -70,10 +70,11 @@ class Teacher:
                     f"teacher {self.name} has an input normalisation of its own, and the data does not tell its mean "
                     "and std; give the data module both, or pass the teacher's that are the data's."
                 )
-            (mean, std), (own_mean, own_std) = (
-                tuple(images.new_tensor(list(part)).view(1, -1, 1, 1) for part in pair)
-                for pair in (statistics, self.statistics)
+            mean, std, own_mean, own_std = (
+                images.new_tensor(list(part)).view(1, -1, 1, 1) for part in (*statistics, *self.statistics)
             )
+            if self._channels == 1:  # a grey version of a model of colours
+                own_mean, own_std = own_mean.mean(1, keepdim=True), own_std.mean(1, keepdim=True)
             images = (images * std + mean - own_mean) / own_std
         if images.shape[1] == 1 and self._channels is not None:
             images = images.expand(-1, self._channels, -1, -1)
@@ -170,7 +171,8 @@ def _from_checkpoint(path: str, arguments: dict[str, Any]) -> Any:
             f"{path} does not say which model it belongs to; give the model's name as teacher and the file as "
             "teacher_weights."
         )
-    network = _create(saved["model"], num_classes=saved["num_classes"], **{**(saved["model_args"] or {}), **arguments})
+    arguments = {"num_classes": saved["num_classes"], **(saved["model_args"] or {}), **arguments}
+    network = _create(saved["model"], **arguments)
     load_weights(network, content["state_dict"])
     return network
 

@@ -115,3 +115,18 @@ def test_seed_is_that_of_seed_everything(monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED")
     assert torch.equal(first(DigitsData()), first(DigitsData(seed=0)))
     assert not torch.equal(first(DigitsData()), from_environment)
+
+
+def test_few_training_images_hold_every_class_and_leave_the_other_parts_alone(digits):
+    few, again, other = (DigitsData(train_images=50, train_subset=subset) for subset in (1, 1, 2))
+    source = few.load_part("train")
+    assert len(source) == 50
+    assert set(np.bincount(source.labels, minlength=10)) <= {4, 5, 6}
+    assert set(indices(few, "train")) <= set(indices(digits, "train"))
+    assert indices(few, "train") == indices(again, "train")
+    assert indices(few, "train") != indices(other, "train")
+    for part in ("val", "test"):
+        assert indices(few, part) == indices(digits, part)
+    for wrong in (0, 1198):
+        with pytest.raises(QsdError, match=f"train_images={wrong} is not from 1 to 1197"):
+            DigitsData(train_images=wrong)

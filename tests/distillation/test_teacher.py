@@ -148,6 +148,8 @@ def test_images_are_normalised_coloured_and_resized_for_the_teacher():
         1, 3, 1, 1
     )
     torch.testing.assert_close(prepared, expected)
+    grey = Teacher(vit(img_size=32, in_chans=1), "test_vit", statistics=((0.5, 0.4, 0.3), (0.1, 0.2, 0.3)))
+    torch.testing.assert_close(grey.prepare((pixels - 0.25) / 0.5, ((0.25,), (0.5,))), (pixels - 0.4) / 0.2)
     images = torch.zeros(1, 3, 50, 48)
     assert Teacher(vit(img_size=32), "test_vit").prepare(images, None).shape == (1, 3, 50, 48)  # any size is legal
     fixed = Teacher(vit(img_size=32, dynamic_img_size=False), "test_vit")

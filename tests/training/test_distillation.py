@@ -266,6 +266,19 @@ def test_a_vision_transformer_of_timm_teaches_and_sees_its_own_normalisation(tmp
     torch.testing.assert_close(seen[-1], expected.expand(-1, 3, -1, -1), rtol=1e-4, atol=1e-5)
 
 
+def test_a_csdformer_learns_from_its_float_twin(tmp_path):
+    # its neurons' steps are set in a forward pass of its own before the first batch
+    sizes = {"embed_dims": 16, "num_heads": 2}
+    twin = timm.create_model("csdformer_2_384_ann", num_classes=10, in_chans=1, **sizes)
+    torch.save(twin.state_dict(), tmp_path / "twin.pth")
+    callback = Distillation("csdformer_2_384_ann", str(tmp_path / "twin.pth"), {**sizes, "in_chans": 1})
+    task = make_task()
+    task.hparams["model"], task.hparams["model_args"] = "csdformer_2_384", dict(sizes)
+    rows = logged(tmp_path, task, [callback])
+    assert len(rows) == 2
+    assert all(float(row[name]) > 0 for row in rows for name in TERMS[:3])
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 

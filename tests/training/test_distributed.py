@@ -14,7 +14,8 @@ import torch
 from qsd import cli
 
 ROOT = Path(__file__).parents[2]
-SMALL = "--model.model_args=" + json.dumps({"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 4})
+SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 4}
+SMALL = "--model.model_args=" + json.dumps(SIZES)
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo is not built in")
 
 
@@ -28,8 +29,7 @@ def run(*command, cwd):
 
 
 def test_averaged_gradients_of_two_processes_equal_those_of_one_with_a_teacher_too(tmp_path):
-    sizes = {"embed_dims": (8, 8, 8, 8), "num_heads": 2, "depth": 4, "layer_scale": 0.5}
-    twin = timm.create_model("qsd_tiny_ann", num_classes=10, in_chans=1, **sizes)
+    twin = timm.create_model("qsd_tiny_ann", num_classes=10, in_chans=1, layer_scale=0.5, **SIZES)
     torch.save(twin.state_dict(), tmp_path / "teacher.pth")
     gradients = []
     for processes in (1, 2):
@@ -44,7 +44,9 @@ def test_averaged_gradients_of_two_processes_equal_those_of_one_with_a_teacher_t
 
 
 def test_two_processes_train_and_validate_every_image_once(tree, write_tree, tmp_path, monkeypatch):
-    # Five images to validate: the set divides neither by processes nor by batches, and the batches are unequal.
+    # Five images to validate: the set divides neither by processes nor by batches, and the batches are unequal. What
+    # training has beside it is there too: averages, a teacher, statistics.
+    torch.save(timm.create_model("qsd_15m_ann", num_classes=2, **SIZES).state_dict(), tmp_path / "teacher.pth")
     common = [
         "--data.root", tree, "--data.img_size=32", "--data.num_workers=0", "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
@@ -55,11 +57,19 @@ def test_two_processes_train_and_validate_every_image_once(tree, write_tree, tmp
         "--data.batch_size=2",
         "--trainer.max_epochs=2",
         "--trainer.precision=32",
+        "--trainer.log_every_n_steps=1",
         "--trainer.callbacks+=EMAWeightAveraging",
+        "--trainer.callbacks+=qsd.callbacks.SpikeStatistics",
+        "--trainer.callbacks+=qsd.callbacks.Distillation",
+        "--trainer.callbacks.init_args.teacher=qsd_15m_ann",
+        "--trainer.callbacks.init_args.teacher_weights=teacher.pth",
+        f"--trainer.callbacks.init_args.teacher_args={json.dumps(SIZES)}",
     ]
     run("-m", "qsd", "fit", *config, *common, SMALL, *fit, *ddp, cwd=tmp_path)
     checkpoints = tmp_path / "runs/imagenet/version_0/checkpoints"
     assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 4  # eleven images: 2 x 2 x 2
+    header = (tmp_path / "runs/imagenet/version_0/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss_query", "spikes/rate"} <= set(header)
     logger = ["--trainer.logger=CSVLogger", "--trainer.logger.init_args.save_dir=logs", "--data.batch_size=1"]
     data = ["--data=ImageFolderData", *common, *logger, "--ckpt_path", checkpoints / "last.ckpt"]
     run("-m", "qsd", "validate", *data, *ddp, "--trainer.logger.init_args.name=two", cwd=tmp_path)
