@@ -31,7 +31,7 @@ def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_pat
         seconds = zip(results[suite][case]["rounds"], results[suite][versus]["rounds"])
         assert ratio["median"] == pytest.approx(sorted(a / b for a, b in seconds)[1])
     # four times the activations, beside the weights that both keep, which count for much at this size
-    kept = {name: row["kept_bytes"] for name, row in results["training"].items()}
+    kept = {name: row["kept_bytes"] for name, row in results["training"].items() if "kept_bytes" in row}
     assert kept["direct, eager"] > 1.5 * kept["quantized, eager"]
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert "inference, qsd_tiny, 32 px, batch 2" in capsys.readouterr().out

@@ -32,11 +32,11 @@ class Teacher:
     """
 
     def __init__(self, network: nn.Module, name: str, statistics: Statistics | None = None) -> None:
-        network = copy.deepcopy(network).eval().requires_grad_(False)
+        network = copy.deepcopy(network).requires_grad_(False)
         for chain_name, chain in list(network.named_modules()):
             if isinstance(chain, LinearChain):
                 network.set_submodule(chain_name, nn.Sequential(OrderedDict(fold_norms(chain, chain_name))))
-        self.network = network
+        self.network = network.eval()  # what was folded anew is in training mode
         self.name = name
         self.statistics = statistics
         self._recorder = AttentionRecorder(network) if attention_layers(network) else None

@@ -13,6 +13,7 @@ from .conftest import CONFIGS
 from .test_tools import ADE_SCALES, COCO_SCALES, ONE_PROCESS
 
 README = (CONFIGS.parent / "README.md").read_text()
+pytestmark = pytest.mark.xdist_group("mm_readme")  # one command uses what another wrote
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 COMMANDS = [line for line in LINES if re.match(r"python tools/(mm|make_)", line)]
 TINY = ["model.backbone.model_args.depth=2", "train_dataloader.batch_size=2"]

@@ -103,7 +103,7 @@ class NoTeacher(Callback):
             assert not any(id(m) in theirs for m in holder.modules())
         twins = [m for a in averages for m in a.modules() if getattr(m, "time_steps", 4) is None]
         assert twins == []  # no copy either
-        assert not any(m.training for m in callback._teacher.network.modules())
+        assert [n for n, m in callback._teacher.network.named_modules() if m.training] == []
         self.checked = True
 
 
