@@ -149,7 +149,8 @@ def load_config(options: argparse.Namespace, framework: str) -> Config:
             config.merge_from_dict(_replace_prefix(config.to_dict(), old, new))
     config.launcher = options.launcher
     config.work_dir = options.work_dir or config.get("work_dir") or str(Path("runs", path.stem))
-    os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    if options.launcher != "none":  # elsewhere it would make Lightning, in this process, wait for others
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     return config
 
 
