@@ -20,7 +20,7 @@ data/digit_scenes: | $(VENV)/.installed
 
 # The linters, the type checker, the layers of the package, then the tests: what CI runs.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

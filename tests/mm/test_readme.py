@@ -13,7 +13,6 @@ from .conftest import CONFIGS
 from .test_tools import ADE_SCALES, COCO_SCALES, ONE_PROCESS
 
 README = (CONFIGS.parent / "README.md").read_text()
-pytestmark = pytest.mark.xdist_group("mm_readme")  # one command uses what another wrote
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 COMMANDS = [line for line in LINES if re.match(r"python tools/(mm|make_)", line)]
 TINY = ["model.backbone.model_args.depth=2", "train_dataloader.batch_size=2"]
@@ -37,9 +36,8 @@ def workplace(tmp_path_factory, coco, ade, scenes):
     return root
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(command, workplace, tool, monkeypatch):
-    monkeypatch.chdir(workplace)
+def shortened(command):
+    """A command of the README as its program's name and its arguments, made small."""
     script, *words = shlex.split(command)[1:]
     program = Path(script).stem
     if program == "make_digit_scenes":
@@ -49,12 +47,16 @@ def test_command(command, workplace, tool, monkeypatch):
         words += [] if "--cfg-options" in words else ["--cfg-options"]
         words += SHORT[name] + (TINY + ONE_PROCESS if "qsd" in name else TINY[1:])
     # A short training ends early; its last checkpoint stands in for the one of the full recipe.
-    for i, word in enumerate(words):
-        if word.endswith(".pth"):
-            words[i] = (Path(word).parent / "last_checkpoint").read_text()
-    assert tool(program).main(words) == 0
-    if program == "mm_predict":
-        assert (workplace / "pictures" / "IMAGE.png").is_file()
+    words = [(Path(w).parent / "last_checkpoint").read_text() if w.endswith(".pth") else w for w in words]
+    return program, words
+
+
+def test_the_commands_run_one_after_the_other(workplace, tool, monkeypatch):
+    monkeypatch.chdir(workplace)
+    for command in COMMANDS:
+        program, words = shortened(command)
+        assert tool(program).main(words) == 0, command
+    assert (workplace / "pictures" / "IMAGE.png").is_file()
 
 
 def test_every_tool_of_openmmlab_is_in_the_readme():
