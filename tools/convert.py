@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import instantiate_class
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from qsd import QsdError, load_packed, report, to_spike_driven
-from qsd.data import ImageData
-from qsd.spiking import SpikingNetwork, calibrate_delays
-from qsd.tasks import load_task
+from qsd import QsdError, report, to_spike_driven
+from qsd.data import ImageData, data_settings
+from qsd.spiking import calibrate_delays
+from qsd.tasks import load_trained
 
 MERGE: dict[str, Any] = {"all": True, "none": False, "rep": "rep", "sep": "sep"}
 PARTS = {"train": "training", "val": "validation", "test": "test"}
@@ -51,7 +49,7 @@ def build_parser(config: str | None) -> ArgumentParser:
     parser.add_argument("--leave-out", nargs="+", choices=report.STAGES, default=[], help="do not measure these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     if config is not None:
-        parser.set_defaults({"data": _data_of(config)})
+        parser.set_defaults({"data": data_settings(config)})
     return parser
 
 
@@ -100,17 +98,6 @@ def convert(options: Namespace, data: ImageData) -> report.Record:
     )
 
 
-def load_trained(path: Path) -> tuple[nn.Module, str]:
-    """The trained network of a checkpoint or a packed file, and its model's name."""
-    if path.suffix != ".safetensors":
-        task = load_task(path)
-        return task.model, task.hparams["model"]
-    network = load_packed(path)
-    if isinstance(network, SpikingNetwork):
-        network = network.trained.build()
-    return network, network.registered["name"]
-
-
 def delay_table(record: report.Record) -> Table:
     """Accuracy over the delay, as in Table 4 of the CSDformer paper."""
     delays = record["delays"]
@@ -121,16 +108,6 @@ def delay_table(record: report.Record) -> Table:
         table.add_row(str(row["delay"]), *shares, f"{row['latency']} steps", f"{row['interval']} steps")
     table.add_row("trained", f"{100 * delays['quantized_accuracy']:.2f} %")
     return table
-
-
-def _data_of(config: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(config).read_text())
-    except yaml.YAMLError as error:
-        raise QsdError(f"{config} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or "data" not in content:
-        raise QsdError(f"{config} has no data section; name the images with --data.")
-    return content["data"]
 
 
 def main(args: list[str] | None = None) -> int:

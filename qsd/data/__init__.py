@@ -5,6 +5,7 @@ from qsd.data.cifar import CifarData
 from qsd.data.dataset import ImageArray, ImageDataset, ImageFiles
 from qsd.data.decoding import BadImage, load_image
 from qsd.data.digits import DigitsData
+from qsd.data.files import data_settings
 from qsd.data.image_folder import ImageFolderData
 from qsd.data.loading import BadImagePolicy, ImageLoader, TrainLoader
 from qsd.data.sampling import EvalSampler, TrainSampler, stratified_split
@@ -23,6 +24,7 @@ __all__ = [
     "ImageLoader",
     "TrainLoader",
     "TrainSampler",
+    "data_settings",
     "load_image",
     "stratified_split",
 ]

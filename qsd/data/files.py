@@ -1,13 +1,15 @@
-"""Finding image files on disk."""
+"""Finding image files on disk, and what a configuration says of them."""
 
 import os
 from pathlib import Path
+from typing import Any
 
+import yaml
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from qsd.errors import QsdError
 
-__all__ = ["class_folders", "find_images", "list_images"]
+__all__ = ["class_folders", "data_settings", "find_images", "list_images"]
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -49,6 +51,24 @@ def find_images(path: str) -> list[str]:
     if not found:
         raise QsdError(f"predict_path {path} holds no image; known are {', '.join(IMG_EXTENSIONS)}")
     return found
+
+
+def data_settings(config: str) -> dict[str, Any]:
+    """The data module of a training's configuration, as `jsonargparse` reads it.
+
+    Args:
+        config: a file.
+
+    Raises:
+        QsdError: if it names no data.
+    """
+    try:
+        content = yaml.safe_load(Path(config).read_text())
+    except yaml.YAMLError as error:
+        raise QsdError(f"{config} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or "data" not in content:
+        raise QsdError(f"{config} has no data section; name the images with --data.")
+    return content["data"]
 
 
 def _is_image(name: str) -> bool:
