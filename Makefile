@@ -41,7 +41,7 @@ $(VENV)/.installed-mm: pyproject.toml | $(BIN)/python
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[dev,mm]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,export,mm]'
 	touch $@ $(VENV)/.installed $(VENV)/.installed-mm
 
 # Remove the environment and caches, not the runs.

@@ -102,6 +102,17 @@ def read_notes(path: str | Path) -> dict[str, Any]:
     return read_packed(path)[0]["notes"]
 
 
+def image_notes(data: Any) -> dict[str, Any]:
+    """Notes of what a user of a file needs to know of the images: classes, normalisation, size and crop.
+
+    Args:
+        data: a data module, such as `qsd.data.ImageData`; what it does not tell is left out.
+    """
+    keys = ("class_names", "mean", "std", "img_size", "crop_pct", "interpolation")
+    facts = {key: getattr(data, key, None) for key in keys}
+    return {key: value for key, value in facts.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """What a network takes, in bytes, without a file's header and before a file is deflated.

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
+import qsd
 from qsd import cli
 from qsd.data import ImageArray
+from qsd.export import to_onnx
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -118,6 +121,8 @@ TOOLS = {
     "import_checkpoint": (["--num-heads=4"], "imported.ckpt: "),
     "convert": (["--max-images=4", "--step-images=2", "--data.img_size=32"], "report: "),
     "compare_activations": (["--", *SHORT_CSD], "qcfs"),
+    "export": (["--images=8", "--data.img_size=32"], "digits.onnx: "),
+    "predict": ([], "Predictions"),
     "profile_model": ([], "18.512 G"),
     "distill": ([*SHORT, "--trainer.limit_test_batches=1"], "_distill.yaml"),
     "analyze_attention": (["--max-images=4", "--data.img_size=32"], "page: "),
@@ -135,10 +140,21 @@ def test_tools(command, workplace, tree, finished, tool, capsys):
         trained = finished("digits", SHORT) / "version_0/checkpoints/best.ckpt"
         for name in ("BEFORE", "AFTER", "TEACHER"):
             shutil.copy(trained, name)
+    if "predict" in command:
+        pytest.importorskip("onnxruntime")
+        _export_a_network()
     script, *arguments = (str(tree) if word == "DIR" else word for word in shlex.split(command)[1:])
     short, says = TOOLS[Path(script).stem]
     assert tool(Path(script).stem).main([*arguments, *short]) == 0
     assert says in capsys.readouterr().out
+
+
+def _export_a_network():
+    """What the command before it writes, and an image."""
+    spiking = qsd.to_spike_driven(timm.create_model("qsd_tiny", num_classes=3, **SIZES).eval())
+    notes = {"class_names": ["cat", "dog", "cow"], "mean": [0.5] * 3, "std": [0.2] * 3}
+    to_onnx(spiking, "digits.onnx", notes=notes)
+    Image.new("RGB", (40, 30), (200, 100, 0)).save("IMAGE", "PNG")
 
 
 def test_no_command_is_left_out():

@@ -13,13 +13,12 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from qsd import QsdError, load_packed, report, to_spike_driven
+from qsd import QsdError, report, to_spike_driven
 from qsd.data import ImageData
 from qsd.data.arguments import add_data_arguments, data_from_arguments
-from qsd.spiking import SpikingNetwork, calibrate_delays
-from qsd.tasks import load_task
+from qsd.spiking import calibrate_delays
+from qsd.tasks import load_trained
 
 MERGE: dict[str, Any] = {"all": True, "none": False, "rep": "rep", "sep": "sep"}
 PARTS = {"train": "training", "val": "validation", "test": "test"}
@@ -92,17 +91,6 @@ def convert(options: Namespace, data: ImageData) -> report.Record:
         raster=options.raster,
         stages=[stage for stage in report.STAGES if stage not in options.leave_out],
     )
-
-
-def load_trained(path: Path) -> tuple[nn.Module, str]:
-    """The trained network of a checkpoint or a packed file, and its model's name."""
-    if path.suffix != ".safetensors":
-        task = load_task(path)
-        return task.model, task.hparams["model"]
-    network = load_packed(path)
-    if isinstance(network, SpikingNetwork):
-        network = network.trained.build()
-    return network, network.registered["name"]
 
 
 def delay_table(record: report.Record) -> Table:

@@ -15,6 +15,7 @@ from rich.console import Console
 from qsd import report
 from qsd.errors import QsdError
 from qsd.neurons import SpikeNeuron
+from qsd.packing import image_notes
 
 _PATIENCE = timedelta(days=7)  # of the processes that wait; the usual half hour would end a long conversion
 
@@ -125,7 +126,7 @@ class ConvertToSpikeDriven(Callback):
             task.model.to(device),
             _validation_images(trainer),
             folder,
-            notes=_notes(data),
+            notes=image_notes(data),
             name=str(task.hparams.get("model", type(task.model).__name__)),
             checkpoint=str(checkpoint),
             source=f"validation images{f' of {type(data).__name__}' if data is not None else ''}",
@@ -167,12 +168,6 @@ def _validation_images(trainer: Trainer) -> Any:
         return data.whole_part("val")
     loader = trainer.val_dataloaders
     return loader[0] if isinstance(loader, list) else loader
-
-
-def _notes(data: Any) -> dict[str, Any]:
-    """What a user of the packed file needs to know of the images."""
-    facts = {key: getattr(data, key, None) for key in ("class_names", "mean", "std", "img_size")}
-    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _from_first_process(message: str | None) -> str | None:

@@ -77,8 +77,8 @@ class ImageFolderData(ImageData):
         self.root = Path(root)
         self.mean, self.std = tuple(mean), tuple(std)
         self._class_names: list[str] | None = None
-        self._interpolation = interpolation
-        self._crop_pct = crop_pct
+        self.interpolation = interpolation
+        self.crop_pct = crop_pct
         self._augmentation_options: dict[str, Any] = {
             "auto_augment": auto_augment,
             "re_prob": random_erasing,
@@ -130,11 +130,11 @@ class ImageFolderData(ImageData):
     def train_transform(self) -> Transform:
         """See `ImageData`."""
         options = {**self._augmentation_options, "mean": self.mean, "std": self.std}
-        return crop_transform(self.img_size, self._interpolation, **options)
+        return crop_transform(self.img_size, self.interpolation, **options)
 
     def eval_transform(self) -> Transform:
         """See `ImageData`."""
-        return eval_transform(self.img_size, self._interpolation, self._crop_pct, mean=self.mean, std=self.std)
+        return eval_transform(self.img_size, self.interpolation, self.crop_pct, mean=self.mean, std=self.std)
 
     def _folder(self, part: Part) -> Path | None:
         return next((self.root / name for name in _FOLDERS[part] if (self.root / name).is_dir()), None)

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+from torch import nn
+
 from qsd.errors import QsdError
 from qsd.models.checkpoints import read_checkpoint
+from qsd.packing import load_packed
+from qsd.spiking import SpikingNetwork
 from qsd.tasks.classification import ClassificationTask
 
 
@@ -27,3 +31,22 @@ def load_task(path: str | Path) -> ClassificationTask:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise QsdError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def load_trained(path: str | Path) -> tuple[nn.Module, str]:
+    """The trained network of a checkpoint or a packed file, and its model's name.
+
+    Args:
+        path: ``.ckpt`` of a training, or a packed ``.safetensors`` file.
+
+    Raises:
+        QsdError: if the file cannot be read, is something else, or holds a model that timm does not know.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        task = load_task(path)
+        return task.model, task.hparams["model"]
+    network = load_packed(path)
+    if isinstance(network, SpikingNetwork):
+        network = network.trained.build()
+    return network, network.registered["name"]

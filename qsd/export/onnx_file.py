@@ -1,0 +1,91 @@
+"""Writing a converted network as an ONNX file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qsd._version import __version__
+from qsd.errors import QsdError
+from qsd.export.integers import IntegerGraph, calibrate
+from qsd.export.tracing import trace
+from qsd.spiking import SpikingNetwork
+from qsd.spiking.batches import Images, image_batches
+from qsd.spiking.rules import Merge
+
+KEY = "qsd"  # of the metadata
+
+
+def to_onnx(
+    spiking: SpikingNetwork,
+    path: str | Path,
+    integer: bool = False,
+    images: Images | None = None,
+    notes: Mapping[str, Any] | None = None,
+    round_inner: Merge = True,
+) -> None:
+    """Write a converted network as an ONNX file, for any runtime: its count domain, in one pass.
+
+    The graph takes ``images`` ``[B, C, H, W]`` (float32, any B) and gives ``logits`` ``[B, classes]``. Its metadata
+    have one entry, ``qsd``: JSON with ``kind``, ``time_steps``, ``image`` (``[C, H, W]``), ``inner`` and ``notes``.
+
+    In floats it is the network that `SpikingNetwork` evaluates. In integers (ours) spike counts are unsigned bytes,
+    weights signed bytes with values of their 2 to 8 bits (perhaps times a power of two), and convolutions on spikes are
+    integer ones. Where spikes are all that a layer sees and gives, the same counts come out, for every input. Values
+    between the convolutions of a chain (RepConv, SepConv) are rounded to 8 bits, on a grid from their least to their
+    largest value on the images; biases of such a chain to integers. ``inner`` tells the grids: least and largest step
+    of the channels, and the level of 0. A count that tips so can tip others. ``round_inner=False`` computes these
+    chains in floats, from weights of 8 bits, and with exact counts; with ``merged_bits=8`` in `qsd.to_spike_driven`
+    there are no inner values. The first layer, which sees the image, the sums of currents between blocks and
+    attention's products (of integers) are floats always.
+
+    Args:
+        spiking: with lossless delays: the file knows no time.
+        path: file to write; one that exists is replaced.
+        integer: write integers, which needs quantized weights.
+        images: whose height and width the file will take, and for integers, whose ranges are measured; a tensor or a
+            data loader. ``None`` for the size of ``spiking.example``.
+        notes: further facts to keep, as JSON: names of classes, normalisation.
+        round_inner: chains whose inner values become integers: True, False, ``"rep"`` (RepConv) or ``"sep"`` (SepConv).
+
+    Raises:
+        QsdError: if packages are missing, a delay is below T - 1, weights are floats where integers are asked for, or
+            the file cannot be written.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise QsdError(f"the folder {path.parent} does not exist; make it first.")
+    early = next((name for name, neuron in spiking.neurons().items() if neuron.delay < spiking.time_steps - 1), None)
+    if early is not None:
+        raise QsdError(
+            f"neuron {early} fires before its input is complete, and a file without time cannot tell what it does; "
+            "convert with the lossless delays, delay=None."
+        )
+    if round_inner not in (True, False, "rep", "sep"):
+        raise QsdError(f"round_inner={round_inner!r} is unknown; use True, False, 'rep' or 'sep'.")
+    try:
+        noted = json.dumps(dict(notes or {}))
+    except (TypeError, ValueError) as error:
+        raise QsdError(f"what is to be kept beside the weights is no JSON: {error}.") from error
+    grids = calibrate(spiking, images, round_inner) if integer else {}
+    example = spiking.example if images is None else next(image_batches(images, spiking, max_images=1))[0]
+    model = trace(spiking, example, whole_layers=integer)
+    if integer:
+        IntegerGraph(spiking, model, grids).write_out()
+    header = {
+        "kind": "integer" if integer else "float",
+        "time_steps": spiking.time_steps,
+        "image": list(example.shape[1:]),
+        "inner": {name: [float(g.unit.min()), float(g.unit.max()), g.zero_point] for name, g in grids.items()},
+        "notes": json.loads(noted),
+    }
+    model.producer_name, model.producer_version = "qsd", __version__
+    model.metadata_props.add(key=KEY, value=json.dumps(header))
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        partial.write_bytes(model.SerializeToString())
+        partial.replace(path)
+    except OSError as error:
+        raise QsdError(f"{path} cannot be written: {error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,153 @@
+"""ONNX files: floats give the count domain's classes, integers its counts."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import qsd
+from qsd.export import to_onnx
+from qsd.export.requantization import IntegerWeights, Requantization
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+QSD = ("qsd_tiny", {"embed_dims": (8, 16, 16, 16), "depth": 2, "num_heads": 2, "strides": (2, 2, 1, 2, 1)})
+CSD = ("csdformer_4_256", {"embed_dims": 32, "depth": 1, "num_heads": 2, "weight_bits": 4})
+
+
+def spiking_network(name, sizes, **options):
+    """With statistics, biases and layer scales that make every layer matter."""
+    model = timm.create_model(name, num_classes=10, **sizes).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight, 1, 0.3)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+        for key in ("layer_scale1", "layer_scale2"):
+            if hasattr(module, key):
+                torch.nn.init.constant_(getattr(module, key), 0.5)
+    images = torch.randn(16, 3, 32, 32)
+    qsd.initialize_neurons(model, images)
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(8, 3, 32, 32))
+    return qsd.to_spike_driven(model.eval(), **options), images
+
+
+def run(path, images, suffix=".time_steps"):
+    """Logits, and every neuron's counts by its name: what is clipped to at most T."""
+    model = onnx.load(path)
+    clips = [node for node in model.graph.node if node.op_type == "Clip" and node.input[2].endswith(suffix)]
+    for node in clips:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.UINT8, None))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    logits, *counts = session.run(None, {"images": images.numpy()})
+    return logits, {node.input[2].removesuffix(suffix): count for node, count in zip(clips, counts)}
+
+
+def operations(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.parametrize(
+    ("network", "conversion", "export"),
+    [
+        (CSD, {}, {}),  # no chains: nothing is rounded
+        (QSD, {"merged_bits": 8}, {}),  # no inner values
+        (QSD, {}, {"round_inner": False}),
+    ],
+)
+def test_without_inner_rounding_an_integer_file_has_the_same_counts(network, conversion, export, tmp_path):
+    spiking, images = spiking_network(*network, **conversion)
+    to_onnx(spiking, tmp_path / "int.onnx", True, images, **export)
+    logits, counts = run(tmp_path / "int.onnx", images)
+    expected = qsd.count_spikes(spiking, images)
+    assert counts.keys() == expected.keys()
+    for name, count in expected.items():
+        np.testing.assert_array_equal(counts[name], count.numpy(), err_msg=name)
+    torch.testing.assert_close(torch.from_numpy(logits), spiking(images), rtol=1e-4, atol=1e-5)
+    assert operations(tmp_path / "int.onnx").count("Conv") <= 1 + 2 * 16  # floats: the stem, and what is not rounded
+
+
+def test_inner_rounding_is_at_most_half_a_level(tmp_path):
+    spiking, images = spiking_network(*QSD)
+    to_onnx(spiking, tmp_path / "int.onnx", True, images)
+    assert operations(tmp_path / "int.onnx").count("Conv") == 1  # the stem, on the image
+    assert operations(tmp_path / "int.onnx").count("QLinearConv") > 10
+    name = "stem.blocks.0.sep_conv.reduce"  # the first one: its input is exact
+    model = onnx.load(tmp_path / "int.onnx")
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info(f"{name}.depthwise.output", onnx.TensorProto.UINT8, None)
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    levels = torch.from_numpy(session.run(None, {"images": images.numpy()})[-1])
+    header = json.loads(session.get_modelmeta().custom_metadata_map["qsd"])
+    _, largest, zero = header["inner"][f"{name}.depthwise"]
+    exact = []
+    spiking.chains()[name].factors["depthwise"].register_forward_hook(lambda _m, _i, output: exact.append(output))
+    spiking(images)
+    low, high = exact[0].min(), exact[0].max()
+    assert (high - low) / 255 * 0.9 < largest < (high - low) / 255 * 1.3  # the grid holds the range, and little more
+    units = exact[0].abs().amax((0, 2, 3)) / (levels.float() - zero).abs().amax((0, 2, 3))
+    error = ((levels.float() - zero) * units.view(-1, 1, 1) - exact[0]).abs()
+    assert float(error.max()) <= 0.6 * largest
+
+
+def test_the_float_file_takes_any_number_of_images_and_gives_the_same_logits(tmp_path):
+    spiking, images = spiking_network(*QSD)
+    to_onnx(spiking, tmp_path / "float.onnx", notes={"class_names": ["a"]})
+    session = onnxruntime.InferenceSession(tmp_path / "float.onnx", providers=["CPUExecutionProvider"])
+    for size in (1, 3, 16):
+        logits = session.run(None, {"images": images[:size].numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(logits), spiking(images[:size]), rtol=1e-4, atol=1e-4)
+    header = json.loads(session.get_modelmeta().custom_metadata_map["qsd"])
+    assert header["notes"] == {"class_names": ["a"]}
+    assert header["image"] == [3, 32, 32]
+
+
+@pytest.mark.parametrize("time_steps", [1, 3, 4, 8])
+def test_integer_requantization_gives_the_neurons_count_for_every_sum(time_steps):
+    generator = np.random.RandomState(time_steps)
+    weights = IntegerWeights(
+        generator.randint(-8, 8, (40, 6)).astype(float), generator.uniform(0.01, 0.1, 40), generator.normal(0, 0.3, 40)
+    )
+    threshold = 1 / time_steps
+    numbers = Requantization.counting(weights, threshold, time_steps)
+    assert numbers is not None
+    finer = weights.finer(time_steps)
+    for channel in range(40):
+        rows = weights.integers[channel]
+        sums = np.arange(time_steps * rows.clip(max=0).sum(), time_steps * rows.clip(min=0).sum() + 1)
+        drive = (sums * weights.scale[channel] + weights.bias[channel]) / threshold
+        expected = np.floor(drive + 0.5).clip(0, time_steps)
+        total = (sums * finer[channel] + numbers.bias[channel]).astype(np.float32)
+        np.testing.assert_array_equal(np.rint(total * numbers.multiplier[channel]).clip(0, time_steps), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"integer": True}, "needs images"),
+        ({"notes": {"a": object()}}, "is no JSON"),
+        ({"round_inner": "all"}, "round_inner='all' is unknown"),
+        ({"path": "nowhere/a.onnx"}, "does not exist; make it first"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spiking, _ = spiking_network(*QSD)
+    with pytest.raises(qsd.QsdError, match=message):
+        to_onnx(spiking, **{"path": "a.onnx", **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_early_neurons_and_float_weights_are_refused(tmp_path):
+    spiking, images = spiking_network(*QSD, delay=1)
+    with pytest.raises(qsd.QsdError, match="fires before its input is complete"):
+        to_onnx(spiking, tmp_path / "a.onnx")
+    spiking, images = spiking_network(CSD[0], {**CSD[1], "weight_bits": 0})
+    with pytest.raises(qsd.QsdError, match="has float weights"):
+        to_onnx(spiking, tmp_path / "a.onnx", True, images)
