@@ -338,11 +338,13 @@ class IntegerGraph:
         unit = self._constant(f"{name}.unit", weights.scale, np.float32)
         if x in self._is_counts:
             total = self._add("MatMulInteger", [x, whole], f"{name}.sum")
-            values = self._add("Cast", [total], f"{name}.float", to=self._onnx.TensorProto.FLOAT)
-            values = self._add("Mul", [values, unit], f"{name}.scaled")
+            total = self._add("Cast", [total], f"{name}.float", to=self._onnx.TensorProto.FLOAT)
         else:
-            floats = self._add("DequantizeLinear", [whole, unit], f"{name}.floats", axis=1)
-            values = self._add("MatMul", [x, floats], f"{name}.scaled")
+            # DequantizeLinear would say the same, but ONNX Runtime makes one operation of it and the product, and
+            # rounds the other operand.
+            floats = self._add("Cast", [whole], f"{name}.floats", to=self._onnx.TensorProto.FLOAT)
+            total = self._add("MatMul", [x, floats], f"{name}.sum")
+        values = self._add("Mul", [total, unit], f"{name}.scaled")
         self._add("Add", [values, self._constant(f"{name}.bias", weights.bias, np.float32)], y)
 
     def _max_pool(self, name: str, x: str, y: str) -> None:
