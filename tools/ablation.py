@@ -57,12 +57,12 @@ class Settings:
     """
 
     images: int = 200
-    epochs: int = 60
-    batch_size: int = 25
-    base_lr: float = 3.2e-2
+    epochs: int = 75
+    batch_size: int = 50
+    base_lr: float = 9.6e-2
     teacher_lr: float = 1.6e-2
-    attention_weight: float = 0.01
-    logits_weight: float = 0.0
+    attention_weight: float = 0.03
+    logits_weight: float = 1.0
 
 
 @dataclass(frozen=True)
