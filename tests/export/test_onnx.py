@@ -151,3 +151,13 @@ def test_early_neurons_and_float_weights_are_refused(tmp_path):
     spiking, images = spiking_network(CSD[0], {**CSD[1], "weight_bits": 0})
     with pytest.raises(qsd.QsdError, match="has float weights"):
         to_onnx(spiking, tmp_path / "a.onnx", True, images)
+
+
+def test_a_file_takes_no_other_image_size_because_its_thresholds_hold_the_number_of_tokens(tmp_path):
+    spiking, images = spiking_network(*CSD)
+    for integer in (False, True):
+        to_onnx(spiking, tmp_path / "a.onnx", integer, images)
+        session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+        assert session.get_inputs()[0].shape[1:] == [3, 32, 32]
+        with pytest.raises(Exception, match="Got invalid dimensions for input: images"):
+            session.run(None, {"images": np.zeros((1, 3, 48, 48), np.float32)})
