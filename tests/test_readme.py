@@ -141,7 +141,6 @@ def test_tools(command, workplace, tree, finished, tool, capsys):
         for name in ("BEFORE", "AFTER", "TEACHER"):
             shutil.copy(trained, name)
     if "predict" in command:
-        pytest.importorskip("onnxruntime")
         _export_a_network()
     script, *arguments = (str(tree) if word == "DIR" else word for word in shlex.split(command)[1:])
     short, says = TOOLS[Path(script).stem]

@@ -1,7 +1,8 @@
-"""Write the network of a checkpoint for other programs: an ONNX file in floats or in integers, or a packed file.
+"""Write the network of a checkpoint for other programs: ONNX in floats or in integers, packed, or a part of it in NIR.
 
 python tools/export.py CHECKPOINT --format onnx-int8 --config configs/digits.yaml
 python tools/export.py CHECKPOINT --format packed --data ImageFolderData --data.root DIR
+python tools/export.py CHECKPOINT --format nir --part stem --config configs/digits.yaml
 """
 
 import argparse
@@ -14,12 +15,12 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from qsd import QsdError, measure_energy, save_packed, to_spike_driven
 from qsd.data import ImageData
 from qsd.data.arguments import add_data_arguments, data_from_arguments
-from qsd.export import to_onnx
+from qsd.export import to_nir, to_onnx
 from qsd.packing import image_notes
 from qsd.spiking.batches import image_batches
 from qsd.tasks import load_trained
 
-ENDINGS = {"onnx": ".onnx", "onnx-int8": ".int8.onnx", "packed": ".packed.safetensors"}
+ENDINGS = {"onnx": ".onnx", "onnx-int8": ".int8.onnx", "packed": ".packed.safetensors", "nir": ".nir"}
 INNER: dict[str, Any] = {"all": True, "none": False, "rep": "rep", "sep": "sep"}
 
 
@@ -33,6 +34,7 @@ def build_parser(config: str | None) -> ArgumentParser:
     add_data_arguments(parser, config)
     parser.add_argument("--images", type=int, default=200, help="validation images that ranges and energy are taken of")
     parser.add_argument("--merged-bits", type=int, help="merge chains of convolutions into kernels of so many bits")
+    parser.add_argument("--part", default="", help="module of the network, by its dotted name, that is written (nir)")
     parser.add_argument("--round-inner", choices=tuple(INNER), default="all",
                         help="chains of convolutions whose inner values become integers (onnx-int8)")  # fmt: skip
     return parser
@@ -55,6 +57,10 @@ def export(options: Namespace, data: ImageData) -> Path:
     if options.images < 1:
         raise QsdError(f"--images={options.images} is not positive.")
     trained, _ = load_trained(checkpoint)
+    if options.format == "nir":
+        return export_part(trained.eval(), options.part, target, data)
+    if options.part:
+        raise QsdError(f"--part={options.part} is for --format nir; other formats hold whole networks.")
     spiking = to_spike_driven(trained.eval(), merged_bits=options.merged_bits)
     batches = image_batches(data.whole_part("val"), spiking, options.images, "reading validation images")
     images = [batch for batch, _ in batches]
@@ -64,6 +70,28 @@ def export(options: Namespace, data: ImageData) -> Path:
         save_packed(spiking, target, notes)
     else:
         to_onnx(spiking, target, options.format == "onnx-int8", images, notes, INNER[options.round_inner])
+    return target
+
+
+def export_part(trained: Any, part: str, target: Path, data: ImageData) -> Path:
+    """Write a part without products of activations as a NIR graph.
+
+    Args:
+        trained: the network.
+        part: dotted name of a module, or nothing for the whole network.
+        target: file to write.
+        data: whose first validation image tells the size.
+
+    Raises:
+        QsdError: for an unknown part, and for what NIR cannot express.
+    """
+    modules = dict(trained.named_modules())
+    if part not in modules:
+        raise QsdError(
+            f"--part={part} is no module of the network, such as {', '.join(dict(trained.named_children()))}."
+        )
+    images, _ = next(iter(data.whole_part("val")))
+    to_nir(to_spike_driven(modules[part], example=images[:1]), target, notes=image_notes(data))
     return target
 
 
@@ -77,7 +105,8 @@ def main(args: list[str] | None = None) -> int:
     except (QsdError, ArgumentError, OSError) as error:
         print(f"export: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{target}: {target.stat().st_size / 1e6:.2f} MB; use it with tools/predict.py IMAGE --model {target}")
+    use = f"tools/predict.py IMAGE --model {target}" if options.format != "nir" else f"the schedule {target}.json"
+    print(f"{target}: {target.stat().st_size / 1e6:.2f} MB; use it with {use}")
     return 0
 
 

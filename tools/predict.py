@@ -63,6 +63,7 @@ class Predictor:
         lossless = all(neuron.delay >= spiking.time_steps - 1 for neuron in spiking.neurons().values())
         self.logits = spiking if lossless else lambda images: spiking.simulate(images).logits
         self.energy = lambda images: measure_energy(spiking, images).total
+        self.energy_of = "of the spikes that each image causes"
 
     def _load_onnx(self, path: Path) -> None:
         try:
@@ -84,6 +85,7 @@ class Predictor:
         self.logits = lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         # Spikes of an integer network are not seen from outside: what the export measured.
         noted = self.notes.get("energy_mj", {}).get("integer")
+        self.energy_of = "of the integer network, mean of the images of the export"
         self.energy = lambda _: noted
 
     def read(self, path: str) -> Tensor:
@@ -121,6 +123,7 @@ def predict(images: list[str], predictor: Predictor, top: int) -> Table:
     """
     pictures = [predictor.read(path) for path in images]  # all of them first: a mistake costs no waiting
     table = Table("image", "class", "probability", "ms", "µJ", title="Predictions", title_justify="left")
+    table.caption = f"energy: {predictor.energy_of}"
     for path, picture in zip(images, pictures):
         predictor.logits(picture)
         times = []

@@ -8,7 +8,7 @@ from typing import Any
 from qsd._version import __version__
 from qsd.errors import QsdError
 from qsd.export.integers import IntegerGraph, calibrate
-from qsd.export.tracing import trace
+from qsd.export.tracing import check_target, trace
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.rules import Merge
@@ -53,14 +53,7 @@ def to_onnx(
             the file cannot be written.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise QsdError(f"the folder {path.parent} does not exist; make it first.")
-    early = next((name for name, neuron in spiking.neurons().items() if neuron.delay < spiking.time_steps - 1), None)
-    if early is not None:
-        raise QsdError(
-            f"neuron {early} fires before its input is complete, and a file without time cannot tell what it does; "
-            "convert with the lossless delays, delay=None."
-        )
+    check_target(spiking, path)
     if round_inner not in (True, False, "rep", "sep"):
         raise QsdError(f"round_inner={round_inner!r} is unknown; use True, False, 'rep' or 'sep'.")
     try:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,26 @@ from qsd.spiking.layers import (
 )
 
 DOMAIN = "qsd"  # of nodes that stand for a layer of ours until it is written out
+
+
+def check_target(spiking: SpikingNetwork, path: Path) -> None:
+    """Refuse what cannot be written, before work begins.
+
+    Args:
+        spiking: the network.
+        path: file to write.
+
+    Raises:
+        QsdError: if the folder is missing, or a neuron's delay is below T - 1.
+    """
+    if not path.parent.is_dir():
+        raise QsdError(f"the folder {path.parent} does not exist; make it first.")
+    early = next((name for name, neuron in spiking.neurons().items() if neuron.delay < spiking.time_steps - 1), None)
+    if early is not None:
+        raise QsdError(
+            f"neuron {early} fires before its input is complete, and no file tells what it does then; convert with the "
+            "lossless delays, delay=None."
+        )
 
 
 def trace(spiking: SpikingNetwork, example: Tensor, whole_layers: bool) -> Any:

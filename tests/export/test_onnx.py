@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 import qsd
@@ -12,30 +11,11 @@ from qsd.export import to_onnx
 from qsd.export.integers import calibrate
 from qsd.export.requantization import IntegerWeights, Requantization
 
+from .networks import CSD, QSD, spiking_network
+
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-QSD = ("qsd_tiny", {"embed_dims": (8, 16, 16, 16), "depth": 2, "num_heads": 2, "strides": (2, 2, 1, 2, 1)})
-CSD = ("csdformer_4_256", {"embed_dims": 32, "depth": 1, "num_heads": 2, "weight_bits": 4})
-
-
-def spiking_network(name, sizes, **options):
-    """With statistics, biases and layer scales that make every layer matter."""
-    model = timm.create_model(name, num_classes=10, **sizes).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.weight, 1, 0.3)
-            torch.nn.init.normal_(module.bias, 0, 0.3)
-        for key in ("layer_scale1", "layer_scale2"):
-            if hasattr(module, key):
-                torch.nn.init.constant_(getattr(module, key), 0.5)
-    images = torch.randn(16, 3, 32, 32)
-    qsd.initialize_neurons(model, images)
-    with torch.no_grad():
-        for _ in range(20):
-            model(torch.randn(8, 3, 32, 32))
-    return qsd.to_spike_driven(model.eval(), **options), images
 
 
 def run(path, images, suffix=".time_steps"):

@@ -1,0 +1,28 @@
+"""Small networks to export."""
+
+import timm
+import torch
+
+import qsd
+
+QSD = ("qsd_tiny", {"embed_dims": (8, 16, 16, 16), "depth": 2, "num_heads": 2, "strides": (2, 2, 1, 2, 1)})
+CSD = ("csdformer_4_256", {"embed_dims": 32, "depth": 1, "num_heads": 2, "weight_bits": 4})
+
+
+def spiking_network(name, sizes, part=None, **options):
+    """With statistics, biases and layer scales that make every layer matter."""
+    model = timm.create_model(name, num_classes=10, **sizes).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight, 1, 0.3)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+        for key in ("layer_scale1", "layer_scale2"):
+            if hasattr(module, key):
+                torch.nn.init.constant_(getattr(module, key), 0.5)
+    images = torch.randn(16, 3, 32, 32)
+    qsd.initialize_neurons(model, images)
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(8, 3, 32, 32))
+    model = model.eval() if part is None else model.eval().get_submodule(part)
+    return qsd.to_spike_driven(model, **options), images
