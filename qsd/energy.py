@@ -12,6 +12,7 @@ Energy is computed from operation counts with the prices of one multiply-accumul
   ``ceil(log2(T + 1))`` bits, a MAC for every dense operation.
 """
 
+import copy
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -41,6 +42,8 @@ Preset = Literal["fp32", "fp16", "int8"]
 # Price of a multiply-accumulate and of an accumulate, in pJ.
 PRESETS: dict[Preset, tuple[float, float]] = {"fp32": (4.6, 0.9), "fp16": (1.5, 0.4), "int8": (0.23, 0.03)}
 COLUMNS = ("merged", "unmerged", "papers", "integer")
+# Multiplications for a value of an interpolated map.
+_TAPS = {"upsample_bilinear2d": 4, "_upsample_bilinear2d_aa": 4, "upsample_bicubic2d": 16}
 
 
 @dataclass
@@ -48,10 +51,11 @@ class LayerEnergy:
     """Operations of one layer and their energy, per image.
 
     Attributes:
-        name: dotted name in the trained model.
+        name: dotted name in the trained model; of a layer that runs on several levels of a pyramid by level.
         kind: ``"stem"`` (sees the image), ``"synapse"``, ``"product"`` (of attention), ``"pool"`` (running sums of a
-            max-pool behind a neuron that fires early), ``"mean"`` (over positions), or ``"other"`` (an operation
-            outside our layers, priced as dense MACs everywhere).
+            max-pool behind a neuron that fires early), ``"mean"`` (over positions), ``"resize"`` (interpolation of
+            currents: weighted sums, MACs everywhere, once per image on their sums over the window), or ``"other"``
+            (an operation outside our layers, priced as dense MACs everywhere).
         spikes: that came in.
         rate: firing rate of the neurons they came from, spikes per neuron and step (0 to 1).
         additions: accumulates, ``merged`` and ``unmerged``.
@@ -61,7 +65,7 @@ class LayerEnergy:
     """
 
     name: str
-    kind: Literal["stem", "synapse", "product", "pool", "mean", "other"]
+    kind: Literal["stem", "synapse", "product", "pool", "mean", "resize", "other"]
     spikes: float = 0.0
     rate: float = 0.0
     additions: dict[str, float] = field(default_factory=lambda: {"merged": 0.0, "unmerged": 0.0})
@@ -166,19 +170,20 @@ def measure_energy(
     """
     if preset not in PRESETS:
         raise QsdError(f"preset={preset!r} is unknown; use one of {', '.join(PRESETS)}.")
-    chains = [m for m in spiking.network.modules() if isinstance(m, SpikingChain)]
-    merged = all(chain.merged is not None or len(chain.convolutions) == 1 for chain in chains)
-    energy = Energy(preset, spiking.time_steps, merged)
-    counter = _Counter(spiking)
+    counter = OperationCounter(spiking)
+    seen = 0
     for batch, _ in image_batches(images, spiking, max_images, "energy" if progress else None):
         counter.run(batch)
-        energy.images += len(batch)
-    energy.layers = [counter.finished(layer, energy) for layer in counter.layers.values()]
-    return energy
+        seen += len(batch)
+    return counter.energy(preset, seen)
 
 
-class _Counter:
-    """Adds up operations of all batches, by layer."""
+class OperationCounter:
+    """Adds up the operations of all runs of a network that is run from outside; `measure_energy` runs one itself.
+
+    Args:
+        spiking: the converted network.
+    """
 
     def __init__(self, spiking: SpikingNetwork) -> None:
         self.spiking, self.time_steps = spiking, spiking.time_steps
@@ -188,21 +193,40 @@ class _Counter:
         self.cells: dict[str, float] = {}  # neurons x steps that could have fired
         self.watch = Watch(spiking, self._operation)
 
-    def run(self, images: Tensor) -> None:
+    @torch.no_grad()
+    def run(self, images: Tensor) -> Any:
+        """Run the network and count.
+
+        Args:
+            images: ``[B, C, H, W]``, or currents.
+
+        Returns:
+            The network's output.
+        """
         counted = SpikingLinear | SpikingProduct | SpikingQuery | SpikingMaxPool
         modules = [m for m in self.spiking.network.modules() if isinstance(m, counted)]
-        handles = [module.register_forward_pre_hook(self._layer) for module in modules]
+        handles = [module.register_forward_hook(self._layer) for module in modules]
         try:
             with self.watch.on(images):
-                if self.lossless:
-                    self.spiking(images)
-                else:
-                    self.spiking.simulate(images)
+                return self.spiking(images) if self.lossless else self.spiking.simulate(images).logits
         finally:
             for handle in handles:
                 handle.remove()
 
-    def finished(self, layer: LayerEnergy, energy: Energy) -> LayerEnergy:
+    def energy(self, preset: Preset, images: int) -> Energy:
+        """What was counted up to here, per image.
+
+        Args:
+            preset: of prices.
+            images: that the runs belong to; a network of regions runs on many of them per image.
+        """
+        chains = self.spiking.chains().values()
+        merged = all(chain.merged is not None or len(chain.convolutions) == 1 for chain in chains)
+        energy = Energy(preset, self.time_steps, merged, images)
+        energy.layers = [self._finished(copy.deepcopy(layer), energy) for layer in self.layers.values()]
+        return energy
+
+    def _finished(self, layer: LayerEnergy, energy: Energy) -> LayerEnergy:
         mac, ac = (price * 1e-9 for price in PRESETS[energy.preset])  # pJ to mJ
         cells = self.cells.get(layer.name, 0)
         layer.rate = layer.spikes / cells if cells else 0.0
@@ -215,12 +239,12 @@ class _Counter:
         layer.energy_mj = {
             "merged": layer.macs["merged"] * mac + layer.additions["merged"] * ac,
             "unmerged": layer.macs["unmerged"] * mac + layer.additions["unmerged"] * ac,
-            "papers": layer.macs["integer"] * mac if layer.kind in ("stem", "other") else papers,
+            "papers": layer.macs["integer"] * mac if layer.kind in ("stem", "resize", "other") else papers,
             "integer": layer.macs["integer"] * mac,
         }
         return layer
 
-    def _layer(self, module: TimedLayer, inputs: tuple[Tensor, ...]) -> None:
+    def _layer(self, module: TimedLayer, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
         if self.spiking.runtime.mode == "trace":
             return
         with torch.utils._python_dispatch._disable_current_modes():
@@ -251,7 +275,7 @@ class _Counter:
                 "SpikingDense."
             )
         stem = self.watch.is_image(x)
-        entry = self.layers.setdefault(module.name, LayerEnergy(module.name, "stem" if stem else "synapse"))
+        entry = self.layers.setdefault(module.call, LayerEnergy(module.call, "stem" if stem else "synapse"))
         images = len(x) if stem or self.lossless else len(x) / self.time_steps
         entry.macs["integer"] += images * sum(dense)
         if stem:
@@ -260,28 +284,28 @@ class _Counter:
             return
         spikes = float(x.sum(dtype=torch.float64))
         neurons = images * x[0].numel() * self.time_steps
-        self.cells[module.name] = self.cells.get(module.name, 0) + neurons
+        self.cells[module.call] = self.cells.get(module.call, 0) + neurons
         entry.spikes += spikes
         for key, fan in zip(("merged", "unmerged"), fan_outs):
             entry.additions[key] += float((x.double() * fan).sum())
         entry.macs["unmerged"] += images * sum(dense[1:])
-        self.dense[module.name] = self.dense.get(module.name, 0) + spikes / neurons * self.time_steps * images * sum(
+        self.dense[module.call] = self.dense.get(module.call, 0) + spikes / neurons * self.time_steps * images * sum(
             dense
         )
 
     def _pool(self, module: SpikingMaxPool, x: Tensor) -> None:
         if self.lossless or module.without_gaps or self.watch.is_image(x):
             return
-        entry = self.layers.setdefault(module.name, LayerEnergy(module.name, "pool"))
+        entry = self.layers.setdefault(module.call, LayerEnergy(module.call, "pool"))
         spikes = float(x.sum(dtype=torch.float64))
-        self.cells[module.name] = self.cells.get(module.name, 0) + x.numel()
+        self.cells[module.call] = self.cells.get(module.call, 0) + x.numel()
         entry.spikes += spikes
         for key in ("merged", "unmerged"):
             entry.additions[key] += spikes  # each raises one running sum
 
     def _product(self, module: TimedLayer, left: Tensor, right: Tensor) -> None:
         rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
-        entry = self.layers.setdefault(module.name, LayerEnergy(module.name, "product", zero_skipping=0.0))
+        entry = self.layers.setdefault(module.call, LayerEnergy(module.call, "product", zero_skipping=0.0))
         assert entry.zero_skipping is not None
         products = left.numel() // left.shape[0] // (rows * inner) * rows * inner * columns
         images = len(right) if self.lossless else len(right) / self.time_steps
@@ -304,8 +328,8 @@ class _Counter:
         entry.macs["integer"] += images * products
         for key in ("merged", "unmerged"):
             entry.additions[key] += additions
-        self.cells[module.name] = self.cells.get(module.name, 0) + cells
-        self.dense[module.name] = self.dense.get(module.name, 0) + rate * self.time_steps * images * products
+        self.cells[module.call] = self.cells.get(module.call, 0) + cells
+        self.dense[module.call] = self.dense.get(module.call, 0) + rate * self.time_steps * images * products
 
     def _zero_skipping(self, left: Tensor, right: Tensor) -> float:
         """Additions where the running sums that a spike meets are not zero."""
@@ -322,7 +346,12 @@ class _Counter:
             return
         x = operation.activations[0]
         name = f"{operation.name} ({operation.torch_name})"
-        if operation.kind == "reduction":
+        if operation.torch_name in _TAPS:
+            entry = self.layers.setdefault(name, LayerEnergy(name, "resize"))
+            macs = operation.output.numel() * _TAPS[operation.torch_name]
+            for key in entry.macs:
+                entry.macs[key] += macs if self.lossless else macs / self.time_steps
+        elif operation.kind == "reduction":
             entry = self.layers.setdefault(name, LayerEnergy(name, "mean"))
             values = x.double()
             counts = bool(

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from qsd.errors import QsdError
 from qsd.spiking.batches import Images, image_batches
@@ -135,14 +136,46 @@ def audit_spike_driven(
     Raises:
         QsdError: if there are no images.
     """
-    audit, found = Audit(), dict[tuple[str, str], AuditedOperation]()
-    watch = Watch(spiking, lambda operation: _look(operation, found))
+    auditor = Auditor(spiking, delay)
+    seen = 0
     for batch, _ in image_batches(images, spiking, max_images, "audit" if progress else None):
-        with watch.on(batch):
-            spiking.simulate(batch, delay)
-        audit.images += len(batch)
-    audit.operations = list(found.values())
-    return audit
+        auditor.run(batch)
+        seen += len(batch)
+    return auditor.audit(seen)
+
+
+class Auditor:
+    """An audit in progress, of a network that is run from outside; `audit_spike_driven` runs one itself.
+
+    Args:
+        spiking: the converted network.
+        delay: as in `SpikingNetwork.simulate`.
+    """
+
+    def __init__(self, spiking: SpikingNetwork, delay: Delay = None) -> None:
+        self.spiking, self.delay = spiking, delay
+        self._found: dict[tuple[str, str], AuditedOperation] = {}
+        self._watch = Watch(spiking, lambda operation: _look(operation, self._found))
+
+    def run(self, images: Tensor) -> Any:
+        """Step through the network and look on.
+
+        Args:
+            images: ``[B, C, H, W]``, or currents.
+
+        Returns:
+            The network's output.
+        """
+        with self._watch.on(images):
+            return self.spiking.simulate(images, self.delay).logits
+
+    def audit(self, images: int) -> Audit:
+        """What was found up to here.
+
+        Args:
+            images: how many were looked at.
+        """
+        return Audit(list(self._found.values()), images)
 
 
 _ORDER: tuple[Status, ...] = ("unproven", "binary", "integer", "analog")

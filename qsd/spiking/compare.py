@@ -1,15 +1,13 @@
 """How far two forms of one network agree: counts, classes, and why a count differs."""
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from qsd.neurons import SpikeNeuron
 from qsd.spiking.batches import Images, image_batches
-from qsd.spiking.network import SpikingNetwork
+from qsd.spiking.network import SpikingNetwork, named_calls, watch_neurons
 
 
 @dataclass
@@ -72,29 +70,18 @@ def compare_counts(
         progress: show a progress bar.
     """
     comparison = Comparison("", way)
-    drives: dict[str, Tensor] = {}
-    neurons = {name: m for name, m in trained.named_modules() if isinstance(m, SpikeNeuron)}
-    handles = [m.register_forward_hook(partial(_keep_drive, drives, name)) for name, m in neurons.items()]
     title = f"compare ({way})" if progress else None
-    try:
-        for batch, _ in image_batches(images, spiking, max_images, title):
-            drives.clear()
-            counts: dict[str, Tensor] = {}
+    for batch, _ in image_batches(images, spiking, max_images, title):
+        counts: dict[str, Tensor] = {}
+        with watch_neurons(trained, lambda neuron, *inputs: neuron.drive(*inputs)) as drives:
             expected = trained(batch)
-            with spiking.runtime.counting(counts):
-                logits = spiking(batch) if way == "count" else spiking.simulate(batch, spiking.time_steps - 1).logits
-            comparison.dtype = str(batch.dtype).removeprefix("torch.")
-            comparison.images += len(batch)
-            comparison.equal_classes += int((logits.argmax(-1) == expected.argmax(-1)).sum())
-            _explain(comparison, drives, counts, spiking.time_steps)
-    finally:
-        for handle in handles:
-            handle.remove()
+        with spiking.runtime.counting(counts):
+            logits = spiking(batch) if way == "count" else spiking.simulate(batch, spiking.time_steps - 1).logits
+        comparison.dtype = str(batch.dtype).removeprefix("torch.")
+        comparison.images += len(batch)
+        comparison.equal_classes += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+        _explain(comparison, named_calls(drives), counts, spiking.time_steps)
     return comparison
-
-
-def _keep_drive(drives: dict[str, Tensor], name: str, module: SpikeNeuron, inputs: tuple[Any, ...], _: Tensor) -> None:
-    drives[name] = module.drive(*inputs)
 
 
 def _explain(comparison: Comparison, drives: dict[str, Tensor], counts: dict[str, Tensor], time_steps: int) -> None:

@@ -15,7 +15,7 @@ from qsd.errors import QsdError
 from qsd.functional import exact_matmul, pad_frame, spike_count
 from qsd.neurons import SpikeNeuron
 from qsd.spiking.clock import Window
-from qsd.spiking.runtime import IMAGE, Runtime, TracedTensor, plain
+from qsd.spiking.runtime import IMAGE, Runtime, TracedTensor, matches, plain
 from qsd.spiking.steps import charge, fire, pool_increment, product_increment
 
 _NEURONS_AT_A_TIME = 2**16
@@ -23,6 +23,9 @@ _NEURONS_AT_A_TIME = 2**16
 
 class TimedLayer(nn.Module):
     """A layer of a converted network, in its modes: ``count``, ``step``, and ``tick`` on a clock.
+
+    It may run several times in a pass, on the levels of a pyramid: ``call`` is the name of the present call, and each
+    call has a state of its own (a chip would have a copy of the layer for each level).
 
     Args:
         name: dotted name in the trained model.
@@ -32,6 +35,7 @@ class TimedLayer(nn.Module):
     def __init__(self, name: str, runtime: Runtime) -> None:
         super().__init__()
         self.name, self.runtime = name, runtime
+        self.call = name
 
     def count(self, *inputs: Tensor) -> Tensor:
         """Sums over the window to sums over the window, ``[B, ...]``.
@@ -80,6 +84,7 @@ class TimedLayer(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the mode of the runtime asks for."""
         runtime = self.runtime
+        self.call = runtime.call(self.name)
         if runtime.mode == "count":
             return self.count(*inputs)
         if runtime.mode == "step":
@@ -87,11 +92,11 @@ class TimedLayer(nn.Module):
         inputs, arrival = runtime.aligned(inputs)
         if runtime.mode == "trace":
             self.check_sources(*inputs)
-            runtime.occupation[self.name] = self.occupation()
+            runtime.occupation[self.call] = self.occupation()
             output = self.count(*(plain(x) for x in inputs))
         else:
             image = any(getattr(x, "source", None) is IMAGE for x in inputs)
-            output = self.tick(runtime.clock.window(self.name, arrival, image), *(plain(x) for x in inputs))
+            output = self.tick(runtime.clock.window(self.call, arrival, image), *(plain(x) for x in inputs))
         return TracedTensor.mark(output, self.source(), arrival + self.lag(), runtime)
 
 
@@ -145,7 +150,7 @@ class DelayedNeuron(TimedLayer):
         x, *scale = inputs
         counts = spike_count(x / self._threshold(*scale) if scale else self.drive(x), self.time_steps)
         if self.runtime.on_counts is not None:
-            self.runtime.on_counts(self.name, counts)
+            self.runtime.on_counts(self.call, counts)
         return self._emit(counts)
 
     def _threshold(self, scale: float = 1.0) -> float:
@@ -156,7 +161,7 @@ class DelayedNeuron(TimedLayer):
         runtime, steps = self.runtime, self.time_steps
         if runtime.is_constant(x):
             raise self._sees_an_image()
-        delay, threshold, records = self.lag(), self._threshold(*scale), runtime.records(self.name)
+        delay, threshold, records = self.lag(), self._threshold(*scale), matches(self.call, runtime.record)
         if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
         currents = runtime.split(x)
@@ -177,11 +182,11 @@ class DelayedNeuron(TimedLayer):
                 if t >= delay:
                     fire(membrane, threshold, spike[t - delay])
         if records:
-            runtime.trace.spikes[self.name] = spikes.bool()
-            runtime.trace.counts[self.name] = spikes.sum(0, dtype=torch.uint8)
-            runtime.trace.membrane[self.name] = potentials
+            runtime.trace.spikes[self.call] = spikes.bool()
+            runtime.trace.counts[self.call] = spikes.sum(0, dtype=torch.uint8)
+            runtime.trace.membrane[self.call] = potentials
         if runtime.on_counts is not None:
-            runtime.on_counts(self.name, spikes.sum(0))
+            runtime.on_counts(self.call, spikes.sum(0))
         return self._emit(spikes.flatten(0, 1))
 
     def tick(self, window: Window, *inputs: Any) -> Tensor:
@@ -198,11 +203,14 @@ class DelayedNeuron(TimedLayer):
             fire(state["membrane"], threshold, spikes)
             state["count"] = state["count"] + spikes
         if self.runtime.on_counts is not None and window.step == delay + self.time_steps:
-            self.runtime.on_counts(self.name, state["count"])
+            self.runtime.on_counts(self.call, state["count"])
         return self._emit(spikes)
 
     def _sees_an_image(self) -> QsdError:
-        return QsdError(f"neuron {self.name} sees an image: put a convolution or linear layer of ours before it.")
+        return QsdError(
+            f"neuron {self.name} sees an image: put a convolution or linear layer of ours before it; if the input is "
+            "currents and no image, convert with currents=True."
+        )
 
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, threshold={self.threshold:g}, delay={self.delay}"

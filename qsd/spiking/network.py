@@ -2,8 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from qsd.neurons import LearnedStepNeuron, SpikeNeuron
 from qsd.spiking.clock import Clock
 from qsd.spiking.layers import DelayedNeuron, SpikingChain, SpikingLinear
 from qsd.spiking.rules import Conversion, Merge, check_merge
-from qsd.spiking.runtime import IMAGE, Runtime, Stream, Trace, TracedTensor, delay_choice, plain
+from qsd.spiking.runtime import IMAGE, Runtime, Stream, Trace, TracedTensor, call_names, delay_choice, matches, plain
 
 logger = logging.getLogger(__name__)
 
 Delay = int | Mapping[str, int] | None
 
 _PIXELS_AT_A_TIME = 16 * 224 * 224  # times steps, of a simulation
+_DEPTH = 16  # values that a network holds for a pixel of an image, about, in its largest layer
 
 
 class SpikingNetwork(nn.Module):
@@ -38,6 +39,7 @@ class SpikingNetwork(nn.Module):
         trained: what it was converted from, for packed files.
         merge: see `to_spike_driven`.
         merged_bits: see `to_spike_driven`.
+        currents: see `to_spike_driven`.
     """
 
     example: Tensor
@@ -50,11 +52,12 @@ class SpikingNetwork(nn.Module):
         trained: CompactModel,
         merge: Merge,
         merged_bits: int | None,
+        currents: bool = False,
     ) -> None:
         super().__init__()
         self.network: Any = network
         self.runtime = runtime
-        self.trained, self.merge, self.merged_bits = trained, merge, merged_bits
+        self.trained, self.merge, self.merged_bits, self.currents = trained, merge, merged_bits, currents
         self.register_buffer("example", example, persistent=False)
         self._timings: dict[tuple[int, ...], tuple[int, int]] = {}
         self.eval()
@@ -101,7 +104,7 @@ class SpikingNetwork(nn.Module):
         """Run the network on binary spikes, a layer at a time over its window of T steps.
 
         Args:
-            images: ``[B, C, H, W]``.
+            images: ``[B, C, H, W]``; of a network that takes currents, their sums over the window.
             delay: overrides the stored delays: one for all, or by name or glob.
             record: names or globs of neurons to record; each keeps its spikes and membranes for all steps.
 
@@ -111,7 +114,8 @@ class SpikingNetwork(nn.Module):
         patterns, latency, handed = self._patterns(record), self.latency(delay), self.runtime.on_counts
         counts: dict[str, list[Tensor]] = {}
         # A few images at a time: all steps of a layer lie in memory at once.
-        size = max(1, _PIXELS_AT_A_TIME // (self.time_steps * images[0, 0].numel()))
+        pixels = images[0].numel() // _DEPTH if self.currents else images[0, 0].numel()
+        size = max(1, _PIXELS_AT_A_TIME // (self.time_steps * max(1, pixels)))
         traces = []
         try:
             if handed is not None:
@@ -130,7 +134,9 @@ class SpikingNetwork(nn.Module):
         with runtime.running("step", delay_choice(delay), len(images)):
             runtime.record = record
             runtime.trace = trace = Trace(torch.empty(0), latency)
-            trace.logits = tree_map_only(Tensor, lambda x: runtime.split(x).sum(0), self.network(images))
+            # Images are the same in every step and have no time axis; currents come in T equal parts.
+            inputs = torch.cat([images / self.time_steps] * self.time_steps) if self.currents else images
+            trace.logits = tree_map_only(Tensor, lambda x: runtime.split(x).sum(0), self.network(inputs))
         return trace
 
     def latency(self, delay: Delay = None) -> int:
@@ -195,35 +201,46 @@ class SpikingNetwork(nn.Module):
         runtime, patterns = self.runtime, self._patterns(record)
         clock = runtime.clock = Clock(self.time_steps, len(batches), least if interval is None else interval)
         stream = Stream([], [], latency, clock.interval)
+        latest = self.time_steps if self.currents else clock.interval  # an image stays, currents end with their window
 
         def keep(name: str, counts: Tensor) -> None:
-            if any(fnmatchcase(name, pattern) for pattern in patterns):
+            if matches(name, patterns):
                 stream.counts.setdefault(name, []).append(counts.to(torch.uint8))
 
         with runtime.running("clock", delay_choice(delay)), runtime.counting(keep):
             for _ in range((len(batches) - 1) * clock.interval + latency):
                 clock.advance()
                 number, step = clock.image(0)
-                image = batches[number] if step else torch.zeros_like(batches[0])
-                output = self.network(TracedTensor.mark(image, IMAGE, 0, runtime))
+                image = batches[number] if 1 <= step <= latest else torch.zeros_like(batches[0])
+                runtime.calls.clear()
+                output = self.network(self._mark(image / self.time_steps if self.currents else image))
                 self._read(output, clock, stream)
         return stream
 
-    def _read(self, output: TracedTensor, clock: Clock, stream: Stream) -> None:
-        """Accumulate the output over its window."""
-        _, step = clock.image(output.arrival)
+    def _mark(self, images: Tensor) -> TracedTensor:
+        return TracedTensor.mark(images, None if self.currents else IMAGE, 0, self.runtime)
+
+    def _read(self, output: Any, clock: Clock, stream: Stream) -> None:
+        """Accumulate the output, all parts of which wait for the latest, over its window."""
+        leaves, structure = tree_flatten(output)
+        aligned, arrival = self.runtime.aligned(tuple(leaves))
+        parts = [plain(x) for x in aligned]
+        _, step = clock.image(arrival)
         if step == 1:
-            stream.logits.append(plain(output))
+            stream.logits.append(tree_unflatten(parts, structure))
         elif 1 < step <= clock.time_steps:
-            stream.logits[-1] = stream.logits[-1] + plain(output)
+            sums = tree_leaves(stream.logits[-1])
+            stream.logits[-1] = tree_unflatten([total + part for total, part in zip(sums, parts)], structure)
         if step == clock.time_steps:
             stream.finished.append(clock.tick)
 
     def _patterns(self, record: str | Iterable[str]) -> tuple[str, ...]:
-        patterns = (record,) if isinstance(record, str) else tuple(record)
+        patterns, neurons = (record,) if isinstance(record, str) else tuple(record), self.neurons()
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in self.neurons()):
-                known = ", ".join(list(self.neurons())[:3])
+            if not any(
+                matches(call, [pattern]) for call in self.runtime.occupation if call.partition("@")[0] in neurons
+            ):
+                known = ", ".join(list(neurons)[:3])
                 raise QsdError(f"record={pattern!r} names no neuron; names are {known}, ...")
         return patterns
 
@@ -232,7 +249,8 @@ class SpikingNetwork(nn.Module):
         with self.runtime.running("trace", delay_choice(delay)):
             self.runtime.sources.clear()
             self.runtime.occupation.clear()
-            output = self.network(TracedTensor.mark(self.example.clone(), IMAGE, 0, self.runtime))
+            output = self.network(self._mark(self.example.clone()))
+            self.runtime.repeated = frozenset(name for name, calls in self.runtime.calls.items() if calls > 1)
         outputs = tree_leaves(output)
         if not outputs or not all(isinstance(x, TracedTensor) for x in outputs):
             found = next((x for x in outputs if not isinstance(x, TracedTensor)), output)
@@ -241,6 +259,7 @@ class SpikingNetwork(nn.Module):
 
     def _absorb_amplitudes(self) -> None:
         """Move what spikes are worth into the weights that they meet."""
+        self._trace()  # which tells how often each layer runs
         scaled = -1
         while scaled != (scaled := sum(neuron.scaled for neuron in self.neurons().values())):
             for output in self._trace():
@@ -262,6 +281,7 @@ def to_spike_driven(
     merged_bits: int | None = None,
     example: Tensor | None = None,
     time_steps: int | None = None,
+    currents: bool = False,
 ) -> SpikingNetwork:
     """Convert a trained network into one whose neurons exchange binary spikes, without losing anything.
 
@@ -279,6 +299,9 @@ def to_spike_driven(
             the network needs.
         time_steps: another T than that of the training, for neurons of learned steps (CSDformer). They keep their range
             and divide it anew, which is another network: a warning names what to expect.
+        currents: the input is no image but currents that neurons see at once: their sums over a window, of which a
+            T-th arrives in each step. So is the second part of a network that is cut where something else than spikes
+            decides, such as the choice of regions in a detector.
 
     Returns:
         The spiking network.
@@ -289,12 +312,18 @@ def to_spike_driven(
     """
     if time_steps is not None:
         model = _with_time_steps(model, time_steps)
-    return convert(model, delay, merge, merged_bits, example, check=True)
+    return convert(model, delay, merge, merged_bits, example, check=True, currents=currents)
 
 
 @torch.no_grad()
 def convert(
-    model: nn.Module, delay: Delay, merge: Merge, merged_bits: int | None, example: Tensor | None, check: bool
+    model: nn.Module,
+    delay: Delay,
+    merge: Merge,
+    merged_bits: int | None,
+    example: Tensor | None,
+    check: bool,
+    currents: bool = False,
 ) -> SpikingNetwork:
     """`to_spike_driven`, which checks itself or, where that was done before, does not.
 
@@ -305,6 +334,7 @@ def convert(
         merged_bits: see there.
         example: see there.
         check: compare all counts.
+        currents: see there.
     """
     check_merge(merge, merged_bits)
     steps = {m.time_steps for m in model.modules() if isinstance(m, SpikeNeuron)}
@@ -325,7 +355,7 @@ def convert(
     compact.load_into(trained, torch.float64)
     network = conversion.convert(copy.deepcopy(trained), "")
     example = example.to("cpu", torch.float64)
-    spiking = SpikingNetwork(network, runtime, example, compact, merge, merged_bits).to(parameter.device)
+    spiking = SpikingNetwork(network, runtime, example, compact, merge, merged_bits, currents).to(parameter.device)
     negative = [name for name, neuron in spiking.neurons().items() if neuron.delay < 0]
     if negative:
         raise QsdError(f"the delay of neuron {negative[0]} is negative.")
@@ -348,24 +378,51 @@ def count_spikes(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         images: ``[B, C, H, W]``.
 
     Returns:
-        Integer-valued counts ``[B, ...]`` by the neurons' dotted names in the trained model.
+        Integer-valued counts ``[B, ...]`` by the neurons' dotted names in the trained model; of a neuron that runs
+        several times in a pass by ``name@0``, ``name@1``, ...
     """
     counts: dict[str, Tensor] = {}
     if isinstance(model, SpikingNetwork):
         with model.runtime.counting(counts):
             model(images)
         return counts
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, SpikeNeuron):
-            hook = _counting(counts, name)
-            handles.append(module.register_forward_hook(hook))
-    try:
+    with watch_neurons(model, lambda neuron, *inputs: neuron.counts(*inputs)) as calls:
         model(images)
+    return named_calls(calls)
+
+
+@contextmanager
+def watch_neurons(model: nn.Module, look: Callable[..., Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Look at every neuron of a trained model whenever it runs.
+
+    Args:
+        model: a trained model.
+        look: gets the neuron and its inputs.
+
+    Yields:
+        The neurons' names and what was seen, in the order of execution.
+    """
+    calls: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Any:
+        return lambda neuron, inputs, _output: calls.append((name, look(neuron, *inputs)))
+
+    neurons = [(name, m) for name, m in model.named_modules() if isinstance(m, SpikeNeuron)]
+    handles = [neuron.register_forward_hook(hook(name)) for name, neuron in neurons]
+    try:
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
-    return counts
+
+
+def named_calls(calls: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """What `watch_neurons` saw in one pass, by names that `qsd.spiking.runtime.call_names` makes.
+
+    Args:
+        calls: in the order of execution.
+    """
+    return dict(zip(call_names([name for name, _ in calls]), (seen for _, seen in calls)))
 
 
 def _joined(traces: list[Trace]) -> Trace:
@@ -378,13 +435,6 @@ def _joined(traces: list[Trace]) -> Trace:
         trace.counts[name] = torch.cat([t.counts[name] for t in traces])
         trace.membrane[name] = torch.cat([t.membrane[name] for t in traces], dim=1)
     return trace
-
-
-def _counting(counts: dict[str, Tensor], name: str) -> Any:
-    def hook(module: SpikeNeuron, inputs: tuple[Any, ...], _output: Tensor) -> None:
-        counts[name] = module.counts(*inputs)
-
-    return hook
 
 
 def _random_image(model: nn.Module) -> Tensor:
@@ -423,7 +473,7 @@ def _with_time_steps(model: nn.Module, time_steps: int) -> nn.Module:
 
 def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
     images = spiking.example
-    expected = count_spikes(trained, images)
+    expected_counts = count_spikes(trained, images)
     counted: dict[str, Tensor] = {}
     stepped: dict[str, Tensor] = {}
     with spiking.runtime.counting(counted), spiking.runtime.running("count"):
@@ -431,14 +481,15 @@ def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
     with spiking.runtime.counting(stepped):
         summed = spiking.simulate(images, delay=spiking.time_steps - 1).logits
     for way, counts in (("count domain", counted), ("simulation", stepped)):
-        for name, count in expected.items():
+        for name, count in expected_counts.items():
             if name not in counts or not torch.equal(count, counts[name]):
                 raise QsdError(
                     f"the {way} differs from the trained network at neuron {name}: something in the model's forward is "
                     "no layer of qsd (a functional ReLU, a constant that is added, ...); make it one."
                 )
-    outputs = trained(images)
-    if not all(torch.allclose(output, outputs, rtol=1e-9, atol=1e-9) for output in (logits, summed)):
+    outputs = tree_leaves(trained(images))
+    pairs = [pair for way in (logits, summed) for pair in zip(tree_leaves(way), outputs)]
+    if not all(torch.allclose(output, expected, rtol=1e-9, atol=1e-9) for output, expected in pairs):
         raise QsdError(
             "the converted network's output differs although all counts are equal: what follows the last neuron is no "
             "layer of qsd; make it one."

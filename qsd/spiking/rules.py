@@ -20,7 +20,7 @@ from qsd.layers import (
     quantized_weight,
 )
 from qsd.models import CsdFormer
-from qsd.neurons import LearnedStepNeuron, SpikeNeuron
+from qsd.neurons import FloatNeuron, LearnedStepNeuron, SpikeNeuron
 from qsd.spiking.layers import (
     Convolution,
     DelayedNeuron,
@@ -121,10 +121,23 @@ def register_conversion(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
     return register
 
 
-@register_conversion(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, TokenMean)
+# Linear in their input and without weights: spikes or currents pass through, step by step.
+@register_conversion(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.Upsample, TokenMean)
 def _keep(module: nn.Module, name: str, conversion: Conversion) -> nn.Module:
     del name, conversion
     return module
+
+
+@register_conversion(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+def _dropout(module: nn.Module, name: str, conversion: Conversion) -> nn.Module:
+    del module, name, conversion
+    return nn.Identity()
+
+
+@register_conversion(FloatNeuron)
+def _float_neuron(module: FloatNeuron, name: str, conversion: Conversion) -> nn.Module:
+    del module, conversion
+    raise QsdError(f"layer {name} is the ReLU of a float twin and fires no spikes; build its part with time_steps.")
 
 
 @register_conversion(SpikeNeuron)

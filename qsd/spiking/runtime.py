@@ -1,6 +1,7 @@
 """What a converted network does at the moment: counting, stepping, or being traced."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,7 +22,7 @@ DelayChoice = Callable[[str, int], int]
 
 @dataclass
 class Trace:
-    """What a simulation recorded. Names are those of the trained model's neurons.
+    """What a simulation recorded. Names are those of the trained model's neurons, see `call_names`.
 
     Attributes:
         logits: the network's output ``[B, classes]``, accumulated over its window (of a network with several
@@ -74,6 +75,8 @@ class Runtime:
         # While tracing: the neuron whose spikes each synapse sees (`None`: something else), by the synapse's name.
         self.sources: dict[str, Any] = {}
         self.occupation: dict[str, int] = {}
+        self.calls: Counter[str] = Counter()  # of every layer in this pass
+        self.repeated: frozenset[str] = frozenset()  # layers that run several times in a pass
         self.converting = True  # while it is still open which neurons' amplitudes go into weights
         self.clock = Clock(time_steps, 0, 1)
         self.on_counts: Callable[[str, Tensor], None] | None = None
@@ -88,19 +91,19 @@ class Runtime:
             delay: chooses a neuron's delay by its name and the stored one; ``None`` for the stored one.
             batch: B of the images, if steps are taken.
         """
-        before = self.mode, self.delay, self.batch, self.record, self.trace
-        self.mode, self.delay, self.batch = mode, delay or delay_choice(None), batch
+        before = self.mode, self.delay, self.batch, self.record, self.trace, self.calls
+        self.mode, self.delay, self.batch, self.calls = mode, delay or delay_choice(None), batch, Counter()
         try:
             yield
         finally:
-            self.mode, self.delay, self.batch, self.record, self.trace = before
+            self.mode, self.delay, self.batch, self.record, self.trace, self.calls = before
 
     @contextmanager
     def counting(self, counts: dict[str, Tensor] | Callable[[str, Tensor], None]) -> Iterator[None]:
         """Put every neuron's counts ``[B, ...]`` of a run into a dictionary, or hand them to a function.
 
         Args:
-            counts: by dotted names of the trained model.
+            counts: by names as `call_names` makes them.
         """
         self.on_counts = counts.__setitem__ if isinstance(counts, dict) else counts
         try:
@@ -128,13 +131,15 @@ class Runtime:
 
         return tuple(wait(x) for x in inputs), arrival
 
-    def records(self, name: str) -> bool:
-        """Whether a neuron is to be recorded.
+    def call(self, name: str) -> str:
+        """Begin a layer's next call of this pass, and name it: see `call_names`.
 
         Args:
             name: dotted name in the trained model.
         """
-        return any(fnmatchcase(name, pattern) for pattern in self.record)
+        number = self.calls[name]
+        self.calls[name] += 1
+        return f"{name}@{number}" if name in self.repeated else name
 
     def is_constant(self, x: Tensor) -> bool:
         """Whether a tensor has no time axis yet: an image, a current that is the same in all T steps.
@@ -151,6 +156,33 @@ class Runtime:
             x: a tensor with time and batch in its first axis.
         """
         return x.reshape(self.time_steps, self.batch, *x.shape[1:])
+
+
+def matches(call: str, patterns: Iterable[str]) -> bool:
+    """Whether a name, or a glob, means a call: by the layer's name all of its calls.
+
+    Args:
+        call: as `call_names` names it.
+        patterns: names and globs.
+    """
+    name = call.partition("@")[0]
+    return any(fnmatchcase(name, pattern) or fnmatchcase(call, pattern) for pattern in patterns)
+
+
+def call_names(names: Sequence[str]) -> list[str]:
+    """Names of calls, in their order: what is called once keeps its name, what is called again is numbered.
+
+    A head that is shared by the levels of a pyramid runs once per level: ``name@0``, ``name@1``, ...
+
+    Args:
+        names: of the layers, in the order of their calls.
+    """
+    total, seen = Counter(names), Counter[str]()
+    found = []
+    for name in names:
+        found.append(f"{name}@{seen[name]}" if total[name] > 1 else name)
+        seen[name] += 1
+    return found
 
 
 def delay_choice(delay: int | Mapping[str, int] | None) -> DelayChoice:
@@ -190,6 +222,7 @@ class TracedTensor(torch.Tensor):
         {
             "reshape", "view", "flatten", "permute", "transpose", "contiguous", "unsqueeze", "squeeze", "__getitem__",
             "clone", "detach", "unflatten", "movedim", "dropout", "to", "double", "float", "__get__", "as_subclass",
+            "pixel_shuffle",
         }
     )  # fmt: skip
 

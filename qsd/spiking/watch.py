@@ -86,7 +86,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, spiking: SpikingNetwork, report: Callable[[Operation], None]) -> None:
         super().__init__()
-        self.report = report
+        self.report, self._currents = report, spiking.currents
         self._paths = {module: name for name, module in spiking.network.named_modules()}
         self._stack: list[nn.Module] = []
         self._images: set[StorageWeakRef] = set()
@@ -100,7 +100,8 @@ class Watch(TorchDispatchMode):
             images: ``[B, C, H, W]``.
         """
         # Weak references keep a storage's address from being used again, so old ones can do no harm but take room.
-        self._images, self._activations = {_storage(images)}, {_storage(images)}
+        self._activations = {_storage(images)}
+        self._images = set() if self._currents else {_storage(images)}  # currents are another network's work
         handles = []
         for module in self._paths:
             handles.append(module.register_forward_pre_hook(lambda m, _: self._stack.append(m)))
@@ -166,6 +167,8 @@ class Watch(TorchDispatchMode):
             return "reduction", (activations[0],)
         if name.startswith("max_pool") and any(isinstance(module, SpikingMaxPool) for module in self._stack):
             return "pool", (activations[0],)
+        if name.startswith("max_pool") and set(tree_leaves(args[1])) == {1}:
+            return None, ()  # of one pixel each: every so many pixels are taken, as by a slice
         return (None, ()) if name in _LINEAR else ("other", tuple(activations))
 
     def _weighted(self, kind: Kind, operands: tuple[Tensor, Tensor]) -> tuple[Kind | None, tuple[Tensor, ...]]:
