@@ -1,12 +1,10 @@
 """Conversion to binary spikes at the end of a training."""
 
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,8 +14,7 @@ from qsd import report
 from qsd.errors import QsdError
 from qsd.neurons import SpikeNeuron
 from qsd.packing import image_notes
-
-_PATIENCE = timedelta(days=7)  # of the processes that wait; the usual half hour would end a long conversion
+from qsd.report.processes import from_first_process
 
 
 class ConvertToSpikeDriven(Callback):
@@ -111,7 +108,7 @@ class ConvertToSpikeDriven(Callback):
                     f"the trained network is safe in {checkpoint}, but its conversion failed: {reason}",
                     error,
                 )
-        problem = _from_first_process(problem)
+        problem = from_first_process(problem)
         if problem is not None:
             raise QsdError(problem) from cause
 
@@ -168,13 +165,3 @@ def _validation_images(trainer: Trainer) -> Any:
         return data.whole_part("val")
     loader = trainer.val_dataloaders
     return loader[0] if isinstance(loader, list) else loader
-
-
-def _from_first_process(message: str | None) -> str | None:
-    """What the first process has to say, in all of them, as soon as it is done."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return message
-    box = [message]
-    group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    dist.broadcast_object_list(box, src=0, group=group)
-    return box[0]

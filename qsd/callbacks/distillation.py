@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from qsd.distillation import AttentionRecorder, LogitsKind, Teacher, attention_loss, build_teacher, logits_loss
+from qsd.distillation.schedule import Weight, weight_at, weight_points
 from qsd.errors import QsdError
-
-Weight = float | list[tuple[float, float]]
 
 
 class Distillation(Callback):
@@ -62,8 +60,8 @@ class Distillation(Callback):
             raise QsdError(f"temperature={temperature} is not positive.")
         if logits_kind not in ("soft", "hard"):
             raise QsdError(f"logits_kind={logits_kind!r} is unknown; use 'soft' or 'hard'.")
-        self._attention_weight = _points("attention_weight", attention_weight)
-        self._logits_weight = _points("logits_weight", logits_weight)
+        self._attention_weight = weight_points("attention_weight", attention_weight)
+        self._logits_weight = weight_points("logits_weight", logits_weight)
         if not self._distils_attention and not self._distils_logits:
             raise QsdError("attention_weight and logits_weight are both 0: nothing is distilled.")
         self._source = (teacher, teacher_weights, teacher_args)
@@ -126,8 +124,8 @@ class Distillation(Callback):
         assert self._trainer is not None
         assert self._teacher is not None
         progress = self._trainer.global_step / self._steps
-        attention_weight = _interpolate(progress, self._attention_weight)
-        logits_weight = _interpolate(progress, self._logits_weight)
+        attention_weight = weight_at(progress, self._attention_weight)
+        logits_weight = weight_at(progress, self._logits_weight)
         students = self._recorder.take() if self._recorder is not None else []
         if attention_weight == logits_weight == 0:
             return {}
@@ -166,18 +164,3 @@ def _check_classes(teacher: Teacher, student: Any) -> None:
             f"teacher {teacher.name} has {teacher.num_classes} classes, the student {classes}: their logits cannot be "
             "compared. Use logits_weight=0, or a teacher that was trained on the same classes."
         )
-
-
-def _points(name: str, weight: Weight) -> list[tuple[float, float]]:
-    points = [(0.0, float(weight))] if isinstance(weight, int | float) else [(float(a), float(b)) for a, b in weight]
-    shares = [share for share, _ in points]
-    if not points or shares != sorted(shares) or not all(0 <= share <= 1 for share in shares):
-        raise QsdError(f"{name}={weight}: a schedule's points (share, weight) need ascending shares from 0 to 1.")
-    if not all(value >= 0 for _, value in points):
-        raise QsdError(f"{name}={weight} is negative.")
-    return points
-
-
-def _interpolate(progress: float, points: list[tuple[float, float]]) -> float:
-    shares, weights = zip(*points)
-    return float(np.interp(progress, shares, weights))

@@ -15,16 +15,23 @@ from qsd.mm import ops  # noqa: E402 - before anything imports mmcv.ops
 ops.install()
 
 from qsd.mm.backbone import SpikeTransformerBackbone  # noqa: E402
+from qsd.mm.conversion import SpikingModel, convert_model  # noqa: E402
+from qsd.mm.conversion_hook import ConvertToSpikeDrivenHook  # noqa: E402
+from qsd.mm.distillation_hook import DistillationHook  # noqa: E402
 from qsd.mm.hooks import SpikeStatisticsHook, StepSizeHook  # noqa: E402
 from qsd.mm.layers import SpikeConv2d, SpikeSettings  # noqa: E402
 from qsd.mm.optim import StepSizeOptimWrapperConstructor  # noqa: E402
 
 __all__ = [
+    "ConvertToSpikeDrivenHook",
+    "DistillationHook",
     "SpikeConv2d",
     "SpikeSettings",
     "SpikeStatisticsHook",
     "SpikeTransformerBackbone",
+    "SpikingModel",
     "StepSizeHook",
     "StepSizeOptimWrapperConstructor",
+    "convert_model",
     "ops",
 ]

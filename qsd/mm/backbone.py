@@ -109,7 +109,6 @@ class SpikeTransformerBackbone(BaseModule):
     def _frozen(self) -> Iterator[nn.Module]:
         if self.frozen_stages < 0:
             return
-        first = next(self.model.children())
         names = [info["module"] for info in self.model.feature_info[: self.frozen_stages]]
-        yield first
+        yield self.model.stem
         yield from (self.model.get_submodule(name) for name in names)

@@ -8,11 +8,11 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsd.errors import QsdError
+from qsd.models.diagnosis import collapsed_step
 from qsd.neurons import SpikeNeuron
-from qsd.quantizers import StepSizeQuantizer
 
 
 @HOOKS.register_module()
@@ -23,15 +23,13 @@ class StepSizeHook(Hook):
     """
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        """Look at all step sizes, with one comparison."""
-        quantizers = {name: m for name, m in runner.model.named_modules() if isinstance(m, StepSizeQuantizer)}
-        if not quantizers or bool((torch.cat([q.step.detach() for q in quantizers.values()]) > 0).all()):
-            return
-        name, step = next((name, q.step) for name, q in quantizers.items() if not bool((q.step > 0).all()))
-        raise QsdError(
-            f"a step size of {name} is {step.min().item():.3g} at iteration {runner.iter + 1}, not positive; try a "
-            "lower learning rate, a lower paramwise_cfg.step_lr, or gradient clipping."
-        )
+        """Look at all step sizes, of weights and of neurons."""
+        if (found := collapsed_step(runner.model)) is not None:
+            name, step = found
+            raise QsdError(
+                f"a step size of {name} is {step:.3g} at iteration {runner.iter + 1}, not positive; try a lower "
+                "learning rate, a lower paramwise_cfg.step_lr, or gradient clipping."
+            )
 
 
 @HOOKS.register_module()
@@ -102,6 +100,15 @@ class SpikeStatisticsHook(Hook):
         self._finish(runner, "test", metrics)
 
 
+def unwrapped(model: Any) -> Any:
+    """The model itself, within what distributes it.
+
+    Args:
+        model: a Runner's.
+    """
+    return model.module if is_model_wrapper(model) else model
+
+
 def _neurons(runner: Runner) -> dict[str, SpikeNeuron]:
-    model: nn.Module = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    return {name: module for name, module in model.named_modules() if isinstance(module, SpikeNeuron)}
+    modules = unwrapped(runner.model).named_modules()
+    return {name: module for name, module in modules if isinstance(module, SpikeNeuron)}

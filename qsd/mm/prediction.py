@@ -1,6 +1,7 @@
 """Pictures of what a trained detector or segmenter predicts."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import MODELS, TRANSFORMS, VISUALIZERS, init_default_scope
 from rich.progress import track
+from torch import Tensor
 
 from qsd.errors import QsdError
 from qsd.models.checkpoints import read_checkpoint
@@ -51,12 +53,24 @@ def load_model(checkpoint: str | Path, device: str = "cpu") -> tuple[Any, Config
     if "cfg" not in meta or "state_dict" not in content:
         raise QsdError(f"{checkpoint} is no checkpoint of a training with mmdet or mmseg.")
     config = Config.fromstring(meta["cfg"], ".py")
+    return build_model(config, content["state_dict"], meta["dataset_meta"]).to(device), config
+
+
+def build_model(config: Config, weights: Mapping[str, Tensor], dataset_meta: Mapping[str, Any]) -> Any:
+    """A model in evaluation with given weights.
+
+    Args:
+        config: of its training.
+        weights: its state dict.
+        dataset_meta: names of classes.
+    """
     init_default_scope(config.default_scope)
-    config.model.backbone.pop("init_cfg", None)
-    model = MODELS.build(config.model)
-    model.load_state_dict(content["state_dict"])
-    model.dataset_meta = meta["dataset_meta"]
-    return model.to(device).eval(), config
+    options = copy.deepcopy(config.model)
+    options.backbone.pop("init_cfg", None)
+    model = MODELS.build(options)
+    model.load_state_dict(weights)
+    model.dataset_meta = dataset_meta
+    return model.eval()
 
 
 @torch.no_grad()

@@ -5,11 +5,19 @@ from typing import Any
 from mmengine.registry import MODELS
 from mmseg.models.decode_heads import FPNHead
 from mmseg.models.necks import FPN
+from mmseg.models.utils import Upsample
 from torch import nn
 
 from qsd.mm.layers import InitializeSteps, SpikeConv2d, spike_conv_cfg
+from qsd.spiking import Conversion, register_conversion
 
 Config = dict[str, Any] | None
+
+
+@register_conversion(Upsample)
+def _upsample(module: nn.Module, name: str, conversion: Conversion) -> nn.Module:
+    del name, conversion
+    return module  # linear, of currents
 
 
 @MODELS.register_module()

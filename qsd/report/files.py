@@ -4,7 +4,8 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +48,47 @@ def write_conversion(
     Raises:
         QsdError: see `record_conversion`; and if the files cannot be written or the packed one gives other logits.
     """
+    with all_or_none(folder) as partial:
+        spiking, record = record_conversion(trained, loader, **options)
+        save_packed(spiking, partial / PACKED, notes)
+        images, _ = next(iter(image_batches(loader, spiking, 8)))
+        _check_packed(partial / PACKED, trained, spiking, images)
+        write_record(record, partial, partial / PACKED)
+    return record
+
+
+@contextmanager
+def all_or_none(folder: str | Path) -> Iterator[Path]:
+    """A folder to write the files of a conversion to, which get their names when all of them are complete.
+
+    Args:
+        folder: where to; it is made if it does not exist. Files of an earlier conversion are replaced.
+
+    Raises:
+        QsdError: if they cannot be written.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".conversion-", dir=folder) as name:
-            partial = Path(name)
-            spiking, record = record_conversion(trained, loader, **options)
-            save_packed(spiking, partial / PACKED, notes)
-            images, _ = next(iter(image_batches(loader, spiking, 8)))
-            _check_packed(partial / PACKED, trained, spiking, images)
-            record["sizes"]["file_bytes"] = (partial / PACKED).stat().st_size
-            (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-            (partial / PAGE).write_text(html(record), encoding="utf-8")
-            for file in FILES:
-                os.replace(partial / file, folder / file)
+            yield Path(name)
+            for file in Path(name).iterdir():
+                os.replace(file, folder / file.name)
     except OSError as error:
         raise QsdError(f"the conversion cannot be written to {folder}: {error}.") from error
-    return record
+
+
+def write_record(record: Record, folder: Path, packed: Path) -> None:
+    """Write ``conversion.json`` and ``report.html``.
+
+    Args:
+        record: gets the size of the packed file.
+        folder: where to.
+        packed: the packed file.
+    """
+    record["sizes"]["file_bytes"] = packed.stat().st_size
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    (folder / PAGE).write_text(html(record), encoding="utf-8")
 
 
 def summary(record: Mapping[str, Any]) -> Table:

@@ -29,6 +29,7 @@ def html(record: Mapping[str, Any]) -> str:
         delay_words=_delay_words(record),
         audit_words=_audit_finding(record).text if record["audit"] else "",
         missing=record["left_out"],
+        segments=record.get("segments", []),
     )
 
 
@@ -63,11 +64,19 @@ def _comparison_findings(record: Mapping[str, Any]) -> list[Finding]:
             text = f"In float64 {changed} of {images} images have a neuron with another count than trained"
             if record["conversion"]["merged_bits"] is not None:
                 text += f" (merged kernels were quantized to {record['conversion']['merged_bits']} bits)"
-        found.append(Finding(kind, title, f"{text}, {ways}, with the delay T − 1."))
+        text = f"{text}, {ways}, with the delay T − 1"
+        differences = [c["largest_difference"] for c in exact if "largest_difference" in c]
+        if differences and None not in differences:
+            largest = max(differences)
+            text += (
+                f"; boxes, scores or logits {f'differ by {scientific(largest)} at most' if largest else 'are equal'}"
+            )
+        found.append(Finding(kind, title, f"{text}."))
     for c in rounded[:1]:
         text = f"{c['changed_images']} of {c['images']} images have a changed count"
         if c["changed_images"]:
-            text += f"; the class stays the same for {100 * c['class_agreement']:.2f} %"
+            what = "classes and masks stay" if "largest_difference" in c else "the class stays"
+            text += f"; {what} the same for {100 * c['class_agreement']:.2f} %"
         if c["farthest_first_difference"] is not None:
             farthest = scientific(c["farthest_first_difference"])
             text += f", and each began within {farthest} steps of a threshold, by rounding"
@@ -77,6 +86,16 @@ def _comparison_findings(record: Mapping[str, Any]) -> list[Finding]:
 
 def _accuracy_finding(record: Mapping[str, Any]) -> Finding:
     accuracy = record["accuracy"]
+    if "metrics" in accuracy:
+        figures = [
+            f"{m['name']} {significant(m['spiking'])} (as trained {significant(m['quantized'])})" for m in _main(record)
+        ]
+        text = (
+            f"{', '.join(figures)} on {accuracy['images']} images."
+            if figures
+            else "not measured on part of the images."
+        )
+        return Finding("plain", "In binary spikes:", text)
     lost = 100 * (accuracy["quantized"] - accuracy["spiking"])
     change = "the same as" if lost == 0 else f"{abs(lost):.2f} points {'below' if lost > 0 else 'above'}"
     text = f"{100 * accuracy['spiking']:.2f} % of {accuracy['images']} images in binary spikes, "
@@ -104,14 +123,28 @@ def _energy_finding(energy: Mapping[str, Any]) -> Finding:
     return Finding("bad", f"An integer network would be cheaper, {ratio:.2f} times:", text)
 
 
+def _main(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The metrics of a detector or segmenter that are reported first: those at an IoU of 0.5, else all."""
+    metrics = record["accuracy"]["metrics"]
+    return (
+        [m for m in metrics if m["name"].endswith("_50")]
+        or [m for m in metrics if m["name"].startswith("m")]
+        or metrics
+    )
+
+
 def _cards(record: Mapping[str, Any]) -> list[dict[str, str]]:
     accuracy = record["accuracy"]
-    cards = [
-        (f"{100 * accuracy['spiking']:.2f} %", f"accuracy in binary spikes, {accuracy['images']} images"),
-        (f"{100 * accuracy['quantized']:.2f} %", "accuracy of the quantized network, the same images"),
-        (f"{100 * accuracy['class_agreement']:.2f} %", "images with the same class"),
-        (f"{record['latency']['steps']} steps", f"latency; {record['latency']['interval']} between images"),
-    ]
+    if "metrics" in accuracy:
+        what = f"in binary spikes, {accuracy['images']} images"
+        cards = [(significant(m["spiking"]), f"{m['name']} {what}") for m in _main(record)]
+    else:
+        cards = [
+            (f"{100 * accuracy['spiking']:.2f} %", f"accuracy in binary spikes, {accuracy['images']} images"),
+            (f"{100 * accuracy['quantized']:.2f} %", "accuracy of the quantized network, the same images"),
+            (f"{100 * accuracy['class_agreement']:.2f} %", "images with the same class"),
+        ]
+    cards.append((f"{record['latency']['steps']} steps", f"latency; {record['latency']['interval']} between images"))
     if record["neurons"]:
         cards.append((f"{_mean_rate(record['neurons']):.3f}", "spikes per neuron and time step"))
     if record["energy"]:

@@ -77,12 +77,12 @@ def record_conversion(
     if raster is not None and raster not in spiking.neurons():
         raise QsdError(f"raster={raster!r} is no neuron of the network; the last is {list(spiking.neurons())[-1]!r}.")
 
-    activity = _Activity(steps) if "activity" in stages else None
+    activity = Activity(steps) if "activity" in stages else None
     accuracy = _accuracy(trained, spiking, loader, max_images, activity, progress)
     return spiking, {
         "qsd": qsd.__version__,
         "left_out": [stage for stage in STAGES if stage not in stages],
-        "model": {"name": name, "checkpoint": checkpoint, "time_steps": steps, "weight_bits": _weight_bits(trained)},
+        "model": {"name": name, "checkpoint": checkpoint, "time_steps": steps, "weight_bits": weight_bits(trained)},
         "data": {"description": f"{accuracy['images']} {source}", "image_size": list(images.shape[1:])},
         "conversion": {
             "merge": merge,
@@ -111,6 +111,7 @@ def record_conversion(
         if "energy" in stages
         else None,
         "sizes": {**asdict(model_size(spiking)), "file_bytes": None},
+        "segments": [],
     }
 
 
@@ -156,13 +157,12 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
         record: what `record_conversion` returned.
     """
     accuracy, energy = record["accuracy"], record["energy"]
-    found = {
-        "accuracy": accuracy["spiking"],
-        "quantized_accuracy": accuracy["quantized"],
-        "class_agreement": accuracy["class_agreement"],
-        "latency_steps": record["latency"]["steps"],
-        "packed_bytes": record["sizes"]["packed_bytes"],
-    }
+    found = {"latency_steps": record["latency"]["steps"], "packed_bytes": record["sizes"]["packed_bytes"]}
+    if "metrics" in accuracy:  # of a detector or segmenter
+        found |= {metric["name"]: metric["spiking"] for metric in accuracy["metrics"]}
+    else:
+        found["accuracy"], found["quantized_accuracy"] = accuracy["spiking"], accuracy["quantized"]
+        found["class_agreement"] = accuracy["class_agreement"]
     for c in record["comparison"]:
         found[f"changed_images_{c['dtype']}_{c['way']}"] = c["changed_images"] / c["images"]
     for row in (record["delays"] or {"rows": []})["rows"]:
@@ -174,7 +174,7 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     return {f"spiking/{key}": float(value) for key, value in found.items()}
 
 
-class _Activity:
+class Activity:
     """Adds up how often each spike count occurs, by neuron.
 
     Args:
@@ -209,7 +209,7 @@ def _accuracy(
     spiking: SpikingNetwork,
     loader: Iterable[Any],
     max_images: int | None,
-    activity: _Activity | None,
+    activity: Activity | None,
     progress: bool,
 ) -> dict[str, Any]:
     lossless = all(neuron.delay >= spiking.time_steps - 1 for neuron in spiking.neurons().values())
@@ -288,6 +288,11 @@ def _raster(spiking: SpikingNetwork, loader: Iterable[Any], name: str | None) ->
     return {"name": name, "neurons": neurons, "spikes": spikes[:, :, chosen].int().tolist()}
 
 
-def _weight_bits(trained: nn.Module) -> str:
+def weight_bits(trained: nn.Module) -> str:
+    """Bits of a network's weights, in words.
+
+    Args:
+        trained: quantized or float.
+    """
     bits = sorted({m.bits for m in trained.modules() if isinstance(m, StepSizeQuantizer)})
     return ", ".join(map(str, bits)) or "32"

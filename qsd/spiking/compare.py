@@ -84,6 +84,16 @@ def compare_counts(
     return comparison
 
 
+def distance_to_threshold(drive: Tensor) -> float:
+    """The largest distance of some neurons from a threshold, in steps.
+
+    Args:
+        drive: their input in units of the threshold, of any shape, not empty.
+    """
+    above = drive + 0.5  # thresholds lie at odd multiples of half a step
+    return float((above - above.round()).abs().max())
+
+
 def _explain(comparison: Comparison, drives: dict[str, Tensor], counts: dict[str, Tensor], time_steps: int) -> None:
     """Find each image's first neuron (in the order of execution) that differs, and how far it is from a threshold."""
     changed: Tensor | None = None
@@ -92,9 +102,7 @@ def _explain(comparison: Comparison, drives: dict[str, Tensor], counts: dict[str
         changed = different.new_zeros(len(drive)) if changed is None else changed
         first = different.any(1) & ~changed
         if bool(first.any()):
-            # thresholds lie at odd multiples of half a step
-            above = (drive + 0.5).flatten(1)[first][different[first]]
-            distance = float((above - above.round()).abs().max())
+            distance = distance_to_threshold(drive.flatten(1)[first][different[first]])
             comparison.farthest_first_difference = max(distance, comparison.farthest_first_difference or 0.0)
         changed |= first
     comparison.changed_images += 0 if changed is None else int(changed.sum())

@@ -71,6 +71,15 @@ class SpikingNetwork(nn.Module):
         """All neurons, by their dotted names in the trained model, in the order of registration."""
         return {m.name: m for m in self.network.modules() if isinstance(m, DelayedNeuron)}
 
+    def has(self, pattern: str) -> bool:
+        """Whether a name or glob, as `simulate` takes them, means one of the neurons or of their calls.
+
+        Args:
+            pattern: name or glob.
+        """
+        neurons = self.neurons()
+        return any(matches(call, [pattern]) for call in self.runtime.occupation if call.partition("@")[0] in neurons)
+
     def chains(self) -> dict[str, SpikingChain]:
         """All chains of convolutions, by their dotted names in the trained model."""
         return {m.name: m for m in self.network.modules() if isinstance(m, SpikingChain)}
@@ -235,13 +244,12 @@ class SpikingNetwork(nn.Module):
             stream.finished.append(clock.tick)
 
     def _patterns(self, record: str | Iterable[str]) -> tuple[str, ...]:
-        patterns, neurons = (record,) if isinstance(record, str) else tuple(record), self.neurons()
+        patterns = (record,) if isinstance(record, str) else tuple(record)
         for pattern in patterns:
-            if not any(
-                matches(call, [pattern]) for call in self.runtime.occupation if call.partition("@")[0] in neurons
-            ):
-                known = ", ".join(list(neurons)[:3])
-                raise QsdError(f"record={pattern!r} names no neuron; names are {known}, ...")
+            if not self.has(pattern):
+                raise QsdError(
+                    f"record={pattern!r} names no neuron; names are {', '.join(list(self.neurons())[:3])}, ..."
+                )
         return patterns
 
     @torch.no_grad()

@@ -1,0 +1,356 @@
+"""Whole detectors and segmenters on binary spikes.
+
+What runs between two decisions that are not spiking is a segment: a `SpikingNetwork` of its own. A one-stage detector
+or a segmenter has one, ``"dense"``: backbone, neck and head. A two-stage detector chooses regions by the final sums of
+its first segment (backbone, neck, RPN head); RoIAlign cuts them out of the neck's currents, summed over time, and each
+RoI head is a segment that takes these currents. Decoding of boxes, NMS and RoIAlign are mmdet's own and no part of a
+segment.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from qsd.energy import Energy, OperationCounter, Preset
+from qsd.errors import QsdError
+from qsd.layers import QuantConv2d, QuantLinear
+from qsd.neurons import FloatNeuron
+from qsd.spiking import Audit, SpikingNetwork, Trace, to_spike_driven
+from qsd.spiking.audit import Auditor
+from qsd.spiking.network import Delay
+from qsd.spiking.rules import Merge
+
+DENSE = "dense"
+_SIDE = 64  # of the random image that a conversion is checked with
+_HEADS = ("rpn_head", "bbox_head", "decode_head")
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class Simulation:
+    """What a detector or segmenter did on binary spikes.
+
+    Attributes:
+        samples: the predictions, as the trained model gives them.
+        traces: by segment, one for each time that it ran.
+    """
+
+    samples: list[Any]
+    traces: dict[str, list[Trace]] = field(default_factory=dict)
+
+
+class SpikingModel(nn.Module):
+    """A converted detector or segmenter.
+
+    Args:
+        model: the trained one, of which everything but the networks is used; it is taken over.
+        segments: its networks by name.
+    """
+
+    def __init__(self, model: Any, segments: dict[str, SpikingNetwork]) -> None:
+        super().__init__()
+        self.names = tuple(segments)
+        self.networks = nn.ModuleList(segments.values())
+        self.model: Any = model
+        self._run: Callable[[str, Tensor], Any] = lambda name, x: self.segments[name](x)
+        self._output: Any = None
+        for name in segments:
+            if name == DENSE:
+                model.extract_feat = self._extract
+                getattr(model, _head(model)).forward = lambda _features: self._output
+            else:
+                model.get_submodule(name).forward = lambda x, name=name: self._run(name, x)
+        # The networks hold their weights.
+        model.backbone, model.neck = nn.Identity(), nn.Identity()
+        self.eval()
+
+    def _extract(self, images: Tensor) -> Any:
+        features, self._output = self._run(DENSE, images.to(self.segments[DENSE].example.dtype))
+        return features
+
+    @property
+    def segments(self) -> dict[str, SpikingNetwork]:
+        """The spiking networks by name, in the order in which they run."""
+        return {
+            name: network for name, network in zip(self.names, self.networks) if isinstance(network, SpikingNetwork)
+        }
+
+    @property
+    def time_steps(self) -> int:
+        """T of all neurons."""
+        return self.segments[DENSE].time_steps
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every neuron waits for T - 1 steps at least."""
+        neurons = [neuron for network in self.segments.values() for neuron in network.neurons().values()]
+        return all(neuron.delay >= self.time_steps - 1 for neuron in neurons)
+
+    def train(self, mode: bool = True) -> "SpikingModel":
+        """Stays in evaluation: a converted model is not trained."""
+        del mode
+        return super().train(False)
+
+    @contextmanager
+    def running(self, run: Callable[[str, Tensor], Any]) -> Iterator[None]:
+        """Let something else than the count domain run the segments.
+
+        Args:
+            run: gets a segment's name and its input, and returns its output.
+        """
+        before, self._run = self._run, run
+        try:
+            yield
+        finally:
+            self._run, self._output = before, None
+
+    def predict(self, batch: Batch) -> list[Any]:
+        """Predictions in the count domain, where all delays are lossless.
+
+        Args:
+            batch: of a data loader of mmdet or mmseg: ``inputs`` and ``data_samples``.
+
+        Raises:
+            QsdError: if a stored delay is below T - 1; use `simulate`.
+        """
+        return predict(self.model, batch)
+
+    def simulate(self, batch: Batch, delay: Delay = None, record: str | Iterable[str] = ()) -> Simulation:
+        """Predictions on binary spikes, segment by segment.
+
+        Args:
+            batch: see `predict`.
+            delay: as in `SpikingNetwork.simulate`.
+            record: names or globs of neurons, as in `SpikingNetwork.simulate`.
+
+        Raises:
+            QsdError: for a name that no segment has.
+        """
+        patterns = (record,) if isinstance(record, str) else tuple(record)
+        for pattern in patterns:
+            if not any(network.has(pattern) for network in self.segments.values()):
+                known = ", ".join(list(self.segments[DENSE].neurons())[:3])
+                raise QsdError(f"record={pattern!r} names no neuron; names are {known}, ...")
+        simulation = Simulation([])
+
+        def step(name: str, x: Tensor) -> Any:
+            network = self.segments[name]
+            trace = network.simulate(x, delay, [pattern for pattern in patterns if network.has(pattern)])
+            simulation.traces.setdefault(name, []).append(trace)
+            return trace.logits
+
+        with self.running(step):
+            simulation.samples = predict(self.model, batch)
+        return simulation
+
+    @contextmanager
+    def counting(self, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Hand every neuron's counts of what runs to a function.
+
+        Args:
+            keep: gets a neuron's name (``name@level`` in a head that levels share) and its counts ``[B, ...]``, or by
+                region.
+        """
+        with ExitStack() as stack:
+            for network in self.segments.values():
+                stack.enter_context(network.runtime.counting(keep))
+            yield
+
+    def latency(self, delay: Delay = None) -> int:
+        """Steps from the first of an image to the last of the prediction, decisions between segments not counted.
+
+        The segments follow one another; mask heads of a cascade see the same regions, at the same time.
+
+        Args:
+            delay: as in `SpikingNetwork.simulate`.
+        """
+        steps = {name: network.latency(delay) for name, network in self.segments.items()}
+        masks = [latency for name, latency in steps.items() if ".mask_head" in name]
+        return sum(latency for name, latency in steps.items() if ".mask_head" not in name) + max(masks, default=0)
+
+    def interval(self, delay: Delay = None) -> int:
+        """Least steps between two images (or two sets of regions) that follow one another.
+
+        Args:
+            delay: as in `SpikingNetwork.simulate`.
+        """
+        return max(network.interval(delay) for network in self.segments.values())
+
+    def audit(self, batches: Iterable[Batch], delay: Delay = None, progress: bool = False) -> Audit:
+        """Step through all segments and look at the input of every synaptic operation, as `audit_spike_driven` does.
+
+        Args:
+            batches: see `predict`.
+            delay: as in `SpikingNetwork.simulate`.
+            progress: show a progress bar.
+        """
+        auditors = {name: Auditor(network, delay) for name, network in self.segments.items()}
+        with self.running(lambda name, x: auditors[name].run(x)):
+            images = self._run_all(batches, "audit" if progress else None)
+        audits = [auditor.audit(images) for auditor in auditors.values()]
+        return Audit([operation for audit in audits for operation in audit.operations], images)
+
+    def energy(self, batches: Iterable[Batch], preset: Preset = "fp32", progress: bool = False) -> dict[str, Energy]:
+        """Count the operations of every segment and price them per image, as `measure_energy` does.
+
+        RoIAlign, NMS and the decoding of boxes are not in it.
+
+        Args:
+            batches: see `predict`.
+            preset: as in `measure_energy`.
+            progress: show a progress bar.
+
+        Returns:
+            By segment; `total_energy` puts them together.
+        """
+        counters = {name: OperationCounter(network) for name, network in self.segments.items()}
+        with self.running(lambda name, x: counters[name].run(x)):
+            images = self._run_all(batches, "energy" if progress else None)
+        return {name: counter.energy(preset, images) for name, counter in counters.items()}
+
+    def _run_all(self, batches: Iterable[Batch], progress: str | None) -> int:
+        images = 0
+        for batch in batches if progress is None else track(batches, progress, transient=True):
+            images += len(predict(self.model, batch))
+        if not images:
+            raise QsdError("there are no images to measure on; give at least one.")
+        return images
+
+
+def total_energy(energies: dict[str, Energy]) -> Energy:
+    """One table of all segments.
+
+    Args:
+        energies: by segment, of the same images.
+    """
+    first = next(iter(energies.values()))
+    layers = [layer for energy in energies.values() for layer in energy.layers]
+    merged = all(energy.merged for energy in energies.values())
+    return Energy(first.preset, first.time_steps, merged, first.images, layers)
+
+
+@torch.no_grad()
+def predict(model: Any, batch: Batch) -> list[Any]:
+    """What a detector or segmenter makes of a batch, in the number format of its weights.
+
+    Args:
+        model: in evaluation, trained or the one of a `SpikingModel`.
+        batch: of a data loader; it is not changed.
+    """
+    data = model.data_preprocessor(copy.deepcopy(batch), False)
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    return model.predict(data["inputs"].to(dtype), data["data_samples"])
+
+
+@torch.no_grad()
+def convert_model(
+    model: nn.Module, delay: Delay = None, merge: Merge = True, merged_bits: int | None = None
+) -> SpikingModel:
+    """Convert a trained detector or segmenter into one whose networks exchange binary spikes.
+
+    Each segment is converted by `qsd.to_spike_driven`, which compares all counts on random input before it returns.
+    Neurons keep their dotted names in the model.
+
+    Args:
+        model: of mmdet or mmseg, with this package's backbone, neck and heads; it is not changed.
+        delay: as in `qsd.to_spike_driven`.
+        merge: as in `qsd.to_spike_driven`.
+        merged_bits: as in `qsd.to_spike_driven`.
+
+    Raises:
+        QsdError: for a model of another structure, or with a layer that does not spike.
+    """
+    model = copy.deepcopy(model).eval()
+    segments = {}
+    for name, (part, example) in _parts(model).items():
+        segments[name] = to_spike_driven(part, delay, merge, merged_bits, example, currents=name != DENSE)
+    return SpikingModel(model, segments)
+
+
+class _Dense(nn.Module):
+    """Images to the pyramid's currents and the raw output of the head behind it; names are those of the model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        self.neck = model.neck if model.with_neck else nn.Identity()
+        self.head = _head(model)
+        self.add_module(self.head, _without_losses(getattr(model, self.head)))
+
+    def forward(self, images: Tensor) -> tuple[Any, Any]:
+        features = self.neck(self.backbone(images))
+        return features, self.get_submodule(self.head)(features)
+
+
+class _RegionHead(nn.Module):
+    """Currents of regions to the raw output of a RoI head, under its name in the model."""
+
+    def __init__(self, path: str, head: nn.Module) -> None:
+        super().__init__()
+        self.path = path
+        *parents, last = path.split(".")
+        holder: nn.Module = self
+        for parent in parents:
+            holder.add_module(parent, nn.Module())
+            holder = holder.get_submodule(parent)
+        holder.add_module(last, _without_losses(head))
+
+    def forward(self, currents: Tensor) -> Any:
+        return self.get_submodule(self.path)(currents)
+
+
+def _head(model: Any) -> str:
+    found = [name for name in _HEADS if isinstance(getattr(model, name, None), nn.Module)]
+    if not found or isinstance(getattr(model, found[0]), nn.ModuleList):
+        raise QsdError(
+            f"{type(model).__name__} cannot be converted: it is neither a detector with one dense head or an RPN head, "
+            "nor a segmenter with one decode head."
+        )
+    return found[0]
+
+
+def _without_losses(head: nn.Module) -> nn.Module:
+    head = copy.deepcopy(head)
+    for name, _ in list(head.named_children()):
+        if name.startswith("loss"):
+            delattr(head, name)
+    return head
+
+
+def _parts(model: Any) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Segments by name, before their conversion, and a random input for each."""
+    regions = []
+    for kind in ("bbox_head", "mask_head"):
+        heads = getattr(getattr(model, "roi_head", None), kind, None)
+        numbers = [f".{i}" for i in range(len(heads))] if isinstance(heads, nn.ModuleList) else [""]
+        regions += [f"roi_head.{kind}{number}" for number in numbers if heads is not None]
+    covered = ("backbone", "neck", _head(model), *regions)
+    for name, _ in model.named_parameters():
+        if not name.startswith((*(f"{path}." for path in covered), "auxiliary_head.")):
+            raise QsdError(f"layer {name.rpartition('.')[0]} lies outside the parts that are converted: {covered}.")
+    for name, module in model.named_modules():
+        float_layer = isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d | nn.ReLU)
+        if float_layer and name.startswith(covered) and not isinstance(module, QuantConv2d | QuantLinear):
+            what = "the ReLU of a float twin" if isinstance(module, FloatNeuron) else f"a {type(module).__name__}"
+            raise QsdError(
+                f"layer {name} is {what}, without spikes, and cannot be converted; use this package's backbone, neck "
+                "and heads (SpikeFPN, ...) with time_steps of 1 or more."
+            )
+    generator = torch.Generator().manual_seed(0)
+    channels = next(m.in_channels for m in model.backbone.modules() if isinstance(m, QuantConv2d))
+    parts: dict[str, tuple[nn.Module, Tensor]] = {
+        DENSE: (_Dense(model), torch.randn(1, channels, _SIDE, _SIDE, generator=generator))
+    }
+    for name in regions:
+        head = model.get_submodule(name)
+        height, width = head.roi_feat_size
+        currents = torch.randn(2, head.in_channels, height, width, generator=generator)
+        parts[name] = _RegionHead(name, head), currents
+    return parts
