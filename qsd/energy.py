@@ -347,6 +347,8 @@ class OperationCounter:
         x = operation.activations[0]
         name = f"{operation.name} ({operation.torch_name})"
         if operation.torch_name in _TAPS:
+            if operation.output.shape == x.shape:
+                return  # each value is its own
             entry = self.layers.setdefault(name, LayerEnergy(name, "resize"))
             macs = operation.output.numel() * _TAPS[operation.torch_name]
             for key in entry.macs:
