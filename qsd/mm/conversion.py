@@ -271,6 +271,9 @@ def convert_model(
     segments = {}
     for name, (part, example) in _parts(model).items():
         segments[name] = to_spike_driven(part, delay, merge, merged_bits, example, currents=name != DENSE)
+    if len(steps := {network.time_steps for network in segments.values()}) > 1:
+        found = ", ".join(map(str, sorted(steps)))
+        raise QsdError(f"all neurons need one number of time steps; found: {found}.")
     return SpikingModel(model, segments)
 
 

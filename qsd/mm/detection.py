@@ -7,6 +7,7 @@ and post-processing are mmdet's. The neuron and its step are the same in trainin
 from itertools import pairwise
 from typing import Any
 
+import torch
 from mmdet.models.dense_heads import RetinaHead, RPNHead
 from mmdet.models.necks import FPN
 from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead
@@ -163,6 +164,19 @@ class SpikeFCNMaskHead(InitializeSteps, FCNMaskHead):
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
         super().init_weights()
+
+    def _predict_by_feat_single(
+        self, mask_preds: Tensor, bboxes: Tensor, labels: Tensor, img_meta: Any, rcnn_test_cfg: Any, **options: Any
+    ) -> Tensor:
+        if bboxes.dtype != torch.float64:
+            return super()._predict_by_feat_single(mask_preds, bboxes, labels, img_meta, rcnn_test_cfg, **options)
+        # mmdet samples masks in float32 and fails on boxes in float64, in which conversions are verified. It also
+        # rescales the boxes in place: here a copy, so that they keep their precision.
+        narrow = mask_preds.float(), bboxes.float()
+        masks = super()._predict_by_feat_single(*narrow, labels, img_meta, rcnn_test_cfg, **options)
+        if options.get("rescale"):
+            bboxes /= bboxes.new_tensor(img_meta["scale_factor"]).repeat(1, 2)
+        return masks
 
 
 def _stack(sizes: list[int], spike_cfg: Config) -> nn.Sequential:

@@ -80,6 +80,8 @@ def _comparison_findings(record: Mapping[str, Any]) -> list[Finding]:
         if c["farthest_first_difference"] is not None:
             farthest = scientific(c["farthest_first_difference"])
             text += f", and each began within {farthest} steps of a threshold, by rounding"
+        if c.get("other_regions"):
+            text += f"; {c['other_regions']} of them began with another choice of regions, by rounded scores"
         found.append(Finding("plain", "In float32", f"{text}."))
     return found
 
