@@ -62,3 +62,8 @@ default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=100, save_best="coco/segm_mAP_50", rule="greater"),
 )
 log_processor = dict(by_epoch=False)
+custom_hooks = [
+    dict(type="StepSizeHook"),
+    dict(type="SpikeStatisticsHook"),
+    dict(type="ConvertToSpikeDrivenHook", max_images=24),
+]

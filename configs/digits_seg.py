@@ -57,3 +57,8 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", by_epoch=False, begin=50, end=iterations, eta_min=0),
 ]
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=250, save_best="mIoU", rule="greater"))
+custom_hooks = [
+    dict(type="StepSizeHook"),
+    dict(type="SpikeStatisticsHook"),
+    dict(type="ConvertToSpikeDrivenHook", max_images=24),
+]

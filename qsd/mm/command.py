@@ -142,16 +142,30 @@ def load_config(options: argparse.Namespace, framework: str) -> Config:
             f"configuration {path} is for {config.get('default_scope', 'no framework')}, not for {framework}."
         )
     if root is not None:
-        old, new = root.rstrip("/"), str(config.data_root).rstrip("/")
-        if not Path(new).is_dir():
-            raise QsdError(f"the data's folder {new} does not exist; give yours with --cfg-options data_root=DIR")
-        if new != old:
-            config.merge_from_dict(_replace_prefix(config.to_dict(), old, new))
+        move_data(config, root, config.data_root)
     config.launcher = options.launcher
     config.work_dir = options.work_dir or config.get("work_dir") or str(Path("runs", path.stem))
     if options.launcher != "none":  # elsewhere it would make Lightning, in this process, wait for others
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     return config
+
+
+def move_data(config: Config, old: str, new: str) -> None:
+    """Change the data's folder wherever a configuration uses it.
+
+    Args:
+        config: which is changed.
+        old: its ``data_root``.
+        new: the folder that takes its place.
+
+    Raises:
+        QsdError: if there is no such folder.
+    """
+    old, new = str(old).rstrip("/"), str(new).rstrip("/")
+    if not Path(new).is_dir():
+        raise QsdError(f"the data's folder {new} does not exist; give yours with --cfg-options data_root=DIR")
+    if new != old:
+        config.merge_from_dict(_replace_prefix(config.to_dict(), old, new))
 
 
 def _replace_prefix(value: Any, old: str, new: str) -> Any:

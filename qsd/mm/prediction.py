@@ -16,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from qsd.errors import QsdError
+from qsd.mm.command import move_data
 from qsd.models.checkpoints import read_checkpoint
 
 
@@ -37,15 +38,18 @@ _IN_CHECKPOINTS: list[Any] = [
 ]
 
 
-def load_model(checkpoint: str | Path, device: str = "cpu") -> tuple[Any, Config]:
+def load_model(
+    checkpoint: str | Path, device: str = "cpu", options: Mapping[str, Any] | None = None
+) -> tuple[Any, Config]:
     """A trained model in evaluation, and the configuration it was trained with, from a checkpoint of a training.
 
     Args:
         checkpoint: ``.pth`` file that mmengine wrote.
         device: where the model shall lie.
+        options: settings of the configuration to override; a changed ``data_root`` is changed wherever it is used.
 
     Raises:
-        QsdError: if there is no such file, or it is something else.
+        QsdError: if there is no such file, or it is something else; if there is no such folder of data.
     """
     with torch.serialization.safe_globals(_IN_CHECKPOINTS):
         content = read_checkpoint(checkpoint)
@@ -53,6 +57,10 @@ def load_model(checkpoint: str | Path, device: str = "cpu") -> tuple[Any, Config
     if "cfg" not in meta or "state_dict" not in content:
         raise QsdError(f"{checkpoint} is no checkpoint of a training with mmdet or mmseg.")
     config = Config.fromstring(meta["cfg"], ".py")
+    root = config.get("data_root")
+    config.merge_from_dict(dict(options or {}))
+    if root is not None and config.data_root != root:
+        move_data(config, root, config.data_root)
     return build_model(config, content["state_dict"], meta["dataset_meta"]).to(device), config
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.evaluator import Evaluator
+from mmengine.registry import DATASETS, init_default_scope
 from rich.progress import track
 from torch import Tensor
 
@@ -21,12 +23,13 @@ from qsd.mm.comparison import compare_model
 from qsd.mm.conversion import Batch, SpikingModel, convert_model, predict, total_energy
 from qsd.packing import model_size, save_packed
 from qsd.report import Record
-from qsd.report.files import all_or_none, write_record
+from qsd.report.files import PAGE, RECORD, all_or_none, write_record
 from qsd.report.recording import Activity, weight_bits
 from qsd.spiking.rules import Merge
 
 STAGES = ("compare", "activity", "audit", "energy")
 PACKED = "quantized.safetensors"
+FILES = (PACKED, RECORD, PAGE)
 
 
 class Scenes:
@@ -59,6 +62,25 @@ class Scenes:
 
     def __iter__(self) -> Iterator[Batch]:
         return (pseudo_collate([self.dataset[i]]) for i in range(self.count))
+
+
+def load_scenes(config: Config, part: str) -> tuple[Any, Evaluator]:
+    """The data set of a part, and what evaluates predictions of it.
+
+    Args:
+        config: of a training.
+        part: ``"val"`` or ``"test"``.
+
+    Raises:
+        QsdError: if the configuration has no such part.
+    """
+    if config.get(f"{part}_dataloader") is None or config.get(f"{part}_evaluator") is None:
+        raise QsdError(f"the configuration has no {part}_dataloader and {part}_evaluator; choose another part.")
+    init_default_scope(config.default_scope)
+    dataset = DATASETS.build(config[f"{part}_dataloader"].dataset)
+    evaluator = Evaluator(config[f"{part}_evaluator"])
+    evaluator.dataset_meta = dataset.metainfo
+    return dataset, evaluator
 
 
 @torch.no_grad()

@@ -53,7 +53,9 @@ def _comparison_findings(record: Mapping[str, Any]) -> list[Finding]:
     found = []
     if exact:
         images, changed = exact[0]["images"], max(c["changed_images"] for c in exact)
-        ways = " and ".join("spike by spike" if c["way"] == "simulate" else "in the count domain" for c in exact)
+        fewer = {c["way"]: "" if c["images"] == images else f" (on {c['images']} of them)" for c in exact}
+        words = {"count": "in the count domain", "simulate": "spike by spike"}
+        ways = " and ".join(words[c["way"]] + fewer[c["way"]] for c in exact)
         title, kind, text = (
             "Lossless.",
             "good",
@@ -89,15 +91,12 @@ def _comparison_findings(record: Mapping[str, Any]) -> list[Finding]:
 def _accuracy_finding(record: Mapping[str, Any]) -> Finding:
     accuracy = record["accuracy"]
     if "metrics" in accuracy:
-        figures = [
+        if not accuracy["metrics"]:
+            return Finding("plain", "Accuracy", "was not measured: the data set's metrics need all of its images.")
+        pairs = [
             f"{m['name']} {significant(m['spiking'])} (as trained {significant(m['quantized'])})" for m in _main(record)
         ]
-        text = (
-            f"{', '.join(figures)} on {accuracy['images']} images."
-            if figures
-            else "not measured on part of the images."
-        )
-        return Finding("plain", "In binary spikes:", text)
+        return Finding("plain", "In binary spikes:", f"{', '.join(pairs)} on {accuracy['images']} images.")
     lost = 100 * (accuracy["quantized"] - accuracy["spiking"])
     change = "the same as" if lost == 0 else f"{abs(lost):.2f} points {'below' if lost > 0 else 'above'}"
     text = f"{100 * accuracy['spiking']:.2f} % of {accuracy['images']} images in binary spikes, "
@@ -268,7 +267,7 @@ def _size_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("packed", sizes["packed_bytes"], "weights at their real bit width, step sizes and norms beside them"),
     ]
     if sizes["file_bytes"] is not None:
-        rows.append(("packed file", sizes["file_bytes"], "spiking.safetensors on disk, with its header"))
+        rows.append(("packed file", sizes["file_bytes"], "on disk, with its header"))
     if sizes["converted_bytes"] is not None:
         meaning = f"what the spiking network ({_merge_words(record)}) holds in memory, norms folded in"
         rows.append(("converted", sizes["converted_bytes"], meaning))

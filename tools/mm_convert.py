@@ -1,0 +1,78 @@
+"""Convert a trained detector or segmenter to binary spikes, verify it on images, and write its report.
+
+python tools/mm_convert.py runs/digits_det/best.pth --part test --out converted
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import DictAction
+from rich.console import Console
+
+from qsd import QsdError, report
+
+try:
+    from qsd.mm import command
+    from qsd.mm.prediction import load_model
+    from qsd.mm.recording import FILES, STAGES, Scenes, load_scenes, write_model
+except QsdError as error:
+    print(f"mm_convert: error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+MERGE: dict[str, Any] = {"all": True, "none": False, "rep": "rep", "sep": "sep"}
+PARTS = {"val": "validation", "test": "test"}
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="of a training; it holds its configuration")
+    parser.add_argument("--part", choices=tuple(PARTS), default="val", help="images to measure on")
+    parser.add_argument("--out", type=Path, default=Path("converted"), help="folder for the three files")
+    parser.add_argument("--force", action="store_true", help="replace the files of an earlier conversion")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE",
+                        help="override settings of the checkpoint's configuration, such as data_root")  # fmt: skip
+    parser.add_argument("--merge", choices=tuple(MERGE), default="all", help="chains to turn into one convolution each")
+    parser.add_argument("--merged-bits", type=int, help="quantize merged kernels to so many bits; not lossless")
+    parser.add_argument("--delay", type=int, help="of every neuron; the default T - 1 is lossless")
+    parser.add_argument("--preset", default="fp32", help="prices of operations: fp32 (the papers'), fp16, int8")
+    parser.add_argument("--max-images", type=int, help="measure on so many images; the default is all")
+    parser.add_argument("--step-images", type=int, default=8, help="images that are also stepped through time")
+    parser.add_argument("--leave-out", nargs="+", choices=STAGES, default=[], help="do not measure these")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    return command.run("mm_convert", _convert, parser, args)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    existing = [options.out / name for name in FILES if (options.out / name).exists()]
+    if existing and not options.force:
+        raise QsdError(f"{existing[0]} exists; pass --force to replace it, or another --out.")
+    report.check_options(
+        MERGE[options.merge], options.merged_bits, options.preset, options.max_images, options.step_images, None, ()
+    )
+    model, config = load_model(options.checkpoint, options.device, options.cfg_options)
+    dataset, evaluator = load_scenes(config, options.part)
+    record = write_model(
+        model,
+        Scenes(dataset, options.max_images),
+        options.out,
+        config.pretty_text,
+        evaluator=evaluator,
+        name=type(model).__name__,
+        checkpoint=str(options.checkpoint),
+        source=f"{PARTS[options.part]} images",
+        delay=options.delay,
+        merge=MERGE[options.merge],
+        merged_bits=options.merged_bits,
+        preset=options.preset,
+        step_images=options.step_images,
+        stages=[stage for stage in STAGES if stage not in options.leave_out],
+    )
+    Console().print(report.summary(record))
+    print(f"report: {options.out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
