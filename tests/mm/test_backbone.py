@@ -80,6 +80,24 @@ def test_frozen_stages_and_norms_do_not_learn():
     assert all(torch.equal(backbone.state_dict()[name], value) for name, value in before.items())
 
 
+def test_the_stem_of_a_csdformer_can_be_frozen():
+    sizes = {"embed_dims": 16, "depth": 2, "num_heads": 2}
+    backbone = MODELS.build(
+        dict(
+            type="SpikeTransformerBackbone",
+            model="csdformer_8_384",
+            model_args=sizes,
+            out_indices=(0, 1),
+            frozen_stages=1,
+        )
+    ).train()
+    model = backbone.model
+    frozen = [*model.stem.modules(), *model.blocks[0].modules()]
+    assert not any(module.training for module in frozen)
+    assert not any(p.requires_grad for module in frozen for p in module.parameters())
+    assert all(p.requires_grad for p in model.blocks[1].parameters())
+
+
 def test_statistics_that_nobody_learned_are_warned_of(caplog):
     build(norm_eval=True).init_weights()
     assert "norm_eval=True without pretrained weights" in caplog.text

@@ -10,6 +10,7 @@ from torch import nn
 
 from qsd import QsdError
 from qsd.mm import SpikeConv2d, SpikeStatisticsHook, StepSizeHook
+from qsd.neurons import LsqNeuron
 
 
 def runner(model):
@@ -22,6 +23,14 @@ def test_a_step_size_that_collapses_stops_the_training_and_is_named():
     StepSizeHook().after_train_iter(runner(model), 0)
     model[1].proj.conv.quantizer.step.data[2] = -0.25
     with pytest.raises(QsdError, match=r"1\.proj\.conv\.quantizer is -0\.25 at iteration 7"):
+        StepSizeHook().after_train_iter(runner(model), 0)
+
+
+def test_a_neuron_s_step_is_watched_as_those_of_weights_are():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), LsqNeuron(4))
+    StepSizeHook().after_train_iter(runner(model), 0)
+    model[1].step.data.fill_(0.0)
+    with pytest.raises(QsdError, match="a step size of 1 is 0 at iteration 7"):
         StepSizeHook().after_train_iter(runner(model), 0)
 
 

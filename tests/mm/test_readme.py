@@ -10,7 +10,7 @@ import timm
 import torch
 
 from .conftest import CONFIGS
-from .test_tools import ADE_SCALES, COCO_SCALES, ONE_PROCESS
+from .test_tools import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS
 
 README = (CONFIGS.parent / "README.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -19,8 +19,8 @@ TINY = ["model.backbone.model_args.depth=2", "train_dataloader.batch_size=2"]
 SHORT = {
     "coco_qsd": ["train_cfg.max_epochs=1", *COCO_SCALES],
     "ade20k_qsd": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *ADE_SCALES],
-    "digits_det": ["train_cfg.max_iters=1", "train_cfg.val_interval=1"],
-    "digits_seg": ["train_cfg.max_iters=1", "train_cfg.val_interval=1"],
+    "digits_det": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *LITTLE],
+    "digits_seg": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *LITTLE],
 }
 
 
@@ -43,7 +43,7 @@ def shortened(command):
     if program == "make_digit_scenes":
         words += ["--scenes", "8", "2", "2"]
     elif program == "mm_convert":
-        words += ["--max-images", "1", "--step-images", "1"]
+        words += ["--max-images", "1", "--step-images", "1", "--leave-out", "compare"]
     elif program != "mm_predict":
         name = Path(words[0]).stem
         words += [] if "--cfg-options" in words else ["--cfg-options"]

@@ -62,7 +62,10 @@ def test_ade20k_qsd_trains_and_validates_on_ade20k_s_layout(tool, ade, tmp_path)
     assert (tmp_path / "iter_2.pth").is_file()
 
 
+# Of the conversion behind the demonstrations' training; tests/mm/test_training_hooks.py looks at all of it.
+LITTLE = [f"custom_hooks.2.{option}" for option in ("max_images=1", "step_images=1", "stages=[]")]
 FEW = [
+    *LITTLE,
     "train_cfg.max_iters=3", "train_cfg.val_interval=3", "default_hooks.checkpoint.interval=3",
     "default_hooks.logger.interval=1", "train_dataloader.batch_size=4", "val_dataloader.batch_size=4",
 ]  # fmt: skip
@@ -95,7 +98,12 @@ def test_the_detector_s_demonstration_learns_and_is_tested(tool, detector, scene
     logged = scalars(detector)
     losses = [row["loss"] for row in logged if "loss" in row]
     assert losses[-1] < losses[0]
-    assert 0 < logged[-1]["spikes/mean"] < 1
+    (rate,) = (row["spikes/mean"] for row in logged if "spikes/mean" in row)
+    assert 0 < rate < 1
+    assert (
+        logged[-1]["spiking/latency_steps"]
+        == json.loads((detector / "conversion.json").read_text())["latency"]["steps"]
+    )
     checkpoint = str(detector / "iter_3.pth")
     config = str(CONFIGS / "digits_det.py")
     options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}", "model.test_cfg.rcnn.score_thr=0.0"]
