@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class SpikingModel(nn.Module):
 
     Args:
         model: the trained one, of which everything but the networks is used; it is taken over.
-        segments: its networks by name.
+        segments: its networks by name, ``"dense"`` first.
     """
 
     def __init__(self, model: Any, segments: dict[str, SpikingNetwork]) -> None:
@@ -59,21 +60,25 @@ class SpikingModel(nn.Module):
         self.names = tuple(segments)
         self.networks = nn.ModuleList(segments.values())
         self.model: Any = model
-        self._run: Callable[[str, Tensor], Any] = lambda name, x: self.segments[name](x)
+        self._run: Callable[[str, Tensor], Any] | None = None
         self._output: Any = None
-        for name in segments:
-            if name == DENSE:
-                model.extract_feat = self._extract
-                getattr(model, _head(model)).forward = lambda _features: self._output
-            else:
-                model.get_submodule(name).forward = lambda x, name=name: self._run(name, x)
+        model.extract_feat = self._extract
+        getattr(model, _head(model)).forward = self._dense_head
+        for name in self.names[1:]:
+            model.get_submodule(name).forward = partial(self._segment, name)
         # The networks hold their weights.
         model.backbone, model.neck = nn.Identity(), nn.Identity()
         self.eval()
 
+    def _segment(self, name: str, x: Tensor) -> Any:
+        return self.segments[name](x) if self._run is None else self._run(name, x)
+
     def _extract(self, images: Tensor) -> Any:
-        features, self._output = self._run(DENSE, images.to(self.segments[DENSE].example.dtype))
+        features, self._output = self._segment(DENSE, images.to(self.segments[DENSE].example.dtype))
         return features
+
+    def _dense_head(self, _features: Any) -> Any:
+        return self._output
 
     @property
     def segments(self) -> dict[str, SpikingNetwork]:

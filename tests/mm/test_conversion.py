@@ -183,6 +183,17 @@ def test_a_difference_is_found(trained):
     assert compare_model(model, spiking, scenes).changed_images == 2
 
 
+def test_a_copy_stands_alone_and_takes_another_number_format(trained, converted):
+    (_, scenes), spiking = trained("coco_qsd"), converted("coco_qsd")
+    other = copy.deepcopy(spiking).float()
+    (before,) = spiking.predict(scenes[0])
+    (narrow,) = other.predict(scenes[0])
+    assert (before.pred_instances.scores.dtype, narrow.pred_instances.scores.dtype) == (torch.float64, torch.float32)
+    other.segments["roi_head.bbox_head"].network.roi_head.bbox_head.fc_cls.linear.bias[3] += 0.5
+    assert not torch.equal(other.predict(scenes[0])[0].pred_instances.scores, narrow.pred_instances.scores)
+    assert torch.equal(spiking.predict(scenes[0])[0].pred_instances.scores, before.pred_instances.scores)
+
+
 def test_a_head_that_levels_share_is_counted_and_priced_by_level(trained, converted):
     (model, scenes), spiking = trained("coco_qsd"), converted("coco_qsd")
     counts = {}
