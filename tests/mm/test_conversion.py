@@ -13,8 +13,9 @@ from torch import nn
 import qsd.mm
 from qsd import QsdError
 from qsd.mm.comparison import compare_model
-from qsd.mm.conversion import DENSE, predict, total_energy
+from qsd.mm.conversion import predict, total_energy
 from qsd.mm.recording import Scenes, write_model
+from qsd.mm.segments import DENSE
 from qsd.neurons import SpikeNeuron
 from qsd.packing import load_packed
 from qsd.report import FILES
