@@ -65,5 +65,5 @@ log_processor = dict(by_epoch=False)
 custom_hooks = [
     dict(type="StepSizeHook"),
     dict(type="SpikeStatisticsHook"),
-    dict(type="ConvertToSpikeDrivenHook", max_images=24),
+    dict(type="ConvertToSpikeDrivenHook", max_images=16, step_images=4),
 ]

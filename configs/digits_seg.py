@@ -60,5 +60,5 @@ default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=250, sav
 custom_hooks = [
     dict(type="StepSizeHook"),
     dict(type="SpikeStatisticsHook"),
-    dict(type="ConvertToSpikeDrivenHook", max_images=24),
+    dict(type="ConvertToSpikeDrivenHook", max_images=16, step_images=4),
 ]

@@ -1,6 +1,6 @@
 """Convert a trained detector or segmenter to binary spikes, verify it on images, and write its report.
 
-python tools/mm_convert.py runs/digits_det/best.pth --part test --out converted
+python tools/mm_convert.py runs/digits_det/best_coco_segm_mAP_50_iter_500.pth --part test --out converted
 """
 
 import argparse
