@@ -1,8 +1,10 @@
 """Convolution and linear layers whose weights are quantized to a few bits."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qsd.layers.lean import LeanConv, LeanLinear, has_hooks, lean_layer
 from qsd.quantizers import StepSizeQuantizer
 
 
@@ -21,6 +23,7 @@ class QuantConv2d(nn.Conv2d):
     """
 
     quantizer: StepSizeQuantizer | None
+    lean = True
 
     def __init__(
         self,
@@ -39,7 +42,9 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
-        return self._conv_forward(x, quantized_weight(self), self.bias)
+        if not is_lean(self):
+            return self._conv_forward(x, quantized_weight(self), self.bias)
+        return lean_layer(x, self.weight, self.bias, *lean_form(self))
 
 
 class QuantLinear(nn.Linear):
@@ -53,6 +58,7 @@ class QuantLinear(nn.Linear):
     """
 
     quantizer: StepSizeQuantizer | None
+    lean = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, weight_bits: int | None = 4) -> None:
         super().__init__(in_features, out_features, bias)
@@ -64,7 +70,34 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C_in]`` to ``[..., C_out]``."""
-        return F.linear(x, quantized_weight(self), self.bias)
+        if not is_lean(self):
+            return F.linear(x, quantized_weight(self), self.bias)
+        return lean_layer(x, self.weight, self.bias, *lean_form(self))
+
+
+def is_lean(layer: QuantConv2d | QuantLinear) -> bool:
+    """Whether a layer runs by `lean_layer`: not without a backward pass, nor under a compiler, which sees for itself.
+
+    Args:
+        layer: quantized or not.
+    """
+    quantizer = layer.quantizer
+    known = quantizer is None or (type(quantizer) is StepSizeQuantizer and not has_hooks(quantizer))
+    return layer.lean and known and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def lean_form(layer: QuantConv2d | QuantLinear) -> tuple[Tensor | None, LeanLinear]:
+    """Step sizes, and what else `lean_layer` has to know of a layer beside weight and bias.
+
+    Args:
+        layer: quantized or not.
+    """
+    quantizer = layer.quantizer
+    step, levels = (None, (0, 0)) if quantizer is None else (quantizer.step, (quantizer.q_min, quantizer.q_max))
+    if isinstance(layer, QuantLinear):
+        return step, LeanLinear(levels)
+    assert not isinstance(layer.padding, str)
+    return step, LeanConv(levels, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def quantized_weight(layer: QuantConv2d | QuantLinear) -> Tensor:
