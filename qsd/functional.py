@@ -146,7 +146,8 @@ class _LsqQuantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        scaled, integers, _ = lsq_grid(*ctx.saved_tensors, ctx.q_min, ctx.q_max)
+        weight, step = ctx.saved_tensors
+        scaled, integers, _ = lsq_grid(weight, step, ctx.q_min, ctx.q_max)
         return *lsq_gradients(grad, scaled, integers, ctx.q_min, ctx.q_max), None, None
 
 

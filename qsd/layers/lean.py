@@ -183,8 +183,8 @@ def set_lean(model: nn.Module, enable: bool = True) -> None:
     """Switch between memory-lean training, which is the default, and ordinary layers that keep floats.
 
     Lean layers keep spike counts in half a byte, quantize weights again instead of keeping them, and run the norms of a
-    chain together. Outputs and gradients are the same: bit by bit for neurons, convolutions and products, up to rounding
-    for two norms in a row and learned steps. Evaluation and compiled training do not change.
+    chain together. Outputs and gradients are the same, bit by bit for neurons, convolutions and products, up to
+    rounding for two norms in a row and learned steps. Evaluation and compiled training do not change.
 
     Args:
         model: any module; neurons, layers and chains are found at any depth.
