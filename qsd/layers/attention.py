@@ -3,6 +3,7 @@
 import math
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,7 +89,7 @@ class SpikeDrivenSelfAttention(nn.Module):
             if self.product_scale is not None:
                 product = product * self.product_scale
         product = product.reshape(x.shape)
-        return self.proj(viewed(self.attn_neuron(product), lambda t: t.to(spikes.dtype)), scale)
+        return self.proj(_of_dtype(self.attn_neuron(product), spikes.dtype), scale)
 
 
 class SpikeProduct(nn.Module):
@@ -180,11 +181,15 @@ class NReluSelfAttention(nn.Module):
         mixed = self.value_product(value, viewed(scores, _transposed))
         scale = self.score_neuron.worth(self.num_heads * tokens**2) * self.v_neuron.worth(features) / tokens
         mixed = self.attn_neuron(mixed.reshape(x.shape), scale)
-        return self.proj(viewed(mixed, lambda t: t.to(spikes.dtype)))
+        return self.proj(_of_dtype(mixed, spikes.dtype))
 
 
 def _by_head(x: Tensor, heads: tuple[int, ...]) -> Tensor:
     return viewed(x, lambda t: t.reshape(heads))
+
+
+def _of_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return viewed(x, lambda t: t.to(dtype))
 
 
 def _transposed(x: Tensor) -> Tensor:
