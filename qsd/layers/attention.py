@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qsd.errors import QsdError
 from qsd.functional import exact_matmul, linear_attention
-from qsd.layers.chains import LinearChain, rep_conv
+from qsd.layers.chains import LinearChain, rep_conv, scaled
 from qsd.layers.quantized import QuantConv2d
 from qsd.neurons import NeuronKind, build_neuron
 from qsd.spike_codes import viewed
@@ -89,7 +89,7 @@ class SpikeDrivenSelfAttention(nn.Module):
             if self.product_scale is not None:
                 product = product * self.product_scale
         product = product.reshape(x.shape)
-        return self.proj(_of_dtype(self.attn_neuron(product), spikes.dtype), scale)
+        return scaled(self.proj, _of_dtype(self.attn_neuron(product), spikes.dtype), scale)
 
 
 class SpikeProduct(nn.Module):

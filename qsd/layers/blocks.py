@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from qsd.functional import drop_path
 from qsd.layers.attention import AttentionKind, SpikeDrivenSelfAttention
-from qsd.layers.chains import LinearChain
+from qsd.layers.chains import LinearChain, scaled
 from qsd.layers.quantized import QuantConv2d
 from qsd.neurons import NeuronKind, build_neuron
 
@@ -118,7 +118,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H, W]``, times ``scale`` by channel."""
-        return self.fc2(self.neuron2(self.fc1(self.neuron1(x))), scale)
+        return scaled(self.fc2, self.neuron2(self.fc1(self.neuron1(x))), scale)
 
 
 class ConvBlock(nn.Module):

@@ -47,6 +47,19 @@ class LinearChain(nn.Sequential):
         return x if scale is None else x * scale.view(1, -1, 1, 1)
 
 
+def scaled(chain: nn.Module, x: Tensor, scale: Tensor | None) -> Tensor:
+    """The output of a chain, or of what was put in its place, times a factor by channel.
+
+    Args:
+        chain: ``[B, C_in, H, W]`` to ``[B, C_out, H', W']``.
+        x: its input.
+        scale: ``[C_out]``, or ``None`` for 1.
+    """
+    if scale is None:
+        return chain(x)
+    return chain(x, scale) if isinstance(chain, LinearChain) else chain(x) * scale.view(1, -1, 1, 1)
+
+
 def _advance(layers: list[nn.Module], x: Tensor, scale: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
     """Run the first layers of a row: the result, how many they were, and the scale that is left to do."""
     first, (second, third) = layers[0], (*layers[1:3], None, None)[:2]
