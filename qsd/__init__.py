@@ -6,7 +6,7 @@ Importing this package makes its models known to timm: ``timm.create_model("qsd_
 from qsd._version import __version__
 from qsd.energy import measure_energy
 from qsd.errors import QsdError
-from qsd.layers import initialize_neurons, initialize_steps
+from qsd.layers import initialize_neurons, initialize_steps, set_lean
 from qsd.models import load_reference_weights, load_weights
 from qsd.packing import load_packed, model_size, save_packed
 from qsd.spiking import (
@@ -34,5 +34,6 @@ __all__ = [
     "measure_energy",
     "model_size",
     "save_packed",
+    "set_lean",
     "to_spike_driven",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
-from qsd.functional import learned_spikes, scale_gradient, spike_count
+from qsd.functional import fixed_spikes, learned_spikes, scale_gradient, spike_count
 
 NeuronKind = Literal["fixed", "lsq", "qcfs"]
 # One number, or a tensor without dimensions that gradients flow through.
@@ -31,7 +31,8 @@ def _check_time_steps(time_steps: int) -> None:
 class SpikeNeuron(nn.Module):
     """Integer spike counts over a window of ``time_steps``, times an amplitude (IE-LIF by default).
 
-    It has no state and needs no reset call: a sample's spikes depend on nothing but its own input.
+    It has no state and needs no reset call: a sample's spikes depend on nothing but its own input. For the backward
+    pass it keeps half a byte per element, see `qsd.spike_codes`; `qsd.set_lean` switches that off.
 
     Args:
         time_steps: T, the most spikes per window, 1 to 255. T = 1 is a binary neuron.
@@ -41,6 +42,8 @@ class SpikeNeuron(nn.Module):
     Raises:
         QsdError: if ``time_steps`` is out of range or the threshold is not positive.
     """
+
+    lean = True
 
     def __init__(self, time_steps: int = 4, threshold: float | None = None, amplitude: float | None = None) -> None:
         super().__init__()
@@ -74,8 +77,7 @@ class SpikeNeuron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
-        counts = self.counts(x)
-        return counts if self.amplitude == 1 else counts * self.amplitude
+        return fixed_spikes(x, self.time_steps, self._threshold, self.amplitude, self.lean)
 
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, threshold={self.threshold:g}, amplitude={self.amplitude:g}"
@@ -148,14 +150,15 @@ class LearnedStepNeuron(SpikeNeuron):
             x: see `drive`.
             scale: see `drive`.
         """
-        return learned_spikes(x, self._scaled_threshold(x, scale), None, self.time_steps)
+        return learned_spikes(x, self._scaled_threshold(x, scale), None, self.time_steps, self.lean)
 
     def forward(self, x: Tensor, scale: Factor | None = None) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``[B, ...]``."""
         if self._amplitude is not None:
             counts = self.counts(x, scale)
             return counts if self._amplitude == 1 else counts * self._amplitude
-        return learned_spikes(x, self._scaled_threshold(x, scale), self.worth(x[0].numel()), self.time_steps)
+        worth = self.worth(x[0].numel())
+        return learned_spikes(x, self._scaled_threshold(x, scale), worth, self.time_steps, self.lean)
 
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, amplitude={'step' if self._amplitude is None else self._amplitude}"

@@ -1,5 +1,6 @@
 import importlib.util
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,8 @@ def truncated():
 
 @pytest.fixture(scope="session")
 def tool():
-    """Import a script of ``tools/`` by its name."""
+    """Import a script of ``tools/`` by its name, beside its siblings, as running it would."""
+    sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
     def load(name):
         spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")

@@ -24,6 +24,7 @@ def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_pat
         ("inference", "stepping", "count domain", 4.5),
         ("inference", "stepping, merged kernels", "count domain, merged kernels", 4.5),
         ("training", "quantized, eager", "float twin, eager", 1.2),
+        ("training", "plain, eager", "float twin, eager", None),
         ("training", "distilled, eager", "quantized, eager", 1.45),
     ):
         ratio = results[suite][case]["ratio"]
@@ -32,9 +33,26 @@ def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_pat
         assert ratio["median"] == pytest.approx(sorted(a / b for a, b in seconds)[1])
     # four times the activations, beside the weights that both keep, which count for much at this size
     kept = {name: row["kept_bytes"] for name, row in results["training"].items() if "kept_bytes" in row}
+    ratios = results["training"]["quantized, eager"]["kept_ratios"]
+    assert set(ratios) == {"float twin, eager", "plain, eager"}
+    for versus, ratio in ratios.items():
+        assert ratio["ratio"] == kept["quantized, eager"] / kept[versus]
+        assert ratio["ratio"] < ratio["target"]
     assert kept["direct, eager"] > 1.5 * kept["quantized, eager"]
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert "inference, qsd_tiny, 32 px, batch 2" in capsys.readouterr().out
+
+
+def test_loading_tells_how_long_steps_wait_for_images(benchmark, tmp_path, capsys):
+    small = ["--quick", "--img-size=32", "--batch-size=2", "--rounds=2", "--workers=1", "--output", str(tmp_path)]
+    assert benchmark.main(["loading", *small]) == 0
+    loading = json.loads((tmp_path / "benchmark.json").read_text())["loading"]
+    assert loading["workers"] == 1
+    assert len(loading["shares"]) == 2
+    assert min(loading["shares"]) <= loading["share_waiting"] <= max(loading["shares"])
+    assert 0 < loading["share_waiting"] < 1
+    assert loading["images_per_second"] > 0
+    assert "% of the time waiting, 1 workers" in capsys.readouterr().out
 
 
 def test_growth_has_exponents(benchmark, tmp_path):
@@ -70,19 +88,20 @@ def test_kept_bytes_are_counted_by_storage_without_parameters_and_images(benchma
     assert benchmark.kept_bytes(nn.Sequential(nn.Conv2d(3, 4, 1), Neuron()), images) == mask
 
 
-def test_the_directly_trained_baseline_fires_binary_spikes_over_time_and_has_gradients(benchmark):
+def test_the_directly_trained_baseline_fires_binary_spikes_over_time_and_has_gradients(tool):
+    networks = tool("benchmark_networks")
     sizes = {"embed_dims": (8, 8, 16, 16), "num_heads": 2, "depth": 4, "layer_scale": 1.0}
-    model = benchmark.DirectlyTrained("qsd_tiny", 3, num_classes=5, **sizes)
+    model = networks.DirectlyTrained("qsd_tiny", 3, num_classes=5, **sizes)
     spikes = []
     for module in model.modules():
-        if isinstance(module, benchmark.LeakyIntegrateAndFire):
+        if isinstance(module, networks.LeakyIntegrateAndFire):
             module.register_forward_hook(lambda m, _, out: spikes.append((out, m.amplitude)))
     logits = model(torch.randn(2, 3, 32, 32))
     logits.square().sum().backward()
     assert logits.shape == (2, 5)
     assert all(out.shape[0] == 3 * 2 and set(out.unique().tolist()) <= {0.0, amplitude} for out, amplitude in spikes)
     assert any(bool(p.grad.any()) for p in model.network.stem.parameters())
-    neuron = benchmark.LeakyIntegrateAndFire(3, 1.0, 1.0)
+    neuron = networks.LeakyIntegrateAndFire(3, 1.0, 1.0)
     # by hand: 0.8 stays, 0.4 + 0.8 fires and leaves 0.2, 0.1 + 0.8 stays
     assert neuron(torch.full((3, 1), 0.8)).flatten().tolist() == [0, 1, 0]
 

@@ -1,10 +1,12 @@
-"""Measure side by side what networks cost: inference in its forms, training against the float twin, growth with size.
+"""Measure side by side what networks cost: inference in its forms, training, waiting for images, growth with size.
 
 python tools/benchmark.py                 # all of it, for qsd_15m at 224 pixels; about an hour on two cores
 python tools/benchmark.py inference --quick
 
 All cases of a table take turns in one process, in another order each round; a ratio is the median of the rounds'
-ratios. Peak memory is that of a process of its own for each case. Results go to benchmark.json and benchmark.png.
+ratios. Peak memory is that of a process of its own for each case; kept bytes are what a forward pass keeps for the
+backward pass, parameters left out. `loading` trains on JPEG files and tells for how much of the time a step waits for
+them. Results go to benchmark.json and benchmark.png.
 """
 
 import argparse
@@ -22,23 +24,23 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import timm
 import torch
+from benchmark_loading import loading
+from benchmark_networks import DirectlyTrained
+from benchmark_tables import draw, show, show_loading, show_sizes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qsd
 from qsd.distillation import AttentionRecorder, Teacher, attention_loss, logits_loss
 from qsd.errors import QsdError
-from qsd.neurons import SpikeNeuron
 from qsd.spiking.network import convert
 
-SUITES = ("inference", "training", "sizes")
+SUITES = ("inference", "training", "loading", "sizes")
 SIZES = (128, 192, 256, 384, 512)
 MODELS = ("qsd_8m", "qsd_15m", "qsd_31m", "qsd_55m")
 
@@ -62,73 +64,6 @@ class Case:
 
 
 # -- the networks -----------------------------------------------------------------------------------------------------
-
-
-class LeakyIntegrateAndFire(nn.Module):
-    """The neuron of direct training, unrolled over ``[T * B, ...]``; only a baseline to measure against.
-
-    Args:
-        time_steps: T.
-        threshold: membrane at which it fires.
-        amplitude: of a spike.
-    """
-
-    def __init__(self, time_steps: int, threshold: float, amplitude: float) -> None:
-        super().__init__()
-        self.time_steps, self.threshold, self.amplitude = time_steps, threshold, amplitude
-
-    def worth(self, features: int) -> float:
-        """What a spike stands for, for attention that asks its neurons (CSDformer's)."""
-        del features
-        return self.threshold
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Currents to binary spikes times the amplitude; half of the membrane leaks, a spike takes the threshold."""
-        currents = (x * scale if scale != 1 else x).unflatten(0, (self.time_steps, -1))
-        membrane, spikes = torch.zeros_like(currents[0]), []
-        for current in currents:
-            membrane = membrane / 2 + current
-            spike = RectangularSpike.apply(membrane / self.threshold)
-            membrane = membrane - spike * self.threshold
-            spikes.append(spike)
-        return torch.cat(spikes) * self.amplitude
-
-
-class RectangularSpike(torch.autograd.Function):
-    """Fire at 1; the surrogate gradient is 1 in a window of width 1 around that."""
-
-    @staticmethod
-    def forward(ctx: Any, membrane: Tensor) -> Tensor:
-        ctx.save_for_backward((membrane - 1).abs() < 0.5)
-        return (membrane >= 1).to(membrane.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (window,) = ctx.saved_tensors
-        return grad * window
-
-
-class DirectlyTrained(nn.Module):
-    """The same skeleton with leaky neurons, all layers run T times.
-
-    Args:
-        name: registered name of the network.
-        time_steps: T.
-        arguments: of the network.
-    """
-
-    def __init__(self, name: str, time_steps: int, **arguments: Any) -> None:
-        super().__init__()
-        self.time_steps = time_steps
-        self.network = timm.create_model(name, time_steps=1, **arguments)
-        for module in list(self.network.modules()):
-            for key, child in module.named_children():
-                if isinstance(child, SpikeNeuron):
-                    setattr(module, key, LeakyIntegrateAndFire(time_steps, child.threshold, child.amplitude))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The mean of the logits of all steps."""
-        return self.network(images.repeat(self.time_steps, 1, 1, 1)).unflatten(0, (self.time_steps, -1)).mean(0)
 
 
 def trained_like(model: nn.Module, images: Tensor) -> nn.Module:
@@ -185,13 +120,18 @@ def inference_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def training_cases(options: argparse.Namespace) -> list[Case]:
-    """A training step, eager and compiled: float twin, ours, ours with that twin as teacher, direct training."""
+    """A training step, eager and compiled: float twin, ours (also of plain layers), with a teacher, direct training."""
     images = options.images()
     labels = torch.randint(options.num_classes, (len(images),), device=images.device)
     eager, compiled = (1.25, 1.1) if options.name.startswith("csdformer") else (1.2, 1.1)
 
     def step(network: nn.Module) -> Callable[[], Any]:
         return training_step(network, images, labels)
+
+    def plain() -> nn.Module:
+        model = options.model()
+        qsd.set_lean(model, False)
+        return model
 
     cases = []
     for how, limit in (("eager", eager), *([("compiled", compiled)] if options.compile else [])):
@@ -205,6 +145,7 @@ def training_cases(options: argparse.Namespace) -> list[Case]:
 
             versus = None if suffix else (f"float twin, {how}", limit)
             cases.append(Case(f"{kind}, {how}", network, step, versus))
+    cases.append(Case("plain, eager", plain, step, ("float twin, eager", None)))
     taught = partial(distillation_step, teacher=lambda: options.model("_ann"), images=images, labels=labels)
     cases.append(Case("distilled, eager", options.model, taught, ("quantized, eager", 1.45)))
     direct = partial(DirectlyTrained, options.name, options.time_steps, num_classes=options.num_classes)
@@ -262,6 +203,15 @@ def kept_bytes(network: nn.Module, images: Tensor) -> int:
         output = network(images)
     del output
     return sum(size for size, _ in kept.values())
+
+
+def add_kept_ratios(results: dict[str, Any], of_twin: float) -> None:
+    """Divide the bytes that ours keeps by those of its float twin and of plain layers, beside the targets."""
+    ours = results["quantized, eager"]
+    ours["kept_ratios"] = {
+        versus: {"ratio": ours["kept_bytes"] / results[versus]["kept_bytes"], "target": target}
+        for versus, target in (("float twin, eager", of_twin), ("plain, eager", 0.55))
+    }
 
 
 def size_cases(options: argparse.Namespace, name: str, images: Tensor, labels: Tensor) -> list[Case]:
@@ -409,69 +359,6 @@ def sizes(options: argparse.Namespace, measure: Meter) -> dict[str, Any]:
     return results
 
 
-# -- telling ----------------------------------------------------------------------------------------------------------
-
-
-def show(console: Console, title: str, results: dict[str, Any]) -> None:
-    """Print the table of a suite."""
-    table = Table("case", "seconds", "quartiles", "ratio", "to", "target", "peak memory", "kept bytes", title=title)
-    for name, row in results.items():
-        ratio = row.get("ratio")
-        target = ratio and ratio["target"]
-        colour = "" if target is None or not ratio else "[green]" if ratio["median"] <= target else "[red]"
-        table.add_row(
-            name,
-            f"{row['median']:.3f}",
-            f"{row['lower_quartile']:.3f} - {row['upper_quartile']:.3f}",
-            f"{colour}{ratio['median']:.3f}" if ratio else "",
-            ratio["versus"] if ratio else "",
-            f"{target:g}" if target else "",
-            f"{row['peak_memory']['peak'] / 1e9:.2f} GB" if "peak_memory" in row else "",
-            f"{row['kept_bytes'] / 1e6:.0f} MB" if "kept_bytes" in row else "",
-        )
-    console.print(table)
-
-
-def show_sizes(console: Console, results: dict[str, Any]) -> None:
-    """Print the tables of growth."""
-    for axis, rows in results.items():
-        names = list(rows["exponents"])
-        table = Table("", *names, title=f"seconds per image over {axis}")
-        for i, label in enumerate(rows["label"]):
-            table.add_row(label, *(f"{rows[name][i]:.3f}" for name in names))
-        table.add_row("exponent", *(f"{rows['exponents'][name]:.2f}" for name in names))
-        console.print(table)
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw bars of the times, and growth on logarithmic axes."""
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    bars = [suite for suite in ("inference", "training") if suite in results]
-    growth = list(results.get("sizes", {}))
-    figure, axes = plt.subplots(1, len(bars) + len(growth), figsize=(6 * (len(bars) + len(growth)), 4), squeeze=False)
-    for axis, suite in zip(axes[0], bars):
-        rows = results[suite]
-        middle = np.array([row["median"] for row in rows.values()])
-        errors = [
-            [row["median"] - row["lower_quartile"] for row in rows.values()],
-            [row["upper_quartile"] - row["median"] for row in rows.values()],
-        ]
-        axis.barh(list(rows), middle, xerr=errors, color="#4c72b0")
-        axis.invert_yaxis()
-        axis.set(title=suite, xlabel="seconds (median, quartiles)")
-    for axis, name in zip(axes[0][len(bars) :], growth):
-        rows = results["sizes"][name]
-        for key, exponent in rows["exponents"].items():
-            axis.loglog(rows["x"], rows[key], marker="o", label=f"{key} (exponent {exponent:.2f})")
-        axis.set(title=f"growth with {name}", xlabel=name, ylabel="seconds per image")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -487,6 +374,7 @@ def measure_suite(suite: str, options: argparse.Namespace) -> dict[str, Any]:
                 "distilled"
             ):  # more than its forward pass keeps something
                 results[name]["kept_bytes"] = kept_bytes(network, images)
+        add_kept_ratios(results, 0.75 if options.name.startswith("csdformer") else 0.8)
     networks.clear()
     if options.memory:
         for name, result in results.items():
@@ -505,6 +393,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="how often each case is timed")
     parser.add_argument("--threads", type=int, help="threads of the processor; torch's own choice if left out")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, help="processes that load images; the data module's choice if left out")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="image sides of the table of growth")
     parser.add_argument("--models", nargs="+", default=MODELS, help="models of the table of growth")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled cases")
@@ -567,6 +456,9 @@ def run(options: argparse.Namespace) -> None:
         if suite == "sizes":
             results[suite] = sizes(options, Meter(options.rounds, options.device))
             show_sizes(console, results[suite])
+        elif suite == "loading":
+            results[suite] = loading(options.model(), options)
+            show_loading(console, results[suite])
         else:
             results[suite] = measure_suite(suite, options)
             show(console, f"{suite}, {options.name}, {options.img_size} px, batch {options.batch_size}", results[suite])

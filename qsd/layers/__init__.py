@@ -1,9 +1,11 @@
 """Layers of quantized spike-driven transformers."""
 
 from qsd.layers.attention import NReluSelfAttention, SpikeDrivenSelfAttention, SpikeProduct
-from qsd.layers.blocks import ConvBlock, Downsample, Mlp, SepConv, TokenMean, TransformerBlock, conv_norm
+from qsd.layers.blocks import ConvBlock, Downsample, Mlp, SepConv, TransformerBlock, conv_norm
 from qsd.layers.chains import BatchNormPad2d, LinearChain, rep_conv
 from qsd.layers.initialization import initialize_neurons
+from qsd.layers.lean import set_lean
+from qsd.layers.pooling import SpikeMaxPool2d, TokenMean
 from qsd.layers.quantized import QuantConv2d, QuantLinear, initialize_steps, quantized_weight
 from qsd.layers.recompute import frozen_statistics, recompute
 
@@ -18,6 +20,7 @@ __all__ = [
     "QuantLinear",
     "SepConv",
     "SpikeDrivenSelfAttention",
+    "SpikeMaxPool2d",
     "SpikeProduct",
     "TokenMean",
     "TransformerBlock",
@@ -28,4 +31,5 @@ __all__ = [
     "quantized_weight",
     "recompute",
     "rep_conv",
+    "set_lean",
 ]

@@ -3,14 +3,16 @@
 import math
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.errors import QsdError
 from qsd.functional import exact_matmul, linear_attention
-from qsd.layers.chains import LinearChain, rep_conv
+from qsd.layers.chains import LinearChain, rep_conv, scaled
 from qsd.layers.quantized import QuantConv2d
 from qsd.neurons import NeuronKind, build_neuron
+from qsd.spike_codes import viewed
 
 AttentionKind = Literal["linear", "softmax"]
 ScoreKind = Literal["nrelu", "softmax"]
@@ -71,23 +73,23 @@ class SpikeDrivenSelfAttention(nn.Module):
         self.product_scale = 0.5 if time_steps is None else None
         self.proj = rep_conv(dim, weight_bits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The residual stream ``[B, C, H, W]`` to the branch that is added to it, in the same shape."""
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The residual stream ``[B, C, H, W]`` to the branch that is added to it, times ``scale`` by channel."""
         batch, channels, height, width = x.shape
         spikes = self.neuron(x)
         heads = (batch, self.num_heads, channels // self.num_heads, height * width)
-        query = self.q_neuron(self.q_proj(spikes)).reshape(heads)
-        key = self.k_neuron(self.k_proj(spikes)).reshape(heads)
-        value = self.v_neuron(self.v_proj(spikes)).reshape(heads)
+        query = _by_head(self.q_neuron(self.q_proj(spikes)), heads)
+        key = _by_head(self.k_neuron(self.k_proj(spikes)), heads)
+        value = _by_head(self.v_neuron(self.v_proj(spikes)), heads)
         if self.softmax:
-            tokens = (t.transpose(-1, -2) for t in (query, key, value))
-            product = F.scaled_dot_product_attention(*tokens).transpose(-1, -2)
+            by_token = _transposed(query), _transposed(key), _transposed(value)
+            product = _transposed(F.scaled_dot_product_attention(*by_token))
         else:
             product = linear_attention(query, key, value)
             if self.product_scale is not None:
                 product = product * self.product_scale
         product = product.reshape(x.shape)
-        return self.proj(self.attn_neuron(product).to(spikes.dtype))
+        return scaled(self.proj, _of_dtype(self.attn_neuron(product), spikes.dtype), scale)
 
 
 class SpikeProduct(nn.Module):
@@ -166,19 +168,32 @@ class NReluSelfAttention(nn.Module):
         tokens, head_channels = height * width, channels // self.num_heads
         heads = (batch, self.num_heads, head_channels, tokens)
         spikes = self.neuron(x)
-        query = self.q_neuron(self.q_proj(spikes)).reshape(heads)
-        key = self.k_neuron(self.k_proj(spikes)).reshape(heads)
-        value = self.v_neuron(self.v_proj(spikes)).reshape(heads)
+        query = _by_head(self.q_neuron(self.q_proj(spikes)), heads)
+        key = _by_head(self.k_neuron(self.k_proj(spikes)), heads)
+        value = _by_head(self.v_neuron(self.v_proj(spikes)), heads)
         if self.softmax:
-            by_token = (t.transpose(-1, -2) for t in (query, key, value))
-            mixed = F.scaled_dot_product_attention(*by_token).transpose(-1, -2)
+            by_token = _transposed(query), _transposed(key), _transposed(value)
+            mixed = _transposed(F.scaled_dot_product_attention(*by_token))
             return self.proj(self.attn_neuron(mixed.reshape(x.shape)))
         features = channels * tokens
         scale = self.q_neuron.worth(features) * self.k_neuron.worth(features) / math.sqrt(head_channels)
-        scores = self.score_neuron(self.score_product(query.transpose(-1, -2), key), scale)
-        mixed = self.value_product(value, scores.transpose(-1, -2))
+        scores = self.score_neuron(self.score_product(viewed(query, _transposed), key), scale)
+        mixed = self.value_product(value, viewed(scores, _transposed))
         scale = self.score_neuron.worth(self.num_heads * tokens**2) * self.v_neuron.worth(features) / tokens
-        return self.proj(self.attn_neuron(mixed.reshape(x.shape), scale).to(spikes.dtype))
+        mixed = self.attn_neuron(mixed.reshape(x.shape), scale)
+        return self.proj(_of_dtype(mixed, spikes.dtype))
+
+
+def _by_head(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    return viewed(x, lambda t: t.reshape(heads))
+
+
+def _of_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return viewed(x, lambda t: t.to(dtype))
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.transpose(-1, -2)
 
 
 def _check_heads(dim: int, num_heads: int) -> None:

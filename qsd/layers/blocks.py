@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from qsd.functional import drop_path
 from qsd.layers.attention import AttentionKind, SpikeDrivenSelfAttention
-from qsd.layers.chains import LinearChain
+from qsd.layers.chains import LinearChain, scaled
 from qsd.layers.quantized import QuantConv2d
 from qsd.neurons import NeuronKind, build_neuron
 
@@ -116,9 +116,9 @@ class Mlp(nn.Module):
         self.neuron2 = build_neuron(time_steps, kind=neurons)
         self.fc2 = conv_norm(hidden, dim, kernel_size, bias=bias, bits=weight_bits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, C, H, W]``."""
-        return self.fc2(self.neuron2(self.fc1(self.neuron1(x))))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, H, W]``, times ``scale`` by channel."""
+        return scaled(self.fc2, self.neuron2(self.fc1(self.neuron1(x))), scale)
 
 
 class ConvBlock(nn.Module):
@@ -178,15 +178,5 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H, W]``."""
-        attn = self.attn(x) * self.layer_scale1.view(1, -1, 1, 1)
-        x = x + drop_path(attn, self.drop_path_rate, self.training)
-        mlp = self.mlp(x) * self.layer_scale2.view(1, -1, 1, 1)
-        return x + drop_path(mlp, self.drop_path_rate, self.training)
-
-
-class TokenMean(nn.Module):
-    """Mean over the tokens, ``[B, C, H, W]`` to ``[B, C]``; its 1/N goes into the weights behind it at conversion."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, C]``."""
-        return x.mean(dim=(2, 3))
+        x = x + drop_path(self.attn(x, self.layer_scale1), self.drop_path_rate, self.training)
+        return x + drop_path(self.mlp(x, self.layer_scale2), self.drop_path_rate, self.training)

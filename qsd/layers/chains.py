@@ -4,23 +4,81 @@ Every connection of the networks is such a chain, from a single convolution with
 """
 
 from collections import OrderedDict
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from qsd.functional import pad_frame
-from qsd.layers.quantized import QuantConv2d
+from qsd.layers.lean import has_hooks, working_dtype
+from qsd.layers.norms import framed_convolutions, is_ordinary, norm_in_training, two_norms
+from qsd.layers.quantized import QuantConv2d, is_lean, lean_form
 
 
 class LinearChain(nn.Sequential):
     """Convolutions and batch norms in a row, with no neuron between: a linear map of spikes (in evaluation).
 
+    In training, norms run together with what lies beside them (see `qsd.layers.norms`), unless `qsd.set_lean` switches
+    that off.
+
     Args:
         layers: the layers by name, in the order of application.
     """
 
+    lean = True
+
     def __init__(self, **layers: nn.Module) -> None:
         super().__init__(OrderedDict(layers))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``.
+
+        Args:
+            x: input.
+            scale: factor by channel of the output, ``[C_out]``.
+        """
+        if not (self.lean and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            x = super().forward(x)
+            return x if scale is None else x * scale.view(1, -1, 1, 1)
+        layers = list(self)
+        while layers:
+            x, taken, scale = _advance(layers, x, scale)
+            del layers[:taken]
+        return x if scale is None else x * scale.view(1, -1, 1, 1)
+
+
+def scaled(chain: nn.Module, x: Tensor, scale: Tensor | None) -> Tensor:
+    """The output of a chain, or of what was put in its place, times a factor by channel.
+
+    Args:
+        chain: ``[B, C_in, H, W]`` to ``[B, C_out, H', W']``.
+        x: its input.
+        scale: ``[C_out]``, or ``None`` for 1.
+    """
+    if scale is None:
+        return chain(x)
+    return chain(x, scale) if isinstance(chain, LinearChain) else chain(x) * scale.view(1, -1, 1, 1)
+
+
+def _advance(layers: list[nn.Module], x: Tensor, scale: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+    """Run the first layers of a row: the result, how many they were, and the scale that is left to do."""
+    first, (second, third) = layers[0], (*layers[1:3], None, None)[:2]
+    if isinstance(first, BatchNormPad2d) and first.is_ordinary() and working_dtype(x) == x.dtype:
+        if _is_bare(second) and _is_bare(third):
+            convs = [(conv.weight, *lean_form(conv)) for conv in (second, third)]
+            return framed_convolutions(x, first.norm, *convs), 3, scale
+    elif is_ordinary(first) and x.dtype == first.weight.dtype:  # mixed types, in autocast, are left to torch
+        if second is None:
+            return norm_in_training(x, first, scale), 1, None
+        if is_ordinary(second):
+            last = third is None
+            return two_norms(x, first, second, scale if last else None), 2, None if last else scale
+        return norm_in_training(x, first), 1, scale
+    return first(x), 1, scale
+
+
+def _is_bare(layer: nn.Module | None) -> TypeGuard[QuantConv2d]:
+    return isinstance(layer, QuantConv2d) and layer.bias is None and is_lean(layer) and not has_hooks(layer)
 
 
 class BatchNormPad2d(nn.Module):
@@ -38,6 +96,10 @@ class BatchNormPad2d(nn.Module):
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(num_features)
+
+    def is_ordinary(self) -> bool:
+        """Whether the norm may run together with what follows it."""
+        return is_ordinary(self.norm) and self.norm.track_running_stats and not has_hooks(self)
 
     def frame(self) -> Tensor:
         """The value of the frame by channel, ``[C]``, without gradient."""

@@ -1,8 +1,13 @@
 """Convolution and linear layers whose weights are quantized to a few bits."""
 
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qsd.layers.lean import LeanConv, LeanLinear, has_hooks, lean_layer
 from qsd.quantizers import StepSizeQuantizer
 
 
@@ -21,6 +26,7 @@ class QuantConv2d(nn.Conv2d):
     """
 
     quantizer: StepSizeQuantizer | None
+    lean = True
 
     def __init__(
         self,
@@ -37,9 +43,15 @@ class QuantConv2d(nn.Conv2d):
         self.quantizer = None if weight_bits is None else StepSizeQuantizer(weight_bits, out_channels)
         initialize_steps(self)
 
+    def train(self, mode: bool = True) -> "QuantConv2d":
+        _quantized.pop(self, None)
+        return super().train(mode)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
-        return self._conv_forward(x, quantized_weight(self), self.bias)
+        if not is_lean(self):
+            return self._conv_forward(x, quantized_weight(self), self.bias)
+        return lean_layer(x, self.weight, self.bias, *lean_form(self))
 
 
 class QuantLinear(nn.Linear):
@@ -53,6 +65,7 @@ class QuantLinear(nn.Linear):
     """
 
     quantizer: StepSizeQuantizer | None
+    lean = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, weight_bits: int | None = 4) -> None:
         super().__init__(in_features, out_features, bias)
@@ -62,14 +75,80 @@ class QuantLinear(nn.Linear):
         self.quantizer = None if weight_bits is None else StepSizeQuantizer(weight_bits, out_features)
         initialize_steps(self)
 
+    def train(self, mode: bool = True) -> "QuantLinear":
+        _quantized.pop(self, None)
+        return super().train(mode)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C_in]`` to ``[..., C_out]``."""
-        return F.linear(x, quantized_weight(self), self.bias)
+        if not is_lean(self):
+            return F.linear(x, quantized_weight(self), self.bias)
+        return lean_layer(x, self.weight, self.bias, *lean_form(self))
+
+
+def is_lean(layer: QuantConv2d | QuantLinear) -> bool:
+    """Whether a layer runs by `lean_layer`: not without a backward pass, nor under a compiler, which sees for itself.
+
+    Args:
+        layer: quantized or not.
+    """
+    quantizer = layer.quantizer
+    known = quantizer is None or (type(quantizer) is StepSizeQuantizer and not has_hooks(quantizer))
+    return layer.lean and known and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def lean_form(layer: QuantConv2d | QuantLinear) -> tuple[Tensor | None, LeanLinear]:
+    """Step sizes, and what else `lean_layer` has to know of a layer beside weight and bias.
+
+    Args:
+        layer: quantized or not.
+    """
+    quantizer = layer.quantizer
+    step, levels = (None, (0, 0)) if quantizer is None else (quantizer.step, (quantizer.q_min, quantizer.q_max))
+    if isinstance(layer, QuantLinear):
+        return step, LeanLinear(levels)
+    assert not isinstance(layer.padding, str)
+    return step, LeanConv(levels, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+class _Quantized(NamedTuple):
+    state: tuple[tuple[object, ...], ...]
+    parameters: tuple[Tensor, ...]
+    weight: Tensor
+
+
+# Quantized weights of layers in evaluation: outside of the modules, so that no copy, checkpoint or average sees them.
+_quantized: WeakKeyDictionary[nn.Module, _Quantized] = WeakKeyDictionary()
 
 
 def quantized_weight(layer: QuantConv2d | QuantLinear) -> Tensor:
-    """The weight that the layer computes with: quantized, or the float one if it has no quantizer."""
-    return layer.weight if layer.quantizer is None else layer.quantizer(layer.weight)
+    """The weight that the layer computes with: quantized, or the float one if it has no quantizer.
+
+    In evaluation without gradients it is computed once, and again when weights or steps change or the layer is put into
+    training or evaluation mode. Do not write into it. (Writing through ``.data`` is what PyTorch does not count as
+    a change.)
+
+    Args:
+        layer: quantized or not.
+    """
+    quantizer, weight = layer.quantizer, layer.weight
+    if quantizer is None:
+        return weight
+    if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_special(weight):
+        return quantizer(weight)
+    parameters = (weight, quantizer.step)
+    state = tuple((t.data_ptr(), t._version, t.dtype) for t in parameters)
+    known = _quantized.get(layer)
+    if known is None or known.state != state:
+        # Aliases of the parameters, so that their memory is not given to others.
+        known = _Quantized(state, tuple(t.detach() for t in parameters), quantizer(weight))
+        _quantized[layer] = known
+    return known.weight
+
+
+def _is_special(weight: Tensor) -> bool:
+    """Whether changes cannot be noticed: tensors without versions or of other kinds."""
+    return weight.is_inference() or type(weight) is not nn.Parameter
 
 
 def initialize_steps(model: nn.Module) -> None:

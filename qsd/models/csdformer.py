@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from qsd.errors import QsdError
 from qsd.functional import drop_path
-from qsd.layers import Mlp, NReluSelfAttention, TokenMean, conv_norm, recompute
+from qsd.layers import Mlp, NReluSelfAttention, SpikeMaxPool2d, TokenMean, conv_norm, recompute
 from qsd.layers.attention import ScoreKind
 from qsd.models.base import ImageClassifier
 from qsd.neurons import build_neuron
@@ -35,7 +35,7 @@ class PooledConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int, kinds: dict[str, Any]) -> None:
         super().__init__()
         self.neuron = build_neuron(kinds["time_steps"], kind=kinds["neurons"])
-        self.pool = nn.Identity() if stride == 1 else nn.MaxPool2d(3, stride, padding=1)
+        self.pool = nn.Identity() if stride == 1 else SpikeMaxPool2d(3, stride, padding=1)
         self.proj = conv_norm(in_channels, out_channels, 3, bits=kinds["weight_bits"])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,88 @@
+"""What the benchmark prints and draws."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+
+def show(console: Console, title: str, results: dict[str, Any]) -> None:
+    """Print the table of a suite."""
+    table = Table("case", "seconds", "quartiles", "ratio", "to", "target", "peak memory", "kept bytes", title=title)
+    for name, row in results.items():
+        ratio = row.get("ratio")
+        target = ratio and ratio["target"]
+        colour = "" if target is None or not ratio else "[green]" if ratio["median"] <= target else "[red]"
+        table.add_row(
+            name,
+            f"{row['median']:.3f}",
+            f"{row['lower_quartile']:.3f} - {row['upper_quartile']:.3f}",
+            f"{colour}{ratio['median']:.3f}" if ratio else "",
+            ratio["versus"] if ratio else "",
+            f"{target:g}" if target else "",
+            f"{row['peak_memory']['peak'] / 1e9:.2f} GB" if "peak_memory" in row else "",
+            f"{row['kept_bytes'] / 1e6:.0f} MB" if "kept_bytes" in row else "",
+        )
+    console.print(table)
+    for name, row in results.items():
+        for versus, kept in row.get("kept_ratios", {}).items():
+            colour = "green" if kept["ratio"] <= kept["target"] else "red"
+            kept_ratio = f"[{colour}]{kept['ratio']:.3f}[/{colour}] (target {kept['target']:g})"
+            console.print(f"kept bytes, {name}: {kept_ratio} of {versus}")
+
+
+def show_loading(console: Console, results: dict[str, Any]) -> None:
+    """Print how much of the time a training step waits for images."""
+    console.print(
+        f"loading: {100 * results['share_waiting']:.1f} % of the time waiting, {results['workers']} workers; "
+        f"{results['seconds_waiting']:.3f} s waiting and {results['seconds_training']:.3f} s training per step; "
+        f"{results['images_per_second']:.0f} images per second from the loader alone"
+    )
+
+
+def show_sizes(console: Console, results: dict[str, Any]) -> None:
+    """Print the tables of growth."""
+    for axis, rows in results.items():
+        names = list(rows["exponents"])
+        table = Table("", *names, title=f"seconds per image over {axis}")
+        for i, label in enumerate(rows["label"]):
+            table.add_row(label, *(f"{rows[name][i]:.3f}" for name in names))
+        table.add_row("exponent", *(f"{rows['exponents'][name]:.2f}" for name in names))
+        console.print(table)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw bars of the times, and growth on logarithmic axes."""
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    bars = [suite for suite in ("inference", "training") if suite in results]
+    growth, loading = list(results.get("sizes", {})), results.get("loading")
+    count = len(bars) + len(growth) + (loading is not None)
+    figure, axes = plt.subplots(1, count, figsize=(6 * count, 4), squeeze=False)
+    for axis, suite in zip(axes[0], bars):
+        rows = results[suite]
+        middle = np.array([row["median"] for row in rows.values()])
+        errors = [
+            [row["median"] - row["lower_quartile"] for row in rows.values()],
+            [row["upper_quartile"] - row["median"] for row in rows.values()],
+        ]
+        axis.barh(list(rows), middle, xerr=errors, color="#4c72b0")
+        axis.invert_yaxis()
+        axis.set(title=suite, xlabel="seconds (median, quartiles)")
+    for axis, name in zip(axes[0][len(bars) :], growth):
+        rows = results["sizes"][name]
+        for key, exponent in rows["exponents"].items():
+            axis.loglog(rows["x"], rows[key], marker="o", label=f"{key} (exponent {exponent:.2f})")
+        axis.set(title=f"growth with {name}", xlabel=name, ylabel="seconds per image")
+        axis.legend()
+    if loading is not None:
+        seconds = [loading["seconds_waiting"], loading["seconds_training"]]
+        axes[0][-1].barh(["waiting for images", "training"], seconds, color="#4c72b0")
+        axes[0][-1].set(title="loading", xlabel="seconds per step (median)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
