@@ -17,7 +17,7 @@ def benchmark(tool):
 
 def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_path, capsys):
     small = ["--quick", "--no-memory", "--img-size=32", "--batch-size=2", "--output", str(tmp_path)]
-    assert benchmark.main(["inference", "training", *small]) == 0
+    assert benchmark.main(["inference", "training", "export", *small]) == 0
     results = json.loads((tmp_path / "benchmark.json").read_text())
     for suite, case, versus, target in (
         ("inference", "count domain", "quantized", 1.0),
@@ -25,10 +25,13 @@ def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_pat
         ("inference", "stepping, merged kernels", "count domain, merged kernels", 4.5),
         ("training", "quantized, eager", "float twin, eager", 1.2),
         ("training", "plain, eager", "float twin, eager", None),
+        ("training", "quantized, eager", "direct, eager", None),
         ("training", "distilled, eager", "quantized, eager", 1.45),
+        ("export", "integer file", "float twin", 1 / 3.5),
+        ("export", "integer file", "float twin, ONNX Runtime", 1 / 2),
     ):
-        ratio = results[suite][case]["ratio"]
-        assert (ratio["versus"], ratio["target"], len(ratio["rounds"])) == (versus, target, 3)
+        ratio = results[suite][case]["ratios"][versus]
+        assert (ratio["target"], len(ratio["rounds"])) == (target, 3)
         seconds = zip(results[suite][case]["rounds"], results[suite][versus]["rounds"])
         assert ratio["median"] == pytest.approx(sorted(a / b for a, b in seconds)[1])
     # four times the activations, beside the weights that both keep, which count for much at this size
@@ -39,6 +42,8 @@ def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_pat
         assert ratio["ratio"] == kept["quantized, eager"] / kept[versus]
         assert ratio["ratio"] < ratio["target"]
     assert kept["direct, eager"] > 1.5 * kept["quantized, eager"]
+    files = {name: row["file_bytes"] for name, row in results["export"].items() if "file_bytes" in row}
+    assert files["integer file"] < 0.4 * files["float twin, ONNX Runtime"] < 0.5 * files["float file"]
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert "inference, qsd_tiny, 32 px, batch 2" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Measure side by side what networks cost: inference in its forms, training, waiting for images, growth with size.
+"""Measure side by side what networks cost: inference, training, exported files, waiting for images, growth with size.
 
 python tools/benchmark.py                 # all of it, for qsd_15m at 224 pixels; about an hour on two cores
 python tools/benchmark.py inference --quick
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from benchmark_export import OnnxFile
 from benchmark_loading import loading
 from benchmark_networks import DirectlyTrained
 from benchmark_tables import draw, show, show_loading, show_sizes
@@ -40,7 +41,7 @@ from qsd.distillation import AttentionRecorder, Teacher, attention_loss, logits_
 from qsd.errors import QsdError
 from qsd.spiking.network import convert
 
-SUITES = ("inference", "training", "loading", "sizes")
+SUITES = ("inference", "training", "export", "loading", "sizes")
 SIZES = (128, 192, 256, 384, 512)
 MODELS = ("qsd_8m", "qsd_15m", "qsd_31m", "qsd_55m")
 
@@ -53,13 +54,13 @@ class Case:
         name: in tables.
         network: builds it.
         job: makes of the network what is to be timed.
-        versus: the case that its time is divided by, if any, and the target of the ratio.
+        versus: cases that its time is divided by, and the target of the ratio, if there is one.
     """
 
     name: str
-    network: Callable[[], nn.Module]
-    job: Callable[[nn.Module], Callable[[], Any]]
-    versus: tuple[str, float | None] | None = None
+    network: Callable[[], Any]
+    job: Callable[[Any], Callable[[], Any]]
+    versus: dict[str, float | None] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
 
 
@@ -110,12 +111,44 @@ def inference_cases(options: argparse.Namespace) -> list[Case]:
     merged = "count domain, merged kernels"
     return [
         Case("float twin", lambda: trained_like(options.model("_ann"), images), evaluate),
-        Case("quantized", trained, evaluate, ("float twin", None)),
-        Case("count domain", lambda: spiking(False), evaluate, ("quantized", 1.0)),
-        Case(merged, lambda: spiking(True), count_with_merged_kernels, ("count domain", None)),
-        Case("stepping", lambda: spiking(False), simulate, ("count domain", limit)),
-        Case("stepping, merged kernels", lambda: spiking(True), simulate, (merged, limit)),
+        Case("quantized", trained, evaluate, {"float twin": None}),
+        Case("count domain", lambda: spiking(False), evaluate, {"quantized": 1.0}),
+        Case(merged, lambda: spiking(True), count_with_merged_kernels, {"count domain": None}),
+        Case("stepping", lambda: spiking(False), simulate, {"count domain": limit}),
+        Case("stepping, merged kernels", lambda: spiking(True), simulate, {merged: limit}),
         Case("conversion", trained, lambda network: lambda: qsd.to_spike_driven(network)),
+    ]
+
+
+def export_cases(options: argparse.Namespace) -> list[Case]:
+    """One image through exported files, beside the float twin in torch and in ONNX Runtime."""
+    images = options.images().contiguous()  # ranges are measured on all of them
+
+    @cache
+    def twin() -> nn.Module:
+        return trained_like(options.model("_ann"), images)
+
+    @cache
+    def spiking() -> qsd.SpikingNetwork:
+        return convert(trained_like(options.model(), images), None, False, None, None, check=False)
+
+    def evaluate(network: Callable[[Tensor], Any]) -> Callable[[], Any]:
+        return torch.no_grad()(lambda: network(images[:1]))
+
+    float_file, plain = "float twin, ONNX Runtime", "float twin, plain 8 bits, ONNX Runtime"
+    both: dict[str, float | None] = {"float twin": None, float_file: None}
+    return [
+        Case("float twin", twin, evaluate),
+        Case(float_file, lambda: OnnxFile.of_float(twin(), images, False), evaluate, {"float twin": None}),
+        Case(plain, lambda: OnnxFile.of_float(twin(), images, True), evaluate, both),
+        Case("count domain", spiking, evaluate, {"float twin": None}),
+        Case("float file", lambda: OnnxFile.of_spiking(spiking(), images, False), evaluate, both),
+        Case(
+            "integer file",
+            lambda: OnnxFile.of_spiking(spiking(), images, True),
+            evaluate,
+            {"float twin": 1 / 3.5, float_file: 1 / 2},
+        ),
     ]
 
 
@@ -143,14 +176,21 @@ def training_cases(options: argparse.Namespace) -> list[Case]:
                     model.compile()
                 return model
 
-            versus = None if suffix else (f"float twin, {how}", limit)
+            versus: dict[str, float | None] = {} if suffix else {f"float twin, {how}": limit}
+            if not suffix and how == "eager":
+                versus["direct, eager"] = 0.4 if options.name.startswith("csdformer") else None
             cases.append(Case(f"{kind}, {how}", network, step, versus))
-    cases.append(Case("plain, eager", plain, step, ("float twin, eager", None)))
+    cases.append(Case("plain, eager", plain, step, {"float twin, eager": None}))
     taught = partial(distillation_step, teacher=lambda: options.model("_ann"), images=images, labels=labels)
-    cases.append(Case("distilled, eager", options.model, taught, ("quantized, eager", 1.45)))
+    cases.append(Case("distilled, eager", options.model, taught, {"quantized, eager": 1.45}))
     direct = partial(DirectlyTrained, options.name, options.time_steps, num_classes=options.num_classes)
-    cases.append(Case("direct, eager", lambda: direct().to(options.device), step, ("float twin, eager", None)))
+    cases.append(Case("direct, eager", lambda: direct().to(options.device), step, {"float twin, eager": None}))
     return cases
+
+
+def cases_of(suite: str, options: argparse.Namespace) -> list[Case]:
+    """The cases of a suite that has any."""
+    return {"inference": inference_cases, "training": training_cases, "export": export_cases}[suite](options)
 
 
 def training_step(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Any]:
@@ -244,7 +284,7 @@ class Meter:
     def __init__(self, rounds: int, device: torch.device) -> None:
         self.rounds, self.device = rounds, device
 
-    def __call__(self, cases: list[Case], title: str) -> dict[str, nn.Module]:
+    def __call__(self, cases: list[Case], title: str) -> dict[str, Any]:
         """Fill in the seconds of the cases.
 
         Args:
@@ -319,11 +359,10 @@ def resident_peak() -> int:
 def summary(case: Case, cases: list[Case]) -> dict[str, Any]:
     """What the rounds of a case say."""
     result = {**spread(case.seconds), "rounds": case.seconds}
-    if case.versus is not None:
-        name, target = case.versus
+    for name, target in case.versus.items():
         other = next(c for c in cases if c.name == name)
         ratios = [a / b for a, b in zip(case.seconds, other.seconds)]
-        result["ratio"] = {"versus": name, "target": target, **spread(ratios), "rounds": ratios}
+        result.setdefault("ratios", {})[name] = {"target": target, **spread(ratios), "rounds": ratios}
     return result
 
 
@@ -364,7 +403,7 @@ def sizes(options: argparse.Namespace, measure: Meter) -> dict[str, Any]:
 
 def measure_suite(suite: str, options: argparse.Namespace) -> dict[str, Any]:
     """The results of one suite, by case."""
-    cases = {"inference": inference_cases, "training": training_cases}[suite](options)
+    cases = cases_of(suite, options)
     networks = Meter(options.rounds, options.device)(cases, suite)
     results = {case.name: summary(case, cases) for case in cases}
     if suite == "training":
@@ -375,6 +414,10 @@ def measure_suite(suite: str, options: argparse.Namespace) -> dict[str, Any]:
             ):  # more than its forward pass keeps something
                 results[name]["kept_bytes"] = kept_bytes(network, images)
         add_kept_ratios(results, 0.75 if options.name.startswith("csdformer") else 0.8)
+    if suite == "export":
+        for name, network in networks.items():
+            if isinstance(network, OnnxFile):
+                results[name]["file_bytes"] = network.bytes
     networks.clear()
     if options.memory:
         for name, result in results.items():
@@ -439,9 +482,9 @@ def parse(args: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     suites = options.suites or SUITES
     if options.peak:
-        report_peak(options, {"inference": inference_cases, "training": training_cases}[suites[0]](options))
+        report_peak(options, cases_of(suites[0], options))
         return
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a table in a file needs its columns
     results: dict[str, Any] = {
         "model": options.name,
         "time_steps": options.time_steps,
@@ -461,7 +504,8 @@ def run(options: argparse.Namespace) -> None:
             show_loading(console, results[suite])
         else:
             results[suite] = measure_suite(suite, options)
-            show(console, f"{suite}, {options.name}, {options.img_size} px, batch {options.batch_size}", results[suite])
+            count = 1 if suite == "export" else options.batch_size
+            show(console, f"{suite}, {options.name}, {options.img_size} px, batch {count}", results[suite])
         partial_file = options.output / "benchmark.json.part"  # after every suite: a long run is not lost
         partial_file.write_text(json.dumps(results, indent=1))
         partial_file.replace(options.output / "benchmark.json")

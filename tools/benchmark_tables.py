@@ -11,20 +11,23 @@ from rich.table import Table
 
 def show(console: Console, title: str, results: dict[str, Any]) -> None:
     """Print the table of a suite."""
-    table = Table("case", "seconds", "quartiles", "ratio", "to", "target", "peak memory", "kept bytes", title=title)
+    extra = {
+        "peak memory": lambda row: f"{row['peak_memory']['peak'] / 1e9:.2f} GB" if "peak_memory" in row else "",
+        "kept bytes": lambda row: f"{row['kept_bytes'] / 1e6:.0f} MB" if "kept_bytes" in row else "",
+        "file": lambda row: f"{row['file_bytes'] / 1e6:.1f} MB" if "file_bytes" in row else "",
+    }
+    extra = {column: told for column, told in extra.items() if any(map(told, results.values()))}
+    table = Table("case", "seconds", "quartiles", "ratio", "to", "target", *extra, title=title)
     for name, row in results.items():
-        ratio = row.get("ratio")
-        target = ratio and ratio["target"]
-        colour = "" if target is None or not ratio else "[green]" if ratio["median"] <= target else "[red]"
+        ratios = row.get("ratios", {})
         table.add_row(
             name,
-            f"{row['median']:.3f}",
-            f"{row['lower_quartile']:.3f} - {row['upper_quartile']:.3f}",
-            f"{colour}{ratio['median']:.3f}" if ratio else "",
-            ratio["versus"] if ratio else "",
-            f"{target:g}" if target else "",
-            f"{row['peak_memory']['peak'] / 1e9:.2f} GB" if "peak_memory" in row else "",
-            f"{row['kept_bytes'] / 1e6:.0f} MB" if "kept_bytes" in row else "",
+            f"{row['median']:.4f}",
+            f"{row['lower_quartile']:.4f} - {row['upper_quartile']:.4f}",
+            "\n".join(f"{_colour(ratio)}{ratio['median']:.3f}[/]" for ratio in ratios.values()),
+            "\n".join(ratios),
+            "\n".join("" if ratio["target"] is None else f"{ratio['target']:.3g}" for ratio in ratios.values()),
+            *(told(row) for told in extra.values()),
         )
     console.print(table)
     for name, row in results.items():
@@ -32,6 +35,12 @@ def show(console: Console, title: str, results: dict[str, Any]) -> None:
             colour = "green" if kept["ratio"] <= kept["target"] else "red"
             kept_ratio = f"[{colour}]{kept['ratio']:.3f}[/{colour}] (target {kept['target']:g})"
             console.print(f"kept bytes, {name}: {kept_ratio} of {versus}")
+
+
+def _colour(ratio: dict[str, Any]) -> str:
+    if ratio["target"] is None:
+        return "[default]"
+    return "[green]" if ratio["median"] <= ratio["target"] else "[red]"
 
 
 def show_loading(console: Console, results: dict[str, Any]) -> None:
@@ -59,7 +68,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    bars = [suite for suite in ("inference", "training") if suite in results]
+    bars = [suite for suite in ("inference", "training", "export") if suite in results]
     growth, loading = list(results.get("sizes", {})), results.get("loading")
     count = len(bars) + len(growth) + (loading is not None)
     figure, axes = plt.subplots(1, count, figsize=(6 * count, 4), squeeze=False)

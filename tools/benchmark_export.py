@@ -1,0 +1,85 @@
+"""The benchmark's exported networks, in ONNX Runtime."""
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qsd
+from qsd.errors import QsdError
+from qsd.export import to_onnx
+
+
+class OnnxFile:
+    """An ONNX file and a session that runs it, with as many threads as torch uses.
+
+    Attributes:
+        bytes: size of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise QsdError("measuring exported files needs more packages: pip install 'qsd[export]'.") from error
+        self.path, self.bytes = path, path.stat().st_size
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, images: Tensor) -> Any:
+        """Evaluate ``[B, C, H, W]``."""
+        return self.session.run(None, {"images": images.numpy()})
+
+    @classmethod
+    def of_spiking(cls, spiking: qsd.SpikingNetwork, images: Tensor, integer: bool) -> "OnnxFile":
+        """The file that `qsd.export` writes.
+
+        Args:
+            spiking: converted network.
+            images: whose size the file takes, and whose ranges are measured.
+            integer: integers, or floats.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "spiking.onnx"
+            to_onnx(spiking, path, integer, images)
+            return cls(path)
+
+    @classmethod
+    def of_float(cls, network: nn.Module, images: Tensor, bits: bool) -> "OnnxFile":
+        """The file of an ordinary network, in floats or by the plain static 8-bit quantization of ONNX Runtime.
+
+        Args:
+            network: in evaluation mode.
+            images: whose size the file takes, and whose ranges are measured.
+            bits: quantize to 8 bits.
+        """
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path = Path(folder) / "float.onnx"
+            options: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False}
+            torch.onnx.export(network, (images[:1],), path, input_names=["images"], **options)
+            if not bits:
+                return cls(path)
+            from onnxruntime.quantization import QuantType, quantize_static
+            from onnxruntime.quantization.shape_inference import quant_pre_process
+
+            prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
+            quant_pre_process(path, prepared)
+            quantize_static(prepared, quantized, _Reader(images), per_channel=True, weight_type=QuantType.QInt8)
+            return cls(quantized)
+
+
+class _Reader:
+    """Hands out images one by one, as ONNX Runtime's calibration wants them."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._images: Iterator[Tensor] = iter(images.split(1))
+
+    def get_next(self) -> dict[str, Any] | None:
+        image = next(self._images, None)
+        return None if image is None else {"images": image.numpy()}
