@@ -1,6 +1,7 @@
 # The demonstration: Mask R-CNN on scenes of digits, a small network of 4-bit weights, on two CPU cores.
 #   python tools/make_digit_scenes.py data/digit_scenes
-#   python tools/mmdet_train.py configs/digits_det.py
+#   qsd fit --config configs/digit_crops.yaml
+#   python tools/mmdet_train.py configs/digits_det.py --pretrained runs/digit_crops/version_0/checkpoints/best.ckpt
 _base_ = ["coco_qsd.py"]
 
 classes = tuple("0123456789")
@@ -51,7 +52,7 @@ val_evaluator = dict(ann_file=f"{data_root}annotations/instances_validation.json
 test_evaluator = dict(ann_file=f"{data_root}annotations/instances_test.json")
 
 iterations = 500
-train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=iterations, val_interval=100)
+train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=iterations, val_interval=250)
 optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=10))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=50),
@@ -59,7 +60,7 @@ param_scheduler = [
 ]
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(by_epoch=False, interval=100, save_best="coco/segm_mAP_50", rule="greater"),
+    checkpoint=dict(by_epoch=False, interval=250, save_best="coco/segm_mAP_50", rule="greater"),
 )
 log_processor = dict(by_epoch=False)
 custom_hooks = [

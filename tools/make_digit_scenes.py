@@ -2,13 +2,13 @@
 
 python tools/make_digit_scenes.py data/digit_scenes
 
-The digits and both photographs are those that scikit-learn ships. Training, validation and test scenes share neither
-digits nor parts of a photograph. One folder serves both frameworks:
+The digits and both photographs are those that scikit-learn ships; the digits are light, the photographs darkened.
+Training, validation and test scenes share neither digits nor parts of a photograph. One folder serves both frameworks:
 
     images/{training,validation,test}/*.jpg
     annotations/instances_{training,validation,test}.json    boxes and masks, COCO's format
     annotations/{training,validation,test}/*.png             ADE20K's format: 1 is background, 2 to 11 are the digits
-    crops/{train,val}/<digit>/*.jpg                          windows around digits, ImageNet's layout, to pretrain on
+    crops/{train,val}/<digit>/*.jpg                          a digit each, ImageNet's layout, to pretrain on
 """
 
 import argparse
@@ -29,10 +29,12 @@ from qsd.data import DigitsData
 from qsd.data.base import Part
 
 SIDE = 160  # pixels of a scene
-WINDOW = 64  # pixels of a crop
-DIGITS = (2, 8)  # fewest and most that a scene is given; some find no room
+WINDOW = 48  # pixels of a crop
+MARGIN = 1.25  # side of the square that is cut out for a crop, over the digit's longer side
+DIGITS = (1, 4)  # fewest and most that a scene is given; some find no room
 HEIGHTS = (28, 56)  # smallest and largest digit, in pixels
-CONTRAST = 70  # grey levels between a digit's colour and what lies behind it, at least
+BRIGHTNESS = 0.5  # of the photographs
+COLOURS = (150, 255)  # darkest and lightest red, green or blue of a digit
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,12 @@ def _background(photograph: np.ndarray, random: np.random.Generator) -> np.ndarr
     side = random.integers(SIDE // 2, SIDE + 1)
     top, left = (random.integers(length - side + 1) for length in photograph.shape[:2])
     crop = Image.fromarray(photograph[top : top + side, left : left + side])
-    pixels = np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
-    return pixels[:, ::-1] if random.random() < 0.5 else pixels.copy()
+    pixels = BRIGHTNESS * np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
+    return pixels[:, ::-1] if random.random() < 0.5 else pixels
 
 
 def _place(scene: Scene, taken: np.ndarray, digit: np.ndarray, label: int, random: np.random.Generator) -> None:
-    """Paint a digit where none is yet, in a colour that stands out; leave it away if there is no room."""
+    """Paint a digit where none is yet; leave it away if there is no room."""
     size = int(random.integers(HEIGHTS[0], HEIGHTS[1] + 1))
     grey = Image.fromarray((255 * digit).astype(np.uint8))
     grey = grey.resize((size, size), Image.Resampling.BICUBIC)
@@ -111,12 +113,8 @@ def _place(scene: Scene, taken: np.ndarray, digit: np.ndarray, label: int, rando
     else:
         return
     taken[place] = True
-    behind = scene.image[place]
     weight = alpha[..., None]
-    mean = (behind * weight).sum((0, 1)) / weight.sum()
-    while abs((colour := random.uniform(0, 255, 3)).mean() - mean.mean()) < CONTRAST:
-        pass
-    scene.image[place] = behind * (1 - weight) + colour * weight
+    scene.image[place] = scene.image[place] * (1 - weight) + random.uniform(*COLOURS, 3) * weight
     mask = np.zeros((SIDE, SIDE), bool)
     mask[place] = alpha > 0.5
     scene.masks.append(mask)
@@ -173,8 +171,10 @@ def write_split(folder: Path, split: Split, count: int, seed: int) -> None:
 
 def _window(pixels: np.ndarray, mask: np.ndarray) -> Image.Image:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    corner = [int(np.clip((x[0] + x[-1] + 1) // 2 - WINDOW // 2, 0, SIDE - WINDOW)) for x in (rows, columns)]
-    return Image.fromarray(pixels[corner[0] : corner[0] + WINDOW, corner[1] : corner[1] + WINDOW])
+    side = min(SIDE, round(MARGIN * max(np.ptp(rows) + 1, np.ptp(columns) + 1)))
+    top, left = (int(np.clip((x[0] + x[-1] + 1 - side) // 2, 0, SIDE - side)) for x in (rows, columns))
+    crop = Image.fromarray(pixels[top : top + side, left : left + side])
+    return crop.resize((WINDOW, WINDOW), Image.Resampling.BILINEAR)
 
 
 def make_scenes(folder: Path, counts: tuple[int, int, int], seed: int = 0) -> None:

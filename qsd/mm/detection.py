@@ -16,15 +16,14 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
-from qsd.mm.layers import InitializeSteps, SpikeConv2d, SpikeDeconv2d, SpikeLinear, spike_conv_cfg
+from qsd.mm.layers import CLASSIFIER, InitializeSteps, SpikeConv2d, SpikeDeconv2d, SpikeLinear, spike_conv_cfg
 
 Config = dict[str, Any] | None
 
 
 def _initialization(scores: str, boxes: str, **scores_bias: float) -> dict[str, Any]:
     """He's initialisation of hidden layers. mmdet's own (0.01) is too small for neurons to reach their threshold."""
-    small = {"type": "Normal", "std": 0.01}
-    override = [{**small, **scores_bias, "name": scores}, {**small, "name": boxes}]
+    override = [{**CLASSIFIER, **scores_bias, "name": scores}, {"type": "Normal", "std": 0.01, "name": boxes}]
     return {"type": "Kaiming", "layer": "Conv2d", "mode": "fan_in", "override": override}
 
 
@@ -108,7 +107,7 @@ class SpikeConvFCBBoxHead(InitializeSteps, ConvFCBBoxHead):
         self.relu = nn.Identity()  # the next neuron's work
         if "init_cfg" not in arguments:
             # mmdet starts box predictors at 0.001, whose step size a few steps of Adam take through zero.
-            self.init_cfg = [{"type": "Normal", "std": 0.01, "override": [{"name": "fc_cls"}, {"name": "fc_reg"}]}]
+            self.init_cfg = [{**CLASSIFIER, "override": [{"name": "fc_cls"}, {"name": "fc_reg"}]}]
             hidden = [{"name": name} for name in ("shared_fcs", "cls_fcs", "reg_fcs")]
             self.init_cfg.append({"type": "Xavier", "distribution": "uniform", "override": hidden})
 

@@ -8,7 +8,7 @@ from mmseg.models.necks import FPN
 from mmseg.models.utils import Upsample
 from torch import nn
 
-from qsd.mm.layers import InitializeSteps, SpikeConv2d, spike_conv_cfg
+from qsd.mm.layers import CLASSIFIER, InitializeSteps, SpikeConv2d, spike_conv_cfg
 from qsd.spiking import Conversion, register_conversion
 
 Config = dict[str, Any] | None
@@ -47,6 +47,7 @@ class SpikeFPNHead(InitializeSteps, FPNHead):
     """
 
     def __init__(self, spike_cfg: Config = None, norm_cfg: Config = None, **arguments: Any) -> None:
+        arguments = {"init_cfg": {**CLASSIFIER, "override": {**CLASSIFIER, "name": "conv_seg"}}, **arguments}
         super().__init__(conv_cfg=spike_conv_cfg(spike_cfg, norm_cfg), norm_cfg=None, act_cfg=None, **arguments)
         classify: Any = SpikeConv2d(self.channels, self.out_channels, 1, spike_cfg=spike_cfg)
         dropout: Any = getattr(self, "dropout", None) or nn.Identity()

@@ -1,5 +1,7 @@
 """Spiking necks and heads: what stands in front of what, and that evaluation computes what training did."""
 
+import math
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -129,6 +131,20 @@ def test_step_sizes_follow_the_weights_that_initialisation_sets(name):
         if isinstance(module, QuantConv2d | QuantLinear):
             expected = 2 * module.weight.abs().mean() / module.quantizer.q_max**0.5
             torch.testing.assert_close(module.quantizer.step, expected.expand(len(module.quantizer.step)), msg=key)
+
+
+@pytest.mark.parametrize("name", [*ALL, "digits_det", "digits_seg"])
+def test_class_predictors_can_tell_classes_apart_from_the_start(name):
+    """Step sizes grow slowly, and bound the weights: one spike on half of the inputs must do for 99 %."""
+    model = build(name)
+    found = {n: m for n, m in parts(model).items() if n.endswith(("rpn_cls", "retina_cls", "fc_cls", "conv_seg"))}
+    assert found
+    for key, module in found.items():
+        (layer,) = (m for m in module.modules() if isinstance(m, QuantConv2d | QuantLinear))
+        (neuron,) = (m for m in module.modules() if isinstance(m, SpikeNeuron))
+        largest = layer.quantizer.step.detach() * layer.quantizer.q_max
+        inputs = layer.weight[0].numel() / 2
+        assert (2 * largest * neuron.amplitude * inputs).min() > math.log(99), key
 
 
 @pytest.mark.parametrize("name", ALL)
