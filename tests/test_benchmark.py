@@ -1,6 +1,7 @@
 """The benchmark measures what it says, and its baseline trains."""
 
 import json
+from functools import partial
 
 import pytest
 import timm
@@ -11,7 +12,9 @@ from qsd.functional import spike_count
 
 
 @pytest.fixture
-def benchmark(tool):
+def benchmark(tool, monkeypatch):
+    """With networks of two blocks, whatever their name."""
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2))
     return tool("benchmark")
 
 

@@ -129,6 +129,10 @@ def export_cases(options: argparse.Namespace) -> list[Case]:
         return trained_like(options.model("_ann"), images)
 
     @cache
+    def twin_file() -> OnnxFile:
+        return OnnxFile.of_float(twin(), images)
+
+    @cache
     def spiking() -> qsd.SpikingNetwork:
         return convert(trained_like(options.model(), images), None, False, None, None, check=False)
 
@@ -139,8 +143,8 @@ def export_cases(options: argparse.Namespace) -> list[Case]:
     both: dict[str, float | None] = {"float twin": None, float_file: None}
     return [
         Case("float twin", twin, evaluate),
-        Case(float_file, lambda: OnnxFile.of_float(twin(), images, False), evaluate, {"float twin": None}),
-        Case(plain, lambda: OnnxFile.of_float(twin(), images, True), evaluate, both),
+        Case(float_file, twin_file, evaluate, {"float twin": None}),
+        Case(plain, lambda: twin_file().quantized(images), evaluate, both),
         Case("count domain", spiking, evaluate, {"float twin": None}),
         Case("float file", lambda: OnnxFile.of_spiking(spiking(), images, False), evaluate, both),
         Case(
@@ -417,7 +421,7 @@ def measure_suite(suite: str, options: argparse.Namespace) -> dict[str, Any]:
     if suite == "export":
         for name, network in networks.items():
             if isinstance(network, OnnxFile):
-                results[name]["file_bytes"] = network.bytes
+                results[name]["file_bytes"] = len(network.content)
     networks.clear()
     if options.memory:
         for name, result in results.items():

@@ -18,7 +18,7 @@ class OnnxFile:
     """An ONNX file and a session that runs it, with as many threads as torch uses.
 
     Attributes:
-        bytes: size of the file.
+        content: of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,7 +26,7 @@ class OnnxFile:
             import onnxruntime
         except ImportError as error:
             raise QsdError("measuring exported files needs more packages: pip install 'qsd[export]'.") from error
-        self.path, self.bytes = path, path.stat().st_size
+        self.content = path.read_bytes()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -50,28 +50,35 @@ class OnnxFile:
             return cls(path)
 
     @classmethod
-    def of_float(cls, network: nn.Module, images: Tensor, bits: bool) -> "OnnxFile":
-        """The file of an ordinary network, in floats or by the plain static 8-bit quantization of ONNX Runtime.
+    def of_float(cls, network: nn.Module, images: Tensor) -> "OnnxFile":
+        """The file of an ordinary network.
 
         Args:
             network: in evaluation mode.
-            images: whose size the file takes, and whose ranges are measured.
-            bits: quantize to 8 bits.
+            images: whose size the file takes.
         """
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             path = Path(folder) / "float.onnx"
             options: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False}
             torch.onnx.export(network, (images[:1],), path, input_names=["images"], **options)
-            if not bits:
-                return cls(path)
-            from onnxruntime.quantization import QuantType, quantize_static
-            from onnxruntime.quantization.shape_inference import quant_pre_process
+            return cls(path)
 
-            prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
+    def quantized(self, images: Tensor) -> "OnnxFile":
+        """The same by the plain static 8-bit quantization of ONNX Runtime.
+
+        Args:
+            images: whose ranges are measured.
+        """
+        from onnxruntime.quantization import QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        with tempfile.TemporaryDirectory() as folder:
+            path, prepared, quantized = (Path(folder) / f"{name}.onnx" for name in ("float", "prepared", "quantized"))
+            path.write_bytes(self.content)
             quant_pre_process(path, prepared)
             quantize_static(prepared, quantized, _Reader(images), per_channel=True, weight_type=QuantType.QInt8)
-            return cls(quantized)
+            return OnnxFile(quantized)
 
 
 class _Reader:

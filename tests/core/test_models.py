@@ -1,7 +1,5 @@
 """One contract test over everything registered, and the published numbers."""
 
-import copy
-
 import pytest
 import timm
 import torch
@@ -116,13 +114,9 @@ def test_features_are_those_of_the_published_stages():
     assert len(default(torch.randn(1, 3, 32, 32))) == 1  # the last block's, whatever the depth
 
 
-@pytest.mark.parametrize("name", ["qsd_tiny", "qsd_tiny_ann", "csdformer_4_256", "csdformer_4_256_ann"])
-def test_the_network_compiles_without_a_graph_break_and_exports(name):
-    model, images = small(name, depth=2).train(), torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images), model(images))
-    compiled(images).sum().backward()
-    model.eval()
+@pytest.mark.parametrize("name", ["qsd_tiny", "csdformer_4_256"])
+def test_the_network_exports(name):
+    model, images = small(name, depth=2).eval(), torch.randn(2, 3, 32, 32)
     program = torch.export.export(model, (images,))
     torch.testing.assert_close(program.module()(images), model(images))
 

@@ -1,4 +1,4 @@
-"""Two CPU processes, with loading processes of their own, that are spawned."""
+"""Two CPU processes, for detection with loading processes of their own, that are spawned."""
 
 import os
 import subprocess
@@ -13,8 +13,7 @@ from .test_tools import ADE_SCALES, COCO_SCALES, scalars
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo is not built in")
 SMALL = [
     'model.backbone.model_args.embed_dims="(8,8,16,16)"', "model.backbone.model_args.num_heads=2",
-    "model.neck.in_channels=[8,8,16,16]", "env_cfg.mp_cfg.mp_start_method=spawn",
-    *(f"{part}_dataloader.{key}" for part in ("train", "val") for key in ("num_workers=1", "persistent_workers=False")),
+    "model.neck.in_channels=[8,8,16,16]", "model.backbone.model_args.depth=2",
 ]  # fmt: skip
 
 
@@ -23,6 +22,10 @@ def test_two_processes_train_and_validate(config, coco, ade, tmp_path):
     detects = config == "coco_qsd"
     length = ["train_cfg.max_epochs=1"] if detects else ["train_cfg.max_iters=2", "train_cfg.val_interval=2"]
     options = [f"data_root={coco if detects else ade}", "train_dataloader.batch_size=1", *length, *SMALL]
+    # Spawned ones import all of OpenMMLab anew.
+    options += [f"train_dataloader.num_workers={int(detects)}", "val_dataloader.num_workers=0"]
+    options += [f"{part}_dataloader.persistent_workers=False" for part in ("train", "val")]
+    options += ["env_cfg.mp_cfg.mp_start_method=spawn"] if detects else []
     options += COCO_SCALES if detects else [*ADE_SCALES, "default_hooks.checkpoint.interval=2"]
     tool = CONFIGS.parent / "tools" / ("mmdet_train.py" if detects else "mmseg_train.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tool]
