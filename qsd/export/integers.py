@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
@@ -22,6 +23,9 @@ from qsd.spiking.rules import Merge
 _ULPS = 4
 
 
+Ranges = dict[str, tuple[NDArray[Any], NDArray[Any]]]
+
+
 @dataclass
 class Grid:
     """The 8-bit values of an inner activation, between two convolutions of a chain: ``unit * (q - zero_point)``.
@@ -32,12 +36,12 @@ class Grid:
         depthwise: whether the convolution behind is; else the units are powers of two times the smallest.
     """
 
-    unit: np.ndarray
+    unit: NDArray[Any]
     zero_point: int
     depthwise: bool
 
     @classmethod
-    def over(cls, low: np.ndarray, high: np.ndarray, after: Convolution, weights: IntegerWeights) -> "Grid":
+    def over(cls, low: NDArray[Any], high: NDArray[Any], after: Convolution, weights: IntegerWeights) -> "Grid":
         """The grid that just holds what was seen.
 
         Args:
@@ -84,7 +88,9 @@ def calibrate(spiking: SpikingNetwork, images: Images | None, round_inner: Merge
         return {}
     if images is None:
         raise QsdError("an integer file needs images to find the ranges of inner activations with; pass images=...")
-    ranges = {name: (np.zeros(len(factor.bias)), np.zeros(len(factor.bias))) for name, (factor, _) in inner.items()}
+    ranges: Ranges = {
+        name: (np.zeros(len(factor.bias)), np.zeros(len(factor.bias))) for name, (factor, _) in inner.items()
+    }
     with _watching({name: factor for name, (factor, _) in inner.items()}, ranges):
         for batch, _ in image_batches(images, spiking):
             spiking(batch)
@@ -93,9 +99,6 @@ def calibrate(spiking: SpikingNetwork, images: Images | None, round_inner: Merge
         weights = IntegerWeights.of(after, _key_after(spiking, name, after), name, spiking)
         grids[name] = Grid.over(*ranges[name], after, weights)
     return grids
-
-
-Ranges = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @contextmanager
@@ -279,7 +282,7 @@ class IntegerGraph:
     def _sums(
         self,
         label: str,
-        weight: np.ndarray,
+        weight: NDArray[Any],
         x: str,
         zero_point: int,
         kernel_shape: list[int],

@@ -6,8 +6,10 @@ comes out for every sum that spike counts can give: only the sums at which the c
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qsd.errors import QsdError
 from qsd.spiking import SpikingNetwork
@@ -29,9 +31,9 @@ class IntegerWeights:
         frame: pixels of the bias put around the output.
     """
 
-    integers: np.ndarray
-    scale: np.ndarray
-    bias: np.ndarray
+    integers: NDArray[Any]
+    scale: NDArray[Any]
+    bias: NDArray[Any]
     frame: int = 0
 
     @classmethod
@@ -69,7 +71,7 @@ class IntegerWeights:
             raise QsdError(f"the frame of layer {name} is not what it makes of zeros; write floats (integer=False).")
         return cls(whole, scale, bias, 0 if frame is None else 1)
 
-    def finer(self, largest_input: int) -> np.ndarray:
+    def finer(self, largest_input: int) -> NDArray[Any]:
         """Powers of two by which a channel's integers can grow: the bias then has a finer grid.
 
         Args:
@@ -88,7 +90,7 @@ class IntegerWeights:
         """Most levels that an 8-bit input may have without saturating pairs of products."""
         return min(255, int(_PAIR_LIMIT // (2 * max(np.abs(self.integers).max(), 1))))
 
-    def taking(self, unit: np.ndarray, depthwise: bool) -> "IntegerWeights":
+    def taking(self, unit: NDArray[Any], depthwise: bool) -> "IntegerWeights":
         """The same layer for an input whose channels have units: what they are worth goes into the weights.
 
         Args:
@@ -111,12 +113,12 @@ class Requantization:
         multiplier: from the accumulator to units of the output, float32 ``[C_out]``.
     """
 
-    weight: np.ndarray
-    bias: np.ndarray
-    multiplier: np.ndarray
+    weight: NDArray[Any]
+    bias: NDArray[Any]
+    multiplier: NDArray[Any]
 
     @classmethod
-    def rounded(cls, weights: IntegerWeights, largest_input: int, unit: float | np.ndarray) -> "Requantization":
+    def rounded(cls, weights: IntegerWeights, largest_input: int, unit: float | NDArray[Any]) -> "Requantization":
         """The bias rounded to the accumulator's grid.
 
         Args:
@@ -146,7 +148,8 @@ class Requantization:
         least = np.ceil((half * threshold - weights.bias[:, None]) / weights.scale[:, None])
         always, never = least <= low[:, None], least > high[:, None]
         nearest = np.rint(weights.bias * finer / weights.scale)
-        best_gap, best_bias, divisor = np.full(len(rows), -1.0), nearest.copy(), np.ones(len(rows))
+        best_bias = nearest.copy()
+        best_gap, divisor = np.full_like(best_bias, -1.0), np.ones_like(best_bias)
         ideal = threshold * finer / weights.scale
         for offset in range(-int(finer.max()) // 2, int(finer.max()) // 2 + 1):
             bias = nearest + offset
@@ -165,5 +168,5 @@ class Requantization:
         return cls(_times(weights.integers, finer), best_bias.astype(np.int32), (1 / divisor).astype(np.float32))
 
 
-def _times(integers: np.ndarray, factor: np.ndarray) -> np.ndarray:
+def _times(integers: NDArray[Any], factor: NDArray[Any]) -> NDArray[Any]:
     return (integers * factor.reshape(-1, *[1] * (integers.ndim - 1))).astype(np.int8)
