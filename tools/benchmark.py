@@ -121,7 +121,7 @@ def inference_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def export_cases(options: argparse.Namespace) -> list[Case]:
-    """One image through exported files, beside the float twin in torch and in ONNX Runtime."""
+    """Images one by one through exported files, beside the float twin in torch and in ONNX Runtime."""
     images = options.images().contiguous()  # ranges are measured on all of them
 
     @cache
@@ -137,7 +137,7 @@ def export_cases(options: argparse.Namespace) -> list[Case]:
         return convert(trained_like(options.model(), images), None, False, None, None, check=False)
 
     def evaluate(network: Callable[[Tensor], Any]) -> Callable[[], Any]:
-        return torch.no_grad()(lambda: network(images[:1]))
+        return torch.no_grad()(lambda: [network(image) for image in images.split(1)])
 
     float_file, plain = "float twin, ONNX Runtime", "float twin, plain 8 bits, ONNX Runtime"
     both: dict[str, float | None] = {"float twin": None, float_file: None}
@@ -508,8 +508,8 @@ def run(options: argparse.Namespace) -> None:
             show_loading(console, results[suite])
         else:
             results[suite] = measure_suite(suite, options)
-            count = 1 if suite == "export" else options.batch_size
-            show(console, f"{suite}, {options.name}, {options.img_size} px, batch {count}", results[suite])
+            how = f"{options.batch_size} images one by one" if suite == "export" else f"batch {options.batch_size}"
+            show(console, f"{suite}, {options.name}, {options.img_size} px, {how}", results[suite])
         partial_file = options.output / "benchmark.json.part"  # after every suite: a long run is not lost
         partial_file.write_text(json.dumps(results, indent=1))
         partial_file.replace(options.output / "benchmark.json")
