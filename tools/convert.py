@@ -4,7 +4,6 @@ python tools/convert.py CHECKPOINT --config configs/digits.yaml --out converted
 python tools/convert.py CHECKPOINT --data ImageFolderData --data.root DIR --delays
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from qsd import QsdError, report, to_spike_driven
 from qsd.data import ImageData
-from qsd.data.arguments import add_data_arguments, data_from_arguments
+from qsd.data.arguments import add_data_arguments, data_from_arguments, parse_with_config
 from qsd.spiking import calibrate_delays
 from qsd.tasks import load_trained
 
@@ -106,11 +105,8 @@ def delay_table(record: report.Record) -> Table:
 
 
 def main(args: list[str] | None = None) -> int:
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--config")
     try:
-        parser = build_parser(chosen.parse_known_args(args)[0].config)
-        options = parser.parse_args(args)
+        options = parse_with_config(build_parser, args)
         record = convert(options, data_from_arguments(options))
     except (QsdError, ArgumentError, OSError) as error:
         print(f"convert: error: {' '.join(str(error).split())}", file=sys.stderr)

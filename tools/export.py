@@ -5,7 +5,6 @@ python tools/export.py CHECKPOINT --format packed --data ImageFolderData --data.
 python tools/export.py CHECKPOINT --format nir --part stem --config configs/digits.yaml
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from qsd import QsdError, measure_energy, save_packed, to_spike_driven
 from qsd.data import ImageData
-from qsd.data.arguments import add_data_arguments, data_from_arguments
+from qsd.data.arguments import add_data_arguments, data_from_arguments, parse_with_config
 from qsd.export import to_nir, to_onnx
 from qsd.packing import image_notes
 from qsd.spiking.batches import image_batches
@@ -96,11 +95,8 @@ def export_part(trained: Any, part: str, target: Path, data: ImageData) -> Path:
 
 
 def main(args: list[str] | None = None) -> int:
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--config")
     try:
-        parser = build_parser(chosen.parse_known_args(args)[0].config)
-        options = parser.parse_args(args)
+        options = parse_with_config(build_parser, args)
         target = export(options, data_from_arguments(options))
     except (QsdError, ArgumentError, OSError) as error:
         print(f"export: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """Naming a data module on the command line of a tool: by a training's configuration, by options, or both."""
 
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from lightning.pytorch.cli import instantiate_class
 from qsd.data.base import ImageData
 from qsd.errors import QsdError
 
-__all__ = ["add_data_arguments", "data_from_arguments"]
+__all__ = ["add_data_arguments", "data_from_arguments", "parse_with_config"]
 
 
 def add_data_arguments(parser: ArgumentParser, config: str | Path | None) -> None:
@@ -29,6 +31,18 @@ def add_data_arguments(parser: ArgumentParser, config: str | Path | None) -> Non
     )
     if config is not None:
         parser.set_defaults({"data": _data_of(Path(config))})
+
+
+def parse_with_config(build_parser: Callable[[str | None], ArgumentParser], args: Sequence[str] | None) -> Namespace:
+    """Parse a tool's arguments, whose ``--config`` decides over the parser's defaults and so is looked at first.
+
+    Args:
+        build_parser: makes the parser, of the configuration or ``None``.
+        args: of the command line; ``None`` for the program's own.
+    """
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--config")
+    return build_parser(chosen.parse_known_args(args)[0].config).parse_args(args)
 
 
 def data_from_arguments(options: Namespace) -> ImageData:

@@ -23,8 +23,6 @@ from qsd.spiking import SpikingNetwork
 from qsd.spiking.layers import DelayedNeuron, SpikingChain, SpikingDense, SpikingMaxPool
 
 _NONE = {"Cast", "Identity", "Reshape", "Flatten"}  # what changes no value of a vector or map
-
-
 _INSTEAD = "write the parts without it, such as to_spike_driven(model.stem), or an ONNX or packed file."
 
 
@@ -108,7 +106,7 @@ class _Writer:
             return self._mean(node.output[0], inputs[0])
         if node.op_type in _NONE and len(inputs) == 1:
             return inputs[0]
-        behind = sorted({_layer_of(name) for signal in inputs for name in signal.nodes})
+        behind = sorted({name.removesuffix(".merged") for signal in inputs for name in signal.nodes})
         raise QsdError(f"NIR cannot express the operation {node.op_type} behind {', '.join(behind)}; {_INSTEAD}")
 
     def _chain(self, chain: SpikingChain, x: _Signal) -> _Signal:
@@ -208,10 +206,6 @@ def _without_groups(weight: Tensor, groups: int) -> Tensor:
     for group in range(groups):
         dense[group, :, group] = blocks[group]
     return dense.flatten(2, 3).flatten(0, 1)
-
-
-def _layer_of(node: str) -> str:
-    return node.removesuffix(".merged")
 
 
 def _refuse_products(graph: Any) -> None:
