@@ -7,7 +7,6 @@ The images are those of the first checkpoint's training, whose config.yaml lies 
 them with --config or --data.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from qsd.data.arguments import add_data_arguments, data_from_arguments
+from qsd.data.arguments import add_data_arguments, data_from_arguments, parse_with_config
 from qsd.distillation import build_teacher
 from qsd.errors import QsdError
 from qsd.information import measure_information
@@ -103,12 +102,8 @@ def config_of(checkpoint: str) -> Path | None:
 
 
 def main(args: list[str] | None = None) -> int:
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("checkpoint", nargs="?", default="")
-    chosen.add_argument("--config")
     try:
-        known = chosen.parse_known_args(args)[0]
-        options = build_parser(known.config or config_of(known.checkpoint)).parse_args(args)
+        options = parse_with_config(build_parser, args, config_of)
         record = analyze(options)
     except (QsdError, ArgumentError, OSError) as error:
         print(f"analyze_attention: error: {' '.join(str(error).split())}", file=sys.stderr)

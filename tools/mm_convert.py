@@ -50,7 +50,14 @@ def _convert(options: argparse.Namespace) -> None:
     if existing and not options.force:
         raise QsdError(f"{existing[0]} exists; pass --force to replace it, or another --out.")
     report.check_options(
-        MERGE[options.merge], options.merged_bits, options.preset, options.max_images, options.step_images, None, ()
+        MERGE[options.merge],
+        options.merged_bits,
+        options.delay,
+        options.preset,
+        options.max_images,
+        options.step_images,
+        None,
+        (),
     )
     model, config = load_model(options.checkpoint, options.device, options.cfg_options)
     dataset, evaluator = load_scenes(config, options.part)

@@ -56,9 +56,7 @@ class ConvertToSpikeDriven(Callback):
         raster: str | None = None,
         stages: Sequence[str] = report.STAGES,
     ) -> None:
-        report.check_options(merge, merged_bits, preset, max_images, step_images, float_accuracy, stages)
-        if delay is not None and delay < 0:
-            raise QsdError(f"delay={delay} is negative; leave it out for T - 1, which is lossless.")
+        report.check_options(merge, merged_bits, delay, preset, max_images, step_images, float_accuracy, stages)
         self.max_images = max_images
         self.options: dict[str, Any] = {
             "merge": merge,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qsd.distillation import AttentionRecorder, LogitsKind, Teacher, attention_loss, build_teacher, logits_loss
 from qsd.distillation.schedule import Weight, weight_at, weight_points
+from qsd.distillation.teacher import both_statistics
 from qsd.errors import QsdError
 
 
@@ -54,8 +55,6 @@ class Distillation(Callback):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        if (teacher_mean is None) != (teacher_std is None):
-            raise QsdError("teacher_mean and teacher_std belong together; give both or neither.")
         if not temperature > 0:
             raise QsdError(f"temperature={temperature} is not positive.")
         if logits_kind not in ("soft", "hard"):
@@ -65,7 +64,7 @@ class Distillation(Callback):
         if not self._distils_attention and not self._distils_logits:
             raise QsdError("attention_weight and logits_weight are both 0: nothing is distilled.")
         self._source = (teacher, teacher_weights, teacher_args)
-        self._statistics = None if teacher_mean is None or teacher_std is None else (teacher_mean, teacher_std)
+        self._statistics = both_statistics(teacher_mean, teacher_std)
         self._logits_kind: LogitsKind = logits_kind
         self._temperature = temperature
         self._teacher: Teacher | None = None

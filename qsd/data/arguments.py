@@ -33,16 +33,23 @@ def add_data_arguments(parser: ArgumentParser, config: str | Path | None) -> Non
         parser.set_defaults({"data": _data_of(Path(config))})
 
 
-def parse_with_config(build_parser: Callable[[str | None], ArgumentParser], args: Sequence[str] | None) -> Namespace:
+def parse_with_config(
+    build_parser: Callable[[str | Path | None], ArgumentParser],
+    args: Sequence[str] | None,
+    config_of: Callable[[str], Path | None] = lambda _: None,
+) -> Namespace:
     """Parse a tool's arguments, whose ``--config`` decides over the parser's defaults and so is looked at first.
 
     Args:
         build_parser: makes the parser, of the configuration or ``None``.
         args: of the command line; ``None`` for the program's own.
+        config_of: the configuration that the first positional argument stands for, where ``--config`` is not given.
     """
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("first", nargs="?", default="")
     chosen.add_argument("--config")
-    return build_parser(chosen.parse_known_args(args)[0].config).parse_args(args)
+    known = chosen.parse_known_args(args)[0]
+    return build_parser(known.config or config_of(known.first)).parse_args(args)
 
 
 def data_from_arguments(options: Namespace) -> ImageData:

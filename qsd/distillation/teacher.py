@@ -20,6 +20,23 @@ from qsd.spiking.rules import fold_norms
 Statistics = tuple[Sequence[float], Sequence[float]]
 
 
+def both_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> Statistics | None:
+    """What is given as ``teacher_mean`` and ``teacher_std``, or ``None`` for neither.
+
+    Args:
+        mean: of the images, by channel, in units of full scale.
+        std: their standard deviation.
+
+    Raises:
+        QsdError: if only one is given.
+    """
+    if mean is not None and std is not None:
+        return mean, std
+    if mean is std:
+        return None
+    raise QsdError("teacher_mean and teacher_std belong together; give both or neither.")
+
+
 class Teacher:
     """A frozen network in evaluation mode. Not a module: none that holds it trains, copies or saves it.
 

@@ -22,7 +22,8 @@ from qsd.export.tracing import check_target, trace
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.layers import DelayedNeuron, SpikingChain, SpikingDense, SpikingMaxPool
 
-_NONE = {"Cast", "Identity", "Reshape", "Flatten"}  # what changes no value of a vector or map
+_NONE = {"Cast", "Identity"}  # what changes no value
+_VECTOR = {"Reshape", "Flatten"}  # the same for a vector
 _INSTEAD = "write the parts without it, such as to_spike_driven(model.stem), or an ONNX or packed file."
 
 
@@ -104,7 +105,7 @@ class _Writer:
             return _Signal(left.nodes + right.nodes, left.constant + right.constant, left.bound + right.bound, arrival)
         if node.op_type == "ReduceMean" and len(inputs) == 1 and inputs[0].constant.dim() == 3:
             return self._mean(node.output[0], inputs[0])
-        if node.op_type in _NONE and len(inputs) == 1:
+        if len(inputs) == 1 and (node.op_type in _NONE or (node.op_type in _VECTOR and inputs[0].constant.dim() == 1)):
             return inputs[0]
         behind = sorted({name.removesuffix(".merged") for signal in inputs for name in signal.nodes})
         raise QsdError(f"NIR cannot express the operation {node.op_type} behind {', '.join(behind)}; {_INSTEAD}")

@@ -58,11 +58,7 @@ class ConvertToSpikeDrivenHook(Hook):
         step_images: int = 8,
         stages: Sequence[str] = STAGES,
     ) -> None:
-        report.check_options(merge, merged_bits, preset, max_images, step_images, None, ())
-        if unknown := [stage for stage in stages if stage not in STAGES]:
-            raise QsdError(f"stage {unknown[0]!r} is unknown; choose from {', '.join(STAGES)}.")
-        if delay is not None and delay < 0:
-            raise QsdError(f"delay={delay} is negative; leave it out for T - 1, which is lossless.")
+        report.check_options(merge, merged_bits, delay, preset, max_images, step_images, None, stages, STAGES)
         self.max_images = max_images
         self.options: dict[str, Any] = {
             "merge": merge,

@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 
 from qsd.distillation import AttentionRecorder, Teacher, attention_loss, build_teacher
 from qsd.distillation.schedule import Weight, weight_at, weight_points
+from qsd.distillation.teacher import both_statistics
 from qsd.errors import QsdError
 from qsd.mm.hooks import unwrapped
 from qsd.mm.prediction import load_model
@@ -50,13 +51,11 @@ class DistillationHook(Hook):
         teacher_std: Sequence[float] | None = None,
         weight: Weight = 0.01,
     ) -> None:
-        if (teacher_mean is None) != (teacher_std is None):
-            raise QsdError("teacher_mean and teacher_std belong together; give both or neither.")
         self._points = weight_points("weight", weight)
         if not any(value for _, value in self._points):
             raise QsdError("weight is 0: nothing is distilled.")
         self._source = (teacher, teacher_weights, teacher_args)
-        self._statistics = None if teacher_mean is None or teacher_std is None else (teacher_mean, teacher_std)
+        self._statistics = both_statistics(teacher_mean, teacher_std)
         self._teacher: Teacher | None = None
         self._recorder: AttentionRecorder | None = None
 

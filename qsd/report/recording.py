@@ -68,7 +68,7 @@ def record_conversion(
     Raises:
         QsdError: if the network cannot be converted, the loader gives no labels, or an option is wrong.
     """
-    check_options(merge, merged_bits, preset, max_images, step_images, float_accuracy, stages)
+    check_options(merge, merged_bits, delay, preset, max_images, step_images, float_accuracy, stages)
     trained = copy.deepcopy(trained).eval()  # a copy is not compiled, and stays in evaluation
     images, _ = next(iter(image_batches(loader, trained, 1)))
     spiking = to_spike_driven(trained, delay, merge, merged_bits, example=images)
@@ -118,27 +118,33 @@ def record_conversion(
 def check_options(
     merge: Merge,
     merged_bits: int | None,
+    delay: int | Mapping[str, int] | None,
     preset: str,
     max_images: int | None,
     step_images: int,
     float_accuracy: float | None,
     stages: Collection[str],
+    known_stages: Collection[str] = STAGES,
 ) -> None:
     """Refuse what `record_conversion` could not use, before a long training rather than behind it.
 
     Args:
         merge: see `record_conversion`.
         merged_bits: see `record_conversion`.
+        delay: see `record_conversion`.
         preset: see `record_conversion`.
         max_images: see `record_conversion`.
         step_images: see `record_conversion`.
         float_accuracy: see `record_conversion`.
         stages: see `record_conversion`.
+        known_stages: what stages there are.
 
     Raises:
         QsdError: if one of them is wrong.
     """
     check_merge(merge, merged_bits)
+    if isinstance(delay, int) and delay < 0:
+        raise QsdError(f"delay={delay} is negative; leave it out for T - 1, which is lossless.")
     if preset not in PRESETS:
         raise QsdError(f"preset={preset!r} is unknown; use one of {', '.join(PRESETS)}.")
     for key, number in (("max_images", max_images), ("step_images", step_images)):
@@ -146,8 +152,8 @@ def check_options(
             raise QsdError(f"{key}={number} is not positive; leave it out for the default.")
     if float_accuracy is not None and not 0 <= float_accuracy <= 1:
         raise QsdError(f"float_accuracy={float_accuracy} is no share from 0 to 1.")
-    if unknown := [stage for stage in stages if stage not in STAGES]:
-        raise QsdError(f"stage {unknown[0]!r} is unknown; choose from {', '.join(STAGES)}.")
+    if unknown := [stage for stage in stages if stage not in known_stages]:
+        raise QsdError(f"stage {unknown[0]!r} is unknown; choose from {', '.join(known_stages)}.")
 
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
