@@ -21,6 +21,8 @@ from qsd.spiking.rules import Merge
 
 # A quotient of a tie and a threshold that is smaller by this lies above the tie, where halves are to be rounded up.
 _ULPS = 4
+# ONNX Runtime's own operations: the product of integer matrices with scale and bias in one.
+_RUNTIME_DOMAIN = "com.microsoft"
 
 
 Ranges = dict[str, tuple[NDArray[Any], NDArray[Any]]]
@@ -167,6 +169,11 @@ class IntegerGraph:
             if isinstance(m, SpikingChain | SpikingDense | SpikingMaxPool)
         }
         self._is_counts = self._counts(graph)
+        self._widths = {
+            value.name: value.type.tensor_type.shape.dim[-1].dim_value
+            for value in graph.value_info
+            if value.type.tensor_type.shape.dim
+        }
         users: dict[str, list[Any]] = {}
         for node in graph.node:
             for name in node.input:
@@ -199,6 +206,7 @@ class IntegerGraph:
         imports = [entry for entry in self.model.opset_import if entry.domain != DOMAIN]
         del self.model.opset_import[:]
         self.model.opset_import.extend(imports)
+        self.model.opset_import.append(self._onnx.helper.make_opsetid(_RUNTIME_DOMAIN, 1))
 
     def _counts(self, graph: Any) -> set[str]:
         """Names of values that are counts, perhaps pooled."""
@@ -272,56 +280,71 @@ class IntegerGraph:
         if grid is not None:
             weights = weights.taking(grid.unit, grid.depthwise)
         zero = 0 if grid is None else grid.zero_point
-        total = self._sums(label, weights.integers, source, zero, **self._geometry(name, last))
-        values = self._add("Cast", [total], f"{label}.float", to=self._onnx.TensorProto.FLOAT)
-        unit = self._constant(f"{label}.unit", weights.scale.reshape(-1, 1, 1), np.float32)
-        values = self._add("Mul", [values, unit], f"{label}.scaled")
-        bias = self._constant(f"{label}.bias", weights.bias.reshape(-1, 1, 1), np.float32)
-        self._add("Add", [values, bias], y)
+        geometry = self._geometry(name, last)
+        currents = self._currents(label, weights, source, zero, self._widths[y], geometry)
+        self._add("Transpose", [currents], y, perm=[0, 3, 1, 2])
 
-    def _sums(
-        self,
-        label: str,
-        weight: NDArray[Any],
-        x: str,
-        zero_point: int,
-        kernel_shape: list[int],
-        strides: list[int],
-        pads: list[int],
-        group: int,
+    def _currents(
+        self, label: str, weights: IntegerWeights, x: str, zero_point: int, width: int, geometry: dict[str, Any]
     ) -> str:
+        """What a convolution makes of an integer map, in floats, ``[N, H, W, C]``, ``width`` pixels wide."""
+        zero = self._constant(f"{label}.input_zero", zero_point, np.uint8)
+        unit = self._constant(f"{label}.unit", weights.scale.reshape(-1), np.float32)
+        bias = self._constant(f"{label}.bias", weights.bias.reshape(-1), np.float32)
+        if geometry["group"] > 1:
+            whole = self._constant(f"{label}.weight", weights.integers, np.int8)
+            total = self._add("ConvInteger", [x, whole, zero], f"{label}.map", **geometry)
+            total = self._add("Transpose", [total], f"{label}.sum", perm=[0, 2, 3, 1])
+        else:
+            x = self._add("Transpose", [x], f"{label}.pixels", perm=[0, 2, 3, 1])
+            if any(geometry["pads"]):
+                top, left, bottom, right = geometry["pads"]
+                around = self._constant(f"{label}.pads", [0, top, left, 0, 0, bottom, right, 0], np.int64)
+                x = self._add("Pad", [x, around, zero], f"{label}.padded")
+            if geometry["kernel_shape"] == geometry["strides"] == [1, 1]:
+                matrix = self._constant(f"{label}.weight", weights.integers[:, :, 0, 0].T, np.int8)
+                one = self._constant(f"{label}.input_scale", 1, np.float32)
+                inputs = [x, matrix, one, unit, zero, "", bias]
+                return self._add("MatMulIntegerToFloat", inputs, f"{label}.current", domain=_RUNTIME_DOMAIN)
+            total = self._sums(label, weights.integers, x, zero, width, geometry)
+        # DequantizeLinear would say the same, on one thread.
+        values = self._add("Cast", [total], f"{label}.float", to=self._onnx.TensorProto.FLOAT)
+        values = self._add("Mul", [values, unit], f"{label}.scaled")
+        return self._add("Add", [values, bias], f"{label}.current")
+
+    def _sums(self, label: str, weight: NDArray[Any], x: str, zero: str, width: int, geometry: dict[str, Any]) -> str:
         """A convolution's accumulators, int32, as products of matrices: twenty times as fast as ConvInteger.
 
-        Pixels of a kernel's row are laid side by side, so that every row of it is one product.
+        What a row of the kernel sees is laid side by side. One product then gives what every row of the kernel
+        contributes, and these are added, each from a row of the map further on.
         """
-        zero = self._constant(f"{label}.input_zero", zero_point, np.uint8)
-        if group > 1:
-            whole = self._constant(f"{label}.weight", weight, np.int8)
-            geometry = {"kernel_shape": kernel_shape, "strides": strides, "pads": pads, "group": group}
-            return self._add("ConvInteger", [x, whole, zero], f"{label}.sum", **geometry)
-        side, stride = kernel_shape[0], strides[0]
-        x = self._add("Transpose", [x], f"{label}.pixels", perm=[0, 2, 3, 1])
-        if pads[0]:
-            around = self._constant(f"{label}.pads", [0, pads[0], pads[1], 0, 0, pads[2], pads[3], 0], np.int64)
-            x = self._add("Pad", [x, around, zero], f"{label}.padded")
-        columns = [self._shifted(f"{label}.column{i}", x, 2, i, side, stride) for i in range(side)]
-        x = self._add("Concat", columns, f"{label}.columns", axis=3) if side > 1 else columns[0]
-        total = ""
-        for i in range(side):
-            row = self._shifted(f"{label}.row{i}", x, 1, i, side, stride)
-            matrix = weight[:, :, i].transpose(2, 1, 0).reshape(-1, len(weight))
-            whole = self._constant(f"{label}.weight{i}", matrix, np.int8)
-            product = self._add("MatMulInteger", [row, whole, zero], f"{label}.product{i}")
-            total = self._add("Add", [total, product], f"{label}.sum{i}") if total else product
-        return self._add("Transpose", [total], f"{label}.sum", perm=[0, 3, 1, 2])
+        side, stride, outputs = geometry["kernel_shape"][0], geometry["strides"][0], len(weight)
+        seen = self._constant(f"{label}.seen", stride * np.arange(width)[:, None] + np.arange(side), np.int64)
+        x = self._add("Gather", [x, seen], f"{label}.columns", axis=2)
+        x = self._add("Reshape", [x, self._constant(f"{label}.flat", [0, 0, 0, -1], np.int64)], f"{label}.rows")
+        if stride == 1:
+            whole = self._constant(f"{label}.weight", weight.transpose(3, 1, 2, 0).reshape(-1, side * outputs), np.int8)
+            product = self._add("MatMulInteger", [x, whole, zero], f"{label}.product")
+            parts = [self._rows(f"{label}.part{i}", product, i, side, 1, outputs) for i in range(side)]
+        else:  # rows that are left out need no product
+            parts = []
+            for i in range(side):
+                matrix = weight[:, :, i].transpose(2, 1, 0).reshape(-1, outputs)
+                whole = self._constant(f"{label}.weight{i}", matrix, np.int8)
+                rows = self._rows(f"{label}.rows{i}", x, i, side, stride)
+                parts.append(self._add("MatMulInteger", [rows, whole, zero], f"{label}.part{i}"))
+        total = parts[0]
+        for i, part in enumerate(parts[1:], 1):
+            total = self._add("Add", [total, part], f"{label}.sum{i}")
+        return total
 
-    def _shifted(self, label: str, x: str, axis: int, start: int, side: int, stride: int) -> str:
-        """What one row or column of a kernel sees."""
-        if side == stride == 1:
-            return x
-        end = start + 1 - side or np.iinfo(np.int64).max
-        bounds = [("start", start), ("end", end), ("axis", axis), ("step", stride)]
-        return self._add("Slice", [x, *(self._constant(f"{label}.{k}", [v], np.int64) for k, v in bounds)], label)
+    def _rows(self, label: str, x: str, row: int, side: int, stride: int, channels: int | None = None) -> str:
+        """The rows of a map that one row of a kernel sees, and of the channels the ``row``-th so many."""
+        bounds = {"start": [row], "end": [row + 1 - side or np.iinfo(np.int64).max], "axis": [1], "step": [stride]}
+        if channels is not None:
+            for key, value in zip(bounds, (row * channels, (row + 1) * channels, 3, 1)):
+                bounds[key].append(value)
+        return self._add("Slice", [x, *(self._constant(f"{label}.{k}", v, np.int64) for k, v in bounds.items())], label)
 
     def _is_integer(self, name: str) -> bool:
         """Whether a chain has no inner activations, or such of 8 bits."""
