@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import random
 import sys
@@ -10,6 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import qsd  # noqa: F401 - makes the model names known
+
+
+def pytest_collection_finish():
+    """By now all libraries are imported: full collections need not walk over their million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -24,9 +24,9 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2}
 CSD_SIZES = {"embed_dims": 8, "num_heads": 2, "depth": 1}
 SHORT = [
-    "--model.model_args=" + json.dumps(SIZES), "--data.img_size=32", "--data.num_workers=0", "--trainer.max_epochs=1",
-    "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=2", "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+    "--model.model_args=" + json.dumps(SIZES), "--data.img_size=32", "--data.num_workers=0", "--data.batch_size=8",
+    "--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=2",
+    "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
 ]  # fmt: skip
 SHORT_CSD = ["--model.model_args=" + json.dumps(CSD_SIZES), *SHORT[1:]]
 EVALUATE = [option for option in SHORT if "max_epochs" not in option and "limit_train" not in option]

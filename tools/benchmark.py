@@ -44,6 +44,7 @@ from qsd.spiking.network import convert
 SUITES = ("inference", "training", "export", "loading", "sizes")
 SIZES = (128, 192, 256, 384, 512)
 MODELS = ("qsd_8m", "qsd_15m", "qsd_31m", "qsd_55m")
+PAUSE = 0.1  # seconds before each turn: for so long do the idle threads of the last one keep a core busy
 
 
 @dataclass
@@ -306,6 +307,8 @@ class Meter:
                 networks[case.name] = case.network()
                 runs[case.name] = case.job(networks[case.name])
                 progress.advance(task)
+            gc.collect()
+            gc.freeze()  # what is there now is not looked at again by the collection before each turn
             for turn in range(-1, self.rounds):  # the first one warms up
                 for index in range(len(cases)):
                     case = cases[(index + turn) % len(cases)]
@@ -313,11 +316,13 @@ class Meter:
                     if turn >= 0:
                         case.seconds.append(seconds)
                     progress.advance(task)
+            gc.unfreeze()
         return networks
 
     def _time(self, run: Callable[[], Any]) -> float:
         gc.collect()
         self._synchronize()
+        time.sleep(PAUSE)
         start = time.perf_counter()
         run()
         self._synchronize()

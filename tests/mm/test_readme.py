@@ -15,7 +15,11 @@ from .test_tools import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS
 README = (CONFIGS.parent / "README.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 COMMANDS = [line for line in LINES if re.match(r"python tools/(mm|make_)", line)]
-TINY = ["model.backbone.model_args.depth=2", "train_dataloader.batch_size=2"]
+NARROW = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2}
+TINY = [
+    *(f'model.backbone.model_args.{key}="{value}"' for key, value in NARROW.items()),
+    "model.neck.in_channels=[8,8,16,16]", "train_dataloader.batch_size=2",
+]  # fmt: skip
 SHORT = {
     "coco_qsd": ["train_cfg.max_epochs=1", *COCO_SCALES],
     "ade20k_qsd": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *ADE_SCALES],
@@ -32,7 +36,7 @@ def workplace(tmp_path_factory, coco, ade, scenes):
     for name, folder in (("COCO", coco), ("ADE20K", ade)):
         (root / name).symlink_to(folder)
     shutil.copy(next((scenes / "images/test").glob("*.jpg")), root / "IMAGE")
-    torch.save(timm.create_model("qsd_15m", num_classes=5, depth=2).state_dict(), root / "CHECKPOINT")
+    torch.save(timm.create_model("qsd_15m", num_classes=5, **NARROW).state_dict(), root / "CHECKPOINT")
     return root
 
 
@@ -47,7 +51,7 @@ def shortened(command):
     elif program != "mm_predict":
         name = Path(words[0]).stem
         words += [] if "--cfg-options" in words else ["--cfg-options"]
-        words += SHORT[name] + (TINY + ONE_PROCESS if "qsd" in name else TINY[1:])
+        words += SHORT[name] + (TINY + ONE_PROCESS if "qsd" in name else TINY[-1:])
     # A short training ends early; its last checkpoint stands in for the one of the full recipe.
     words = [(Path(w).parent / "last_checkpoint").read_text() if w.endswith(".pth") else w for w in words]
     return program, words

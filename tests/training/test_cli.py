@@ -89,11 +89,10 @@ def test_overlays_layer_and_the_printed_configuration_is_complete(tree, capsys):
     "options",
     [
         ["--trainer.precision=bf16-mixed", "--trainer.accumulate_grad_batches=2"],
-        ["--model.compile=eager", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"],
         ["--model.grad_checkpointing=true", "--model.mixup=0.5", "--model.cutmix=1.0"],
         ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.init_args.decay=0.9"],
     ],
-    ids=["bf16 accumulated", "compiled", "lean with mixup", "averaged"],
+    ids=["bf16 accumulated", "lean with mixup", "averaged"],
 )
 def test_training_options(tree, options):
     # 11 images: an odd batch of 3 at the end, which Mixup cannot pair up
