@@ -7,17 +7,20 @@ from typing import Any
 
 import numpy as np
 from mmengine.config import Config
+from mmengine.fileio import get_file_backend
 from mmengine.runner import Runner
 from PIL import Image
 
 from qsd.errors import QsdError
 
 _EMPTY = "holds no images to {} on, or none of the classes asked for."
+_MISSING = "the {} data need {}, which does not exist; correct data_root, or the data set's ann_file or data_prefix."
+_LOOKED_AT = 8  # images, or label maps, of which the first ones are looked at
 _IGNORED = 255  # what `reduce_zero_label` makes of 0
 
 
 def check_data(runner: Runner, parts: tuple[str, ...]) -> None:
-    """Refuse empty data, classes that an annotation file lacks, and classes that the model does not have.
+    """Refuse missing files, empty data, and classes that an annotation file or the model lacks.
 
     Args:
         runner: built from a configuration.
@@ -35,6 +38,8 @@ def check_data(runner: Runner, parts: tuple[str, ...]) -> None:
 def _loop(runner: Runner, part: str) -> Any:
     try:
         return getattr(runner, f"{part}_loop")
+    except FileNotFoundError as error:
+        raise QsdError(_MISSING.format(part, error.filename)) from error
     except ValueError as error:
         if "at least one array" not in str(error):  # what mmengine's data sets stumble over when they are empty
             raise
@@ -54,6 +59,10 @@ def _check_dataset(dataset: Any, part: str, config: Config) -> None:
         _check_categories(Path(dataset.ann_file), classes)
     if len(dataset) == 0:
         raise QsdError(f"{where} {_EMPTY.format(part)}")
+    for index in range(min(len(dataset), _LOOKED_AT)):
+        path = dataset.get_data_info(index)["img_path"]
+        if not get_file_backend(path).exists(path):
+            raise QsdError(_MISSING.format(part, path))
     for name, number in _class_numbers(config.model):
         if number != len(classes):
             raise QsdError(
@@ -76,7 +85,7 @@ def _check_categories(file: Path, classes: tuple[str, ...]) -> None:
 
 def _check_maps(dataset: Any, classes: int) -> None:
     """Look into a few label maps, which an index error deep in the loss would otherwise find."""
-    for index in range(min(len(dataset), 8)):
+    for index in range(min(len(dataset), _LOOKED_AT)):
         path = dataset.get_data_info(index)["seg_map_path"]
         labels = np.unique(np.asarray(Image.open(path)))
         values = [int(v) - 1 if dataset.reduce_zero_label else int(v) for v in labels]

@@ -206,6 +206,12 @@ def wrong_file(path):
             "model.decode_head.num_classes=5, but the train data have 11 classes",
         ),
         ("mmseg_train", ["digits_seg", "--cfg-options", "data_root=LABELS"], "holds the label 40"),
+        ("mmdet_train", ["digits_det", "--cfg-options", "data_root=BARE"], ".jpg, which does not exist; correct data_"),
+        (
+            "mmseg_train",
+            ["digits_seg", "--cfg-options", "data_root=BARE"],
+            "training, which does not exist; correct data_",
+        ),
         ("mmdet_train", ["digits_det", "--cfg-options", "data_root=COCO"], "instances_training.json"),
         (
             "mmdet_train",
@@ -227,12 +233,13 @@ def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco,
 
 
 def _spoilt(scenes, folder):
-    """Scenes without images, with other classes, with labels beyond the classes."""
+    """Scenes without images, with other classes, with labels beyond the classes, and with no files of images."""
     spoilt = {}
-    for key in ("EMPTY", "OTHER", "LABELS"):
+    for key in ("EMPTY", "OTHER", "LABELS", "BARE"):
         copy = spoilt[key] = folder / key.lower()
         (copy / "annotations").mkdir(parents=True)
-        (copy / "images").symlink_to(scenes / "images")
+        if key != "BARE":
+            (copy / "images").symlink_to(scenes / "images")
         for file in (scenes / "annotations").glob("*.json"):
             content = json.loads(file.read_text())
             if key == "EMPTY":
