@@ -91,7 +91,7 @@ def count_histograms(neurons: Sequence[Mapping[str, Any]]) -> list[Figure]:
             axes.barh(rows, shares[:, count], left=left, height=0.78, color=colours[count - 1], label=str(count))
             left += shares[:, count]
         axes.set_xlim(0, most * 1.03 or 1)
-        axes.set_xlabel("share of neurons with so many spikes per image")
+        axes.set_xlabel("share of neurons")
         axes.legend(
             loc="lower right", bbox_to_anchor=(1, 1), ncols=min(steps, 8), fontsize=6.5, columnspacing=1,
             handlelength=1.2, borderaxespad=0.2, title="spikes per image", title_fontsize=6.5,

@@ -237,7 +237,8 @@ def _metrics(evaluator: Evaluator) -> dict[str, float]:
     found: dict[str, float] = {}
     for metric in evaluator.metrics:
         for key, value in metric.compute_metrics(metric.results).items():
-            if isinstance(value, Real) and math.isfinite(value):  # classes that do not occur have none
+            # What does not occur has none: a class, or, by COCO's convention -1, a size of objects.
+            if isinstance(value, Real) and math.isfinite(value) and value != -1:
                 found[f"{metric.prefix}/{key}" if metric.prefix else key] = float(value)
         metric.results.clear()
     return found
