@@ -21,7 +21,7 @@ TINY = [
     "model.neck.in_channels=[8,8,16,16]", "train_dataloader.batch_size=2",
 ]  # fmt: skip
 SHORT = {
-    "coco_qsd": ["train_cfg.max_epochs=1", *COCO_SCALES],
+    "coco_qsd": ["train_cfg.max_epochs=1", "model.roi_head.bbox_head.fc_out_channels=32", *COCO_SCALES],
     "ade20k_qsd": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *ADE_SCALES],
     "digits_det": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *LITTLE],
     "digits_seg": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *LITTLE],
