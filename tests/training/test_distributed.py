@@ -90,3 +90,17 @@ def test_two_processes_agree_on_the_steps_that_their_first_batches_give(tmp_path
     one, two = (torch.load(tmp_path / f"steps.{rank}.pt") for rank in (0, 1))
     assert len({step.item() for step in one.values()}) > 5  # no longer what the constructor gave
     assert all(torch.equal(step, two[name]) for name, step in one.items())
+
+
+def test_fewer_images_than_processes_are_named(tmp_path, write_tree):
+    tree = write_tree(tmp_path / "small", {"train": {"cat": 4, "dog": 4}, "val": {"cat": 1}})
+    command = [
+        "-m", "qsd", "fit", "--data=ImageFolderData", "--data.root", tree, "--data.img_size=32", SMALL,
+        "--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=0",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "qsd: error: " in done.stderr
+    assert "processes" in done.stderr
