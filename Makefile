@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-detection demo-segmentation test lint clean
+.PHONY: demo demo-detection demo-segmentation test test-cuda lint clean
 
 # Train configs/digits.yaml, test it, print a table.
 demo: $(VENV)/.installed
@@ -18,9 +18,13 @@ data/digit_scenes: | $(VENV)/.installed
 	mkdir -p $(@D)
 	$(BIN)/python tools/make_digit_scenes.py $@
 
-# The linters, the type checker, the layers of the package, then the tests: what CI runs.
+# The linters, the type checker, the layers of the package, then the tests: what CI runs. They compare bits, on a CPU.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# What only a CUDA device can show.
+test-cuda: $(VENV)/.installed-dev
+	$(BIN)/pytest tests/test_cuda.py tests/mm/test_cuda.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

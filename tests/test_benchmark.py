@@ -12,15 +12,15 @@ from qsd.functional import spike_count
 
 
 @pytest.fixture
-def benchmark(tool, monkeypatch):
+def program(tool, monkeypatch):
     """With networks of two blocks, whatever their name."""
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2))
     return tool("benchmark")
 
 
-def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_path, capsys):
+def test_quick_inference_and_training_write_ratios_and_a_plot(program, tmp_path, capsys):
     small = ["--quick", "--no-memory", "--img-size=32", "--batch-size=2", "--output", str(tmp_path)]
-    assert benchmark.main(["inference", "training", "export", *small]) == 0
+    assert program.main(["inference", "training", "export", *small]) == 0
     results = json.loads((tmp_path / "benchmark.json").read_text())
     for suite, case, versus, target in (
         ("inference", "count domain", "quantized", 1.0),
@@ -51,9 +51,9 @@ def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_pat
     assert "inference, qsd_tiny, 32 px, batch 2" in capsys.readouterr().out
 
 
-def test_loading_tells_how_long_steps_wait_for_images(benchmark, tmp_path, capsys):
+def test_loading_tells_how_long_steps_wait_for_images(program, tmp_path, capsys):
     small = ["--quick", "--img-size=32", "--batch-size=2", "--rounds=2", "--workers=1", "--output", str(tmp_path)]
-    assert benchmark.main(["loading", *small]) == 0
+    assert program.main(["loading", *small]) == 0
     loading = json.loads((tmp_path / "benchmark.json").read_text())["loading"]
     assert loading["workers"] == 1
     assert len(loading["shares"]) == 2
@@ -63,9 +63,9 @@ def test_loading_tells_how_long_steps_wait_for_images(benchmark, tmp_path, capsy
     assert "% of the time waiting, 1 workers" in capsys.readouterr().out
 
 
-def test_growth_has_exponents(benchmark, tmp_path):
+def test_growth_has_exponents(program, tmp_path):
     assert (
-        benchmark.main(
+        program.main(
             ["sizes", "--quick", "--rounds=1", "--img-size=32", "--sizes", "32", "48", "--output", str(tmp_path)]
         )
         == 0
@@ -75,25 +75,25 @@ def test_growth_has_exponents(benchmark, tmp_path):
     assert set(table["exponents"]) == {"count domain", "training step, quantized", "training step, float twin"}
 
 
-def test_peak_memory_is_that_of_the_case_alone(benchmark):
-    options = benchmark.parse(["inference", "--quick"])
+def test_peak_memory_is_that_of_the_case_alone(program):
+    options = program.parse(["inference", "--quick"])
     ballast = torch.ones(100_000_000)  # of this process; must not count
-    peaks = benchmark.peak_memory(options, "inference", "count domain")
-    assert 1e8 < peaks["before"] <= peaks["peak"] < benchmark.resident_peak()
+    peaks = program.peak_memory(options, "inference", "count domain")
+    assert 1e8 < peaks["before"] <= peaks["peak"] < program.resident_peak()
     assert ballast.sum() > 0
 
 
-def test_kept_bytes_are_counted_by_storage_without_parameters_and_images(benchmark):
+def test_kept_bytes_are_counted_by_storage_without_parameters_and_images(program):
     images = torch.randn(2, 3, 8, 8)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid())
-    assert benchmark.kept_bytes(model, images) == 2 * 4 * 64 * 4  # the sigmoid's output; weights and images are there
+    assert program.kept_bytes(model, images) == 2 * 4 * 64 * 4  # the sigmoid's output; weights and images are there
 
     class Neuron(nn.Module):
         def forward(self, x):
             return spike_count(x, 4)
 
     mask = 2 * 4 * 64  # one byte each
-    assert benchmark.kept_bytes(nn.Sequential(nn.Conv2d(3, 4, 1), Neuron()), images) == mask
+    assert program.kept_bytes(nn.Sequential(nn.Conv2d(3, 4, 1), Neuron()), images) == mask
 
 
 def test_the_directly_trained_baseline_fires_binary_spikes_over_time_and_has_gradients(tool):
@@ -122,10 +122,10 @@ def test_the_directly_trained_baseline_fires_binary_spikes_over_time_and_has_gra
         (["--output", "missing"], "the folder missing does not exist"),
     ],
 )
-def test_mistakes_give_one_line(benchmark, capsys, arguments, message):
-    assert benchmark.main(arguments) == 2
+def test_mistakes_give_one_line(program, capsys, arguments, message):
+    assert program.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
-def test_every_default_model_has_a_float_twin(benchmark):
-    assert all(timm.is_model(f"{name}_ann") for name in benchmark.MODELS)
+def test_every_default_model_has_a_float_twin(program):
+    assert all(timm.is_model(f"{name}_ann") for name in program.MODELS)

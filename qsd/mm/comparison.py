@@ -10,7 +10,7 @@ from rich.progress import track
 from torch import Tensor
 
 from qsd.mm.conversion import Batch, SpikingModel, predict
-from qsd.spiking.compare import Comparison, distance_to_threshold
+from qsd.spiking.compare import Comparison, distance_to_threshold, full_float32
 from qsd.spiking.network import watch_neurons
 
 # What a prediction holds, and is compared by: the first are equal or not, of the others the largest difference counts.
@@ -34,6 +34,7 @@ class SceneComparison(Comparison):
 
 
 @torch.no_grad()
+@full_float32()
 def compare_model(
     trained: Any,
     spiking: SpikingModel,

@@ -25,6 +25,7 @@ from qsd.packing import model_size, save_packed
 from qsd.report import Record
 from qsd.report.files import PAGE, RECORD, all_or_none, write_record
 from qsd.report.recording import Activity, weight_bits
+from qsd.spiking.compare import full_float32
 from qsd.spiking.rules import Merge
 
 STAGES = ("compare", "activity", "audit", "energy")
@@ -84,6 +85,7 @@ def load_scenes(config: Config, part: str) -> tuple[Any, Evaluator]:
 
 
 @torch.no_grad()
+@full_float32()
 def record_model(
     trained: Any,
     scenes: Scenes,

@@ -15,6 +15,7 @@ from qsd.packing import model_size
 from qsd.quantizers import StepSizeQuantizer
 from qsd.spiking import SpikingNetwork, audit_spike_driven, compare_counts, to_spike_driven
 from qsd.spiking.batches import image_batches
+from qsd.spiking.compare import full_float32
 from qsd.spiking.rules import Merge, check_merge
 
 STAGES = ("compare", "delays", "activity", "audit", "energy")
@@ -24,6 +25,7 @@ Record = dict[str, Any]
 
 
 @torch.no_grad()
+@full_float32()
 def record_conversion(
     trained: nn.Module,
     loader: Iterable[Any],

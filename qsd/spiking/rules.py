@@ -245,7 +245,11 @@ def fold_norms(chain: LinearChain, name: str) -> dict[str, Convolution]:
     for key, layer in chain.named_children():
         if isinstance(layer, QuantConv2d):
             last, factors[key] = key, _factor(layer)
-        elif isinstance(layer, nn.BatchNorm2d | BatchNormPad2d) and factors and factors[last].frame is None:
+        elif (
+            isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm | BatchNormPad2d)
+            and factors
+            and factors[last].frame is None
+        ):
             norm = layer.norm if isinstance(layer, BatchNormPad2d) else layer
             assert norm.running_mean is not None
             assert norm.running_var is not None

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from qsd import QsdError, initialize_neurons
 from qsd.functional import learned_spikes, scale_gradient
@@ -21,15 +22,18 @@ def half_up(x):
 
 
 def slow_lsq(x, step, time_steps, features):
-    """Esser et al., equations 1 and 3 with Q_n = 0 and Q_p = T, left to autograd; halves round up."""
+    """Esser et al., equations 1 to 3 with Q_n = 0 and Q_p = T, left to autograd; halves round up.
+
+    The bounds themselves pass no gradient, as in `hardtanh`; `clamp` lets one through in PyTorch 2.11, not in 2.14.
+    """
     factor = (features * time_steps) ** -0.5
     step = (step - step * factor).detach() + step * factor
-    return half_up((x / step).clamp(0, time_steps)) * step
+    return half_up(F.hardtanh(x / step, 0, time_steps)) * step
 
 
 def slow_qcfs(x, ceiling, time_steps):
     """Bu et al.: ``lambda * clip(floor(x T / lambda + 1/2) / T, 0, 1)``, as their published layer orders it."""
-    return half_up((x / ceiling).clamp(0, 1) * time_steps) / time_steps * ceiling
+    return half_up(F.hardtanh(x / ceiling, 0, 1) * time_steps) / time_steps * ceiling
 
 
 def gradients(output, inputs, cotangent):

@@ -68,6 +68,7 @@ FEW = [
     *LITTLE,
     "train_cfg.max_iters=3", "train_cfg.val_interval=3", "default_hooks.checkpoint.interval=3",
     "default_hooks.logger.interval=1", "train_dataloader.batch_size=4", "val_dataloader.batch_size=4",
+    "param_scheduler=[]",  # without a warm-up three steps are enough to learn something
 ]  # fmt: skip
 
 

@@ -39,6 +39,32 @@ def test_in_float32_the_first_neurons_that_differ_lie_on_a_threshold():
     assert exact.equal_counts
 
 
+@pytest.fixture(params=["fp32_precision", "allow_tf32"])
+def setting(request, monkeypatch):
+    """PyTorch's switch of TF32 for products, turned on: since 2.9, and before."""
+    place, name = torch.backends.cuda.matmul, request.param
+    if name == "allow_tf32":
+        monkeypatch.delattr(type(torch.backends.cudnn), "conv", raising=False)
+    elif not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("this PyTorch has the old one alone")
+    before = getattr(place, name)
+    setattr(place, name, True if name == "allow_tf32" else "tf32")
+    yield lambda: getattr(place, name)
+    setattr(place, name, before)
+
+
+def test_comparisons_are_in_full_float32_and_leave_the_settings_as_they_were(setting):
+    on, seen, model = setting(), [], dense_network()
+    spiking = to_spike_driven(model)
+    spiking.register_forward_hook(lambda *_: seen.append(setting()))
+    compare_counts(model, spiking, IMAGES)
+    assert seen[0] in ("ieee", False)
+    assert setting() == on
+    with pytest.raises(QsdError):
+        compare_counts(model, spiking, IMAGES[:, :1])
+    assert setting() == on
+
+
 def test_a_difference_that_rounding_does_not_explain_is_seen():
     model = dense_network()
     spiking = to_spike_driven(model)

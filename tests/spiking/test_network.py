@@ -87,6 +87,12 @@ def test_csdformer_converts_for_every_window_and_activation_with_odd_sizes_and_b
         assert_same_counts(model, spiking, torch.randn(batch, 3, *size, dtype=torch.float64))
 
 
+def test_batch_norms_that_were_synchronised_over_gpus_convert():
+    model, images = dense_network(), torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    expected = to_spike_driven(model)(images)
+    assert torch.equal(to_spike_driven(nn.SyncBatchNorm.convert_sync_batchnorm(model))(images), expected)
+
+
 def test_low_bit_weights_of_csdformer_convert():
     model = dense_network("csdformer_4_256", weight_bits=4)
     assert_same_counts(model, to_spike_driven(model), torch.randn(2, 3, 16, 16, dtype=torch.float64))

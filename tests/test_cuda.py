@@ -1,0 +1,85 @@
+"""What only a CUDA device can show; skipped elsewhere."""
+
+import copy
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from qsd import cli, compare_counts, set_lean, to_spike_driven
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+ROOT = Path(__file__).parents[1]
+SIZES = {
+    "qsd_tiny": {"embed_dims": (16, 32, 32, 32), "num_heads": 4, "depth": 4, "layer_scale": 0.5, "num_classes": 5},
+    "csdformer_4_256": {"embed_dims": 64, "num_heads": 4, "depth": 2, "num_classes": 5},
+}
+
+
+def network(name, images):
+    """With statistics of its own inputs, so that its neurons fire."""
+    model = timm.create_model(name, **SIZES[name]).to(images)
+    for _ in range(30):
+        model(images)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_conversion_loses_nothing_in_float64_and_float32_is_not_tf32(name):
+    images = torch.randn(16, 3, 64, 64, device="cuda", dtype=torch.float64)
+    model = network(name, images)
+    spiking = to_spike_driven(model)
+    for way in ("count", "simulate"):
+        assert compare_counts(model, spiking, images, way).equal_counts
+    assert torch.backends.cudnn.allow_tf32, "PyTorch's default, with which a first difference lies some 1e-3 away"
+    rounded = compare_counts(model.float(), spiking.float(), images.float())
+    assert (rounded.farthest_first_difference or 0) < 1e-4
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_lean_training_has_the_gradients_of_ordinary_training(name):
+    images = torch.randn(4, 3, 64, 64, device="cuda", dtype=torch.float64)
+    trained, gradients = network(name, images).train(), []
+    for lean in (False, True):
+        model = copy.deepcopy(trained)  # each pass moves the running statistics, and frames are made of those
+        set_lean(model, lean)
+        model(images).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        difference = (gradient - gradients[1][name]).abs().max()
+        assert difference <= 1e-9 * gradient.abs().max().clamp(min=1), name
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_half_precision_trains_converts_and_resumes(precision, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = ["--config", str(ROOT / "configs/digits.yaml"), f"--trainer.precision={precision}"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    assert cli.main(["fit", *config, *quiet, "--trainer.max_epochs=3"]) == 0
+    run = tmp_path / "runs/digits/version_0"
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert ("MixedPrecision" in checkpoint) == (precision == "16-mixed")  # the state of the gradients' scaler
+    record = json.loads((run / "conversion.json").read_text())
+    assert record["comparison"][0]["changed_images"] == 0
+    last = ["--ckpt_path", str(run / "checkpoints/last.ckpt"), "--trainer.max_epochs=4"]
+    assert cli.main(["fit", *config, *quiet, *last]) == 0
+    rows = list(csv.DictReader((tmp_path / "runs/digits/version_1/metrics.csv").open()))
+    losses = [float(row["val/loss"]) for row in rows if row["val/loss"]]
+    assert len(losses) == 1
+    before = [float(row["val/loss"]) for row in csv.DictReader((run / "metrics.csv").open()) if row["val/loss"]]
+    assert losses[0] < before[-1] < before[0]  # it went on
+
+
+def test_synchronised_norms_train_in_a_process_group(tmp_path):
+    command = ["-m", "qsd", "fit", "--config", ROOT / "configs/digits.yaml", "--trainer.max_epochs=1"]
+    command += ["--trainer.strategy=ddp", "--trainer.devices=1", "--trainer.sync_batchnorm=true"]
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "distributed_backend=nccl" in done.stderr + done.stdout
+    run = tmp_path / "runs/digits/version_0"
+    assert json.loads((run / "conversion.json").read_text())["comparison"][0]["changed_images"] == 0
