@@ -21,6 +21,9 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _count(drive: Tensor, time_steps: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Compiled by PyTorch 2.11, a Function whose output was changed in place has no gradient.
+        return (drive + 0.5).floor().clamp(0, time_steps)
     return (drive + 0.5).floor_().clamp_(0, time_steps)
 
 
@@ -215,7 +218,7 @@ class _LearnedSpikes(torch.autograd.Function):
         drive = x / threshold
         output = _count(drive, time_steps)
         if amplitude is not None:
-            output.mul_(amplitude)
+            output = output * amplitude  # not in place, see `_count`
         ctx.time_steps = time_steps
         ctx.save_for_backward(drive, threshold, amplitude, None if amplitude is None else output)
         return output

@@ -29,10 +29,13 @@ SMALL_QSD = {"embed_dims": (8, 8, 16, 16), "num_heads": 2, "depth": 4, "layer_sc
 SMALL_CSD = {"embed_dims": 16, "num_heads": 2, "depth": 2, "num_classes": 5}
 
 
-def trained(model, images, lean, autocast=False):
-    """Output, gradients and buffers after one backward pass through a copy."""
+def trained(model, images, lean, autocast=False, backend=None):
+    """Output, gradients and buffers after one backward pass through a copy, compiled or not."""
     model = copy.deepcopy(model)
     set_lean(model, lean)
+    if backend is not None:
+        torch._dynamo.reset()
+        model.compile(backend=backend, fullgraph=True)
     images = images.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = model(images)
@@ -347,18 +350,14 @@ def test_networks_compile_without_breaks_and_once_more_for_a_last_smaller_batch(
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_gradients_compiled_through_autograd_are_those_of_eager_training():
-    torch._dynamo.reset()
-    model = (
-        nn.Sequential(conv_norm(3, 6, 3), LsqNeuron(4), conv_norm(6, 4, 1), SpikeNeuron(4), rep_conv(4))
-        .double()
-        .train()
-    )
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])  # Dynamo alone, and autograd traced as well
+@pytest.mark.parametrize("attention", [SpikeDrivenSelfAttention, NReluSelfAttention])
+def test_gradients_of_compiled_training_are_those_of_eager_training(attention, backend):
+    layers = conv_norm(3, 6, 3), LsqNeuron(4), conv_norm(6, 4, 1), SpikeNeuron(4), attention(4, num_heads=2)
+    model = nn.Sequential(*layers, QcfsNeuron(4), QuantConv2d(4, 2, 1, bias=True)).double().train()
     images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     eager = trained(model, images, True)
-    compiled = copy.deepcopy(model)
-    compiled.compile(backend="aot_eager", fullgraph=True)
-    for name, value in trained(compiled, images, True).items():
+    for name, value in trained(model, images, True, backend=backend).items():
         torch.testing.assert_close(value, eager[name], rtol=1e-9, atol=1e-11)
 
 
