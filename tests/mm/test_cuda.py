@@ -1,12 +1,12 @@
 """Operators, mixed precision and synchronised batch norms of detectors on a CUDA device; skipped elsewhere."""
 
 import json
-import socket
 
 import pytest
 import torch
 from mmengine.optim import AmpOptimWrapper
 from torch import nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from qsd.mm import command
 
@@ -53,7 +53,7 @@ def test_the_focal_loss_and_its_gradient_are_those_of_a_processor():
 def test_mixed_precision_and_synchronised_norms_train_and_convert(config, coco, ade, tool, tmp_path, monkeypatch):
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_PORT", str(_free_port()))  # what torchrun sets, for one process
+    monkeypatch.setenv("MASTER_PORT", str(get_free_port()))  # what torchrun sets, for one process
     runners, build = [], command.build_runner
     monkeypatch.setattr(command, "build_runner", lambda *inputs: runners.append(build(*inputs)) or runners[-1])
     detects = config == "coco_qsd"
@@ -75,9 +75,3 @@ def test_mixed_precision_and_synchronised_norms_train_and_convert(config, coco, 
     assert torch.tensor(losses).isfinite().all()
     record = json.loads((tmp_path / "run/conversion.json").read_text())
     assert record["comparison"][0]["changed_images"] == 0
-
-
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
