@@ -1,6 +1,7 @@
 """Data that do not fit the model, named before the training begins."""
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import get_file_backend
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
 from PIL import Image
+from torch import nn
 
 from qsd.errors import QsdError
 
@@ -35,16 +37,42 @@ def check_data(runner: Runner, parts: tuple[str, ...]) -> None:
             _check_dataset(loop.dataloader.dataset, part, runner.cfg)
 
 
+def check_weights(model: nn.Module, checkpoint: str) -> None:
+    """Refuse a checkpoint that lacks parameters of a model: mmengine would warn, and go on with random ones.
+
+    Args:
+        model: built from a configuration, wrapped for several processes or not.
+        checkpoint: file that mmengine reads.
+
+    Raises:
+        QsdError: if it cannot be read; with the first parameter that is missing or has another shape.
+    """
+    try:
+        content = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise QsdError(f"checkpoint {checkpoint} cannot be read.") from error
+    weights = {name.removeprefix("module."): weight for name, weight in content.get("state_dict", content).items()}
+    for name, parameter in model.named_parameters():
+        found = weights.get(name.removeprefix("module."))
+        if found is None or found.shape != parameter.shape:
+            raise QsdError(
+                f"checkpoint {checkpoint} is of another model than the configuration: its {name} "
+                f"{'is missing' if found is None else f'has the shape {list(found.shape)}'}."
+            )
+
+
 def _loop(runner: Runner, part: str) -> Any:
     try:
         return getattr(runner, f"{part}_loop")
     except FileNotFoundError as error:
         raise QsdError(_MISSING.format(part, error.filename)) from error
     except ValueError as error:
-        if "at least one array" not in str(error):  # what mmengine's data sets stumble over when they are empty
-            raise
         data = runner.cfg[f"{part}_dataloader"].dataset
         where = Path(data.get("data_root") or "", data.get("ann_file") or "")
+        if isinstance(error, json.JSONDecodeError):
+            raise QsdError(f"{where} is no JSON, or is cut off ({error}).") from error
+        if "at least one array" not in str(error):  # what mmengine's data sets stumble over when they are empty
+            raise
         raise QsdError(f"{where} {_EMPTY.format(part)}") from error
 
 

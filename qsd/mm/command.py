@@ -15,7 +15,7 @@ from torch import distributed
 
 from qsd.errors import QsdError
 from qsd.mm import ops
-from qsd.mm.checks import check_data
+from qsd.mm.checks import check_data, check_weights
 
 # Mistakes of the user; Config raises the others for files that are no configurations and keys that do not exist.
 _USER_ERRORS = (QsdError, OSError, torch.OutOfMemoryError)
@@ -112,7 +112,9 @@ def _test(options: argparse.Namespace, framework: str) -> None:
         raise QsdError(f"checkpoint {options.checkpoint} does not exist.")
     config = load_config(options, framework)
     config.load_from = options.checkpoint
-    build_runner(config, ("test",)).test()
+    runner = build_runner(config, ("test",))
+    check_weights(runner.model, options.checkpoint)
+    runner.test()
 
 
 def load_config(options: argparse.Namespace, framework: str) -> Config:

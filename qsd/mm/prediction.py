@@ -114,10 +114,12 @@ def draw_predictions(
     visualizer.dataset_meta = model.dataset_meta
     limit = {"pred_score_thr": score} if config.default_scope == "mmdet" else {"with_labels": False}
     for image, target in track(list(zip(images, targets)), "pictures"):
-        if not Path(image).is_file() or (pixels := mmcv.imread(str(image), channel_order="rgb")) is None:
+        if not Path(image).is_file() or (pixels := mmcv.imread(str(image))) is None:
             raise QsdError(f"image {image} does not exist or cannot be read.")
         data = pseudo_collate([pipeline({"img_path": str(image), "img_id": 0})])
         (sample,) = model.test_step(data)
         target.parent.mkdir(parents=True, exist_ok=True)
-        visualizer.add_datasample(target.stem, pixels, sample, draw_gt=False, out_file=str(target), **limit)
+        visualizer.add_datasample(
+            target.stem, mmcv.bgr2rgb(pixels), sample, draw_gt=False, out_file=str(target), **limit
+        )
     return targets

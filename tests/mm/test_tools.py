@@ -143,6 +143,10 @@ def test_predictions_are_drawn_on_the_image(tool, scenes, tmp_path, kind, reques
         assert drawn.size == (160, 160)
         assert drawn.convert("RGB").tobytes() != Image.open(image).tobytes()
     assert "2 pictures" in capsys.readouterr().out
+    damaged = tmp_path / "damaged.jpg"
+    damaged.write_text("no picture")
+    assert tool("mm_predict").main([str(damaged), *arguments[2:]]) == 2
+    assert "damaged.jpg does not exist or cannot be read" in capsys.readouterr().err
 
 
 def test_scenes_share_neither_digits_nor_backgrounds(tool):
@@ -194,6 +198,13 @@ def wrong_file(path):
         ("mmdet_train", ["coco_qsd", "--amp", "--cfg-options", "data_root=COCO"], "--amp needs a CUDA device"),
         ("mmdet_train", ["coco_qsd", "--resume", "no.pth", "--cfg-options", "data_root=COCO"], "no.pth does not exist"),
         ("mmdet_test", ["coco_qsd", "no.pth"], "checkpoint no.pth does not exist"),
+        ("mmdet_test", ["digits_det", "text.pth", "--cfg-options", "data_root=SCENES"], "text.pth cannot be read"),
+        ("mmdet_test", ["digits_det", "other.pth", "--cfg-options", "data_root=SCENES"], "weight is missing"),
+        (
+            "mmdet_train",
+            ["digits_det", "--cfg-options", "data_root=CUT"],
+            "instances_training.json is no JSON, or is cut",
+        ),
         ("mmdet_train", ["digits_det", "--cfg-options", "data_root=EMPTY"], "holds no images to train on"),
         ("mmdet_train", ["digits_det", "--cfg-options", "data_root=OTHER"], "has no category '9'"),
         (
@@ -223,6 +234,8 @@ def wrong_file(path):
 )
 def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    wrong_file(tmp_path / "text.pth")
+    torch.save({"state_dict": {"head.weight": torch.ones(3)}}, "other.pth")
     folders = {"SCENES": scenes, "COCO": coco, **_spoilt(scenes, tmp_path)}
     words = [str(CONFIGS / f"{a}.py") if (CONFIGS / f"{a}.py").is_file() else a for a in arguments]
     for key, folder in folders.items():
@@ -234,9 +247,9 @@ def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco,
 
 
 def _spoilt(scenes, folder):
-    """Scenes without images, with other classes, with labels beyond the classes, and with no files of images."""
+    """Scenes without images, with other classes or labels beyond them, without files of images, with half a file."""
     spoilt = {}
-    for key in ("EMPTY", "OTHER", "LABELS", "BARE"):
+    for key in ("EMPTY", "OTHER", "LABELS", "BARE", "CUT"):
         copy = spoilt[key] = folder / key.lower()
         (copy / "annotations").mkdir(parents=True)
         if key != "BARE":
@@ -247,7 +260,8 @@ def _spoilt(scenes, folder):
                 content["images"] = content["annotations"] = []
             if key == "OTHER":
                 content["categories"] = content["categories"][:9]
-            (copy / "annotations" / file.name).write_text(json.dumps(content))
+            text = json.dumps(content)
+            (copy / "annotations" / file.name).write_text(text[: len(text) // 2] if key == "CUT" else text)
         for part in ("training", "validation", "test"):
             (copy / "annotations" / part).mkdir()
             for file in (scenes / "annotations" / part).glob("*.png"):
