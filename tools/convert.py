@@ -30,7 +30,9 @@ def build_parser(config: str | None) -> ArgumentParser:
     parser.add_argument("--part", choices=tuple(PARTS), default="val", help="images to measure on")
     parser.add_argument("--out", default="converted", help="folder for the three files")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier conversion")
-    parser.add_argument("--merge", choices=("all", "none", "rep", "sep"), default="all", help="chains to turn into one convolution each")
+    parser.add_argument(
+        "--merge", choices=report.MERGES, default="all", help="chains to turn into one convolution each"
+    )
     parser.add_argument("--merged-bits", type=int, help="quantize merged kernels to so many bits; not lossless")
     parser.add_argument("--delay", type=int, help="of every neuron; the default T - 1 is lossless")
     parser.add_argument("--calibrate", type=float, metavar="MAX_DROP", help="choose small delays by layer, on "

@@ -32,7 +32,9 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier conversion")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE",
                         help="override settings of the checkpoint's configuration, such as data_root")  # fmt: skip
-    parser.add_argument("--merge", choices=("all", "none", "rep", "sep"), default="all", help="chains to turn into one convolution each")
+    parser.add_argument(
+        "--merge", choices=report.MERGES, default="all", help="chains to turn into one convolution each"
+    )
     parser.add_argument("--merged-bits", type=int, help="quantize merged kernels to so many bits; not lossless")
     parser.add_argument("--delay", type=int, help="of every neuron; the default T - 1 is lossless")
     parser.add_argument("--preset", default="fp32", help="prices of operations: fp32 (the papers'), fp16, int8")
@@ -59,9 +61,7 @@ def _convert(options: argparse.Namespace) -> None:
     model, config = load_model(options.checkpoint, options.device, options.cfg_options)
     dataset, evaluator = load_part(config, options.part)
     origin = report.Origin(type(model).__name__, str(options.checkpoint), f"{PARTS[options.part]} images")
-    record = write_model(
-        model, ImageSubset(dataset), options.out, chosen, origin, config.pretty_text, evaluator
-    )
+    record = write_model(model, ImageSubset(dataset), options.out, chosen, origin, config.pretty_text, evaluator)
     Console().print(report.summary(record))
     print(f"report: {options.out / 'report.html'}")
 
