@@ -117,8 +117,8 @@ def _raster_figures(record: Record) -> Figures:
     total = sum(sum(map(sum, image)) for image in raster.spikes)
     alt = f"Spike raster of {raster.name}: {total} spikes of {shown} neurons over the windows of {images} images"
     caption = (
-        f"Binary spikes of {raster.name}: {shown} of its {raster.neurons} neurons, evenly spaced, over the windows of the "
-        f"first {images} images; time steps between two windows are not drawn. Each row is a neuron."
+        f"Binary spikes of {raster.name}: {shown} of its {raster.neurons} neurons, evenly spaced, over the windows of "
+        f"the first {images} images; time steps between two windows are not drawn. Each row is a neuron."
     )
     return {"raster": [page_figure(plots.spike_raster(raster.model_dump()), alt, caption)]}
 

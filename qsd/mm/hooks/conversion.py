@@ -12,8 +12,7 @@ from rich.console import Console
 
 from qsd import report
 from qsd.errors import QsdError
-from qsd.mm.hooks.spike_statistics import unwrapped
-from qsd.mm.prediction import build_model, load_model
+from qsd.mm.loading import build_model, load_model, unwrapped
 from qsd.mm.spiking import ImageSubset, convert_model, write_model
 from qsd.mm.spiking.measuring import DEFAULTS, STAGES
 from qsd.neurons import SpikeNeuron
