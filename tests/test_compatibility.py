@@ -61,9 +61,11 @@ def test_a_checkpoint_of_a_float_twin_teaches_the_same(tmp_path):
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_record_of_a_conversion_becomes_a_page(name):
-    record = json.loads((FOLDER / f"{name}_conversion.json").read_text())
-    page = report.html(record)
-    assert record["model"]["name"] in page
+    path = FOLDER / f"{name}_conversion.json"
+    record, written = report.Record.read(path), json.loads(path.read_text())
+    assert record.model.name == written["model"]["name"]
+    assert record.energy.total_mj == written["energy"]["total_mj"]
+    assert record.model.name in report.html(record)
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------
