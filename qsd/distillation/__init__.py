@@ -11,11 +11,14 @@ from qsd.distillation.losses import (
 )
 from qsd.distillation.similarity import similarity_distance, token_similarity
 from qsd.distillation.teacher import Teacher, build_teacher
+from qsd.distillation.terms import DistillationOptions, DistillationTerms
 
 __all__ = [
     "PROJECTIONS",
     "AttentionMaps",
     "AttentionRecorder",
+    "DistillationOptions",
+    "DistillationTerms",
     "LogitsKind",
     "Teacher",
     "attention_distances",

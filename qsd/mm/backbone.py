@@ -62,6 +62,7 @@ class SpikeTransformerBackbone(BaseModule):
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         self.model.prune_intermediate_layers(list(self.out_indices))
         self.model.set_grad_checkpointing(grad_checkpointing)
+        self.steps_are_set = False
         self.train()
 
     def _build(self) -> Any:
@@ -87,7 +88,7 @@ class SpikeTransformerBackbone(BaseModule):
                 )
         else:
             whole = self._build()
-            load_weights(whole, self.checkpoint)
+            self.steps_are_set = not load_weights(whole, self.checkpoint)
             kept = self.model.state_dict().keys()
             self.model.load_state_dict({key: value for key, value in whole.state_dict().items() if key in kept})
 

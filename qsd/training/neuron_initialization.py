@@ -11,22 +11,20 @@ from qsd.models.diagnosis import learned_steps
 
 def initialize_from_batch(
     model: nn.Module,
-    images: Tensor,
+    images: Any,
     average: Callable[[Tensor], Tensor] | None = None,
-    run: Callable[[Any], Any] | None = None,
 ) -> int:
     """Set the learned steps of a model's neurons from a batch (see `qsd.initialize_neurons`).
 
     Args:
         model: Any module.
-        images: Training images of this process, ``[B, C, H, W]``.
+        images: Training batch of this process as the model takes it, such as images ``[B, C, H, W]``.
         average: Mean of a tensor over all processes, each of which sees a batch of its own; ``None`` for one process.
-        run: Forward pass of the images that reaches all neurons; ``None`` for ``model(images)``.
 
     Returns:
         The number of neurons whose step was set.
     """
-    count = initialize_neurons(model, images) if run is None else initialize_neurons(model, images, run)
+    count = initialize_neurons(model, images)
     if count and average is not None:
         for step in learned_steps(model).values():
             step.data.copy_(average(step.data.clone()))
