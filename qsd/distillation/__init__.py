@@ -1,4 +1,4 @@
-"""Fine-grained distillation: a student's attention and logits are drawn towards a teacher's."""
+"""Fine-grained distillation: a loss aligns a student's attention and logits with those of a teacher."""
 
 from qsd.distillation.attention import PROJECTIONS, AttentionMaps, AttentionRecorder, attention_layers
 from qsd.distillation.losses import (

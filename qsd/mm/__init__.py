@@ -27,7 +27,7 @@ from qsd.mm.layers import SpikeConv2d, SpikeSettings  # noqa: E402
 from qsd.mm.optim import StepSizeOptimWrapperConstructor  # noqa: E402
 from qsd.mm.spiking import ConvertedModel, convert_model  # noqa: E402
 
-SpikingModel = ConvertedModel  # its name in version 0.1.0
+SpikingModel = ConvertedModel  # Its name in version 0.1.0.
 
 __all__ = [
     "ConvertToSpikeDrivenHook",

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-_KEY = "random_states"  # of checkpoints
+_KEY = "random_states"  # Of checkpoints.
 
 
 class RandomStates(Callback):
