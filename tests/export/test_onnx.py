@@ -8,24 +8,14 @@ import torch
 
 import qsd
 from qsd.export import to_onnx
-from qsd.export.integers import calibrate
-from qsd.export.requantization import IntegerWeights, Requantization
-from tests.helpers.exporting import CSD, QSD, spiking_network
+from qsd.export.grids import calibrate
+from qsd.export.integer_weights import IntegerWeights
+from qsd.export.requantization import Requantization
+from tests.helpers.exporting import CSD, QSD, run_onnx, spiking_network
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-
-def run(path, images, suffix=".time_steps"):
-    """Logits, and every neuron's counts by its name: what is clipped to at most T."""
-    model = onnx.load(path)
-    clips = [node for node in model.graph.node if node.op_type == "Clip" and node.input[2].endswith(suffix)]
-    for node in clips:
-        model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.UINT8, None))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    logits, *counts = session.run(None, {"images": images.numpy()})
-    return logits, {node.input[2].removesuffix(suffix): count for node, count in zip(clips, counts)}
 
 
 def operations(path):
@@ -43,7 +33,7 @@ def operations(path):
 def test_without_inner_rounding_an_integer_file_has_the_same_counts(network, conversion, export, tmp_path):
     spiking, images = spiking_network(*network, **conversion)
     to_onnx(spiking, tmp_path / "int.onnx", True, images, **export)
-    logits, counts = run(tmp_path / "int.onnx", images)
+    logits, counts = run_onnx(tmp_path / "int.onnx", images)
     expected = qsd.count_spikes(spiking, images)
     assert counts.keys() == expected.keys()
     for name, count in expected.items():
