@@ -9,6 +9,8 @@ import qsd.export.nir_layers  # noqa: F401 - registers the writers of the engine
 from qsd.errors import QsdError
 from qsd.export.graph import check_target
 from qsd.export.nir_graph import NirGraph
+from qsd.export.notes import check_notes
+from qsd.files import replacing
 from qsd.spiking import SpikingNetwork
 
 
@@ -38,7 +40,8 @@ def to_nir(
         The path of the schedule.
 
     Raises:
-        QsdError: If the package ``nir`` is missing, for what NIR cannot express, and if a file cannot be written.
+        QsdError: If the package ``nir`` is missing, a layer has no writer, NIR cannot express an operation, or a file cannot
+            be written.
     """
     path = Path(path)
     try:
@@ -46,19 +49,12 @@ def to_nir(
     except ImportError as error:
         raise QsdError("writing NIR files needs more packages: pip install 'qsd[export]'.") from error
     check_target(spiking, path)
+    facts = check_notes(notes)
     writer = NirGraph(spiking, largest_pixel)
-    graph, length = writer.write()
-    schedule = {"time_steps": spiking.time_steps, "steps": length, "clocks": writer.clocks, "notes": dict(notes or {})}
+    graph, steps = writer.write()
+    schedule = {"time_steps": spiking.time_steps, "steps": steps, "clocks": writer.clocks, "notes": facts}
     plan = path.with_name(f"{path.name}.json")
-    partial, partial_plan = (target.with_name(f"{target.name}.part") for target in (path, plan))
-    try:
+    with replacing(path) as partial, replacing(plan) as partial_plan:
         nir.write(partial, graph)
         partial_plan.write_text(json.dumps(schedule))
-        partial.replace(path)
-        partial_plan.replace(plan)
-    except OSError as error:
-        raise QsdError(f"{path} cannot be written: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_plan.unlink(missing_ok=True)
     return plan
