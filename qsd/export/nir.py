@@ -40,8 +40,8 @@ def to_nir(
         The path of the schedule.
 
     Raises:
-        QsdError: If the package ``nir`` is missing, a layer has no writer, NIR cannot express an operation, or a file cannot
-            be written.
+        QsdError: If the package ``nir`` is missing, a layer has no writer, NIR cannot express an operation, or a file
+            cannot be written.
     """
     path = Path(path)
     try:
