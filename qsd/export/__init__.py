@@ -1,6 +1,6 @@
 """Converted networks for other programs: ONNX files, in floats or in integers, and NIR graphs."""
 
-from qsd.export.formats import FORMATS, ExportOptions, Format, find_format
+from qsd.export.formats import FORMATS, ExportOptions, Format
 from qsd.export.graph import LayerCall
 from qsd.export.integers import IntegerGraph, writes
 from qsd.export.nir import to_nir
@@ -16,7 +16,6 @@ __all__ = [
     "LayerCall",
     "NirGraph",
     "Signal",
-    "find_format",
     "read_note",
     "to_nir",
     "to_onnx",

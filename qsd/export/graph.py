@@ -151,9 +151,13 @@ class _LayerNode(nn.Module):
 
 
 class _NeuronNode(_LayerNode):
-    """A neuron as one node: currents to spike counts. Its threshold is an attribute of the node."""
+    """A neuron as one node: currents, and perhaps the value of their unit, to spike counts.
 
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+    Its threshold is an attribute of the node.
+    """
+
+    def forward(self, *inputs: Any) -> Tensor:
+        x, scale = inputs if len(inputs) == 2 else (*inputs, 1.0)
         neuron = self.layer
         counts = self.node((x,), torch.uint8, threshold=float(neuron.threshold / scale))
         return counts.float() * neuron.amplitude if neuron.scaled else counts

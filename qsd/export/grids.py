@@ -109,7 +109,7 @@ def calibrate(spiking: SpikingNetwork, images: Images | None, round_inner: Merge
 
 
 def _inner_activations(spiking: SpikingNetwork, round_inner: Merge) -> dict[str, _Inner]:
-    inner = {}
+    inner: dict[str, _Inner] = {}
     for name, chain in spiking.chains().items():
         factors = evaluated_convolutions(chain)
         kind = "rep" if any(factor.frame is not None for factor in factors.values()) else "sep"

@@ -136,7 +136,7 @@ class _CountGrowth:
 
 def _halves(time_steps: int) -> Array:
     """The values k - 1/2 for k = 1 ... T, at which a count is rounded up to k."""
-    return np.arange(time_steps) + 0.5
+    return np.arange(time_steps, dtype=np.float64) + 0.5
 
 
 def _bytes(weights: IntegerWeights, finer: Array) -> NDArray[np.int8]:
