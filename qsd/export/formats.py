@@ -25,7 +25,7 @@ class ExportOptions:
 
     images: Images | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
-    round_inner: Merge = True
+    round_inner: Merge = "all"
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _output_shapes(network: nn.Module, images: Tensor) -> dict[nn.Module, tuple[
 def _replace_layers(module: nn.Module, writers: Writers, shapes: Mapping[nn.Module, tuple[int, ...]]) -> None:
     """Put a stand-in, which is traced as one node, in the place of every layer with a writer."""
     for key, child in list(module.named_children()):
-        if not writers.writes(child):
+        if not writers.has_writer(child):
             _replace_layers(child, writers, shapes)
         elif child in shapes:  # A layer that never runs has no node.
             kind = _NeuronNode if isinstance(child, DelayedNeuron) else _LayerNode

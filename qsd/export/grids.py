@@ -72,14 +72,15 @@ class _Inner:
 
 
 @torch.no_grad()
-def calibrate(spiking: SpikingNetwork, images: Images | None, round_inner: Merge = True) -> dict[str, Grid]:
+def calibrate(spiking: SpikingNetwork, images: Images | None, round_inner: Merge = "all") -> dict[str, Grid]:
     """The grids of the inner activations, from their least and largest values on images.
 
     Args:
         spiking: The network.
         images: Images ``[B, C, H, W]``, or a data loader. A network without chains of several convolutions has no
             inner activations, and needs no images.
-        round_inner: Chains with grids: all, none, those with a frame (``"rep"``) or those without (``"sep"``).
+        round_inner: Chains with grids: ``"all"`` or True, ``"none"`` or False, those with a frame (``"rep"``) or those
+            without (``"sep"``).
 
     Returns:
         Grids by the dotted names of the convolutions that give the activations.
@@ -113,7 +114,7 @@ def _inner_activations(spiking: SpikingNetwork, round_inner: Merge) -> dict[str,
     for name, chain in spiking.chains().items():
         factors = evaluated_convolutions(chain)
         kind = "rep" if any(factor.frame is not None for factor in factors.values()) else "sep"
-        if round_inner in (True, kind):
+        if round_inner in (True, "all", kind):
             inner |= {f"{name}.{key}": _Inner(chain, factors[key], after) for key, after in pairwise(factors)}
     return inner
 

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from qsd.errors import QsdError
-from qsd.export.graph import DOMAIN, layer_call, layers_by_name, trace
+from qsd.export.graph import layer_call, layers_by_name, trace
 from qsd.export.writers import Writers
 from qsd.spiking import SpikingNetwork
 
+_INSTEAD = "write the parts without it, such as to_spike_driven(model.stem), or an ONNX or packed file"
+
 # Decorator: register the writer of a converted layer for NIR graphs. The writer gets the layer, its `LayerCall` and the
 # `NirGraph`, adds nodes and clocks, and returns the `Signal` of the layer's output.
-INSTEAD = "write the parts without it, such as to_spike_driven(model.stem), or an ONNX or packed file"
-writes_nir = Writers("NIR graphs", "qsd.export.writes_nir", INSTEAD)
+writes_nir = Writers("NIR graphs", "qsd.export.writes_nir", _INSTEAD)
 
 _NONE = {"Cast", "Identity"}  # Operations that change no value.
 _VECTOR = {"Reshape", "Flatten"}  # Operations that change no vector.
@@ -68,6 +69,7 @@ class NirGraph:
 
         self.nir = nir
         self._layers = layers_by_name(self.spiking)
+        self._initializers: dict[str, Any] = {}
 
     def write(self) -> tuple[Any, int]:
         """Write the network.
@@ -80,11 +82,12 @@ class NirGraph:
         """
         example = self.spiking.example
         graph = trace(self.spiking, example, writes_nir).graph
-        _refuse_products(graph)
+        self._refuse_products(graph)
         shape = tuple(example.shape[1:])
         self.add("image", self.nir.Input({"input": np.array(shape)}))
         self._signals["images"] = Signal(("image",), torch.zeros(shape), self.largest_pixel)
-        known = {str(tensor.name) for tensor in graph.initializer}
+        self._initializers = {str(tensor.name): tensor for tensor in graph.initializer}
+        known = set(self._initializers)
         for node in graph.node:
             if not node.input or all(name in known for name in node.input):
                 known |= set(node.output)  # A constant.
@@ -105,12 +108,35 @@ class NirGraph:
             left, right = inputs
             arrival = max(left.arrival, right.arrival)
             return Signal(left.nodes + right.nodes, left.constant + right.constant, left.bound + right.bound, arrival)
-        if node.op_type == "ReduceMean" and len(inputs) == 1 and inputs[0].constant.dim() == 3:
+        if self._averages_positions(node) and inputs[0].constant.dim() == 3:
             return self.add_mean(node.output[0], inputs[0])
         if len(inputs) == 1 and (node.op_type in _NONE or (node.op_type in _VECTOR and inputs[0].constant.dim() == 1)):
             return inputs[0]
         sources = sorted({name.removesuffix(".merged") for signal in inputs for name in signal.nodes})
-        raise QsdError(f"NIR cannot express the operation {node.op_type} behind {', '.join(sources)}; {INSTEAD}.")
+        raise QsdError(f"NIR cannot express the operation {node.op_type} behind {', '.join(sources)}; {_INSTEAD}.")
+
+    def _averages_positions(self, node: Any) -> bool:
+        """Whether an operation is the mean over all positions of ``[B, C, H, W]``."""
+        import onnx
+
+        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in self._initializers:
+            return False
+        axes = onnx.numpy_helper.to_array(self._initializers[node.input[1]])
+        keeps = next((attribute.i for attribute in node.attribute if attribute.name == "keepdims"), 1)
+        return not keeps and sorted(int(axis) % 4 for axis in axes) == [2, 3]
+
+    def _refuse_products(self, graph: Any) -> None:
+        """Name the neurons whose spikes are multiplied by each other, before any other reason for refusal."""
+        sources: dict[str, str] = {}  # By value the last layer before it.
+        for node in graph.node:
+            call = layer_call(node, self._layers)
+            inputs = [sources[name] for name in node.input if name in sources]
+            if call is not None:
+                sources[call.output] = call.layer.name
+            elif len(inputs) == 2 and "MatMul" in node.op_type:
+                raise QsdError(f"NIR has no product of two activations, such as {' and '.join(inputs)}; {_INSTEAD}.")
+            elif inputs:
+                sources[node.output[0]] = inputs[0]
 
     # -- what a writer does --------------------------------------------------------------------------------------------
 
@@ -179,16 +205,3 @@ class NirGraph:
             "pulses": {str(step): value for step, value in pulses.items()},
             "start": labels.reshape(size).tolist() if size else 0,
         }
-
-
-def _refuse_products(graph: Any) -> None:
-    """Name the neurons whose spikes are multiplied by each other, before any other reason for refusal."""
-    sources: dict[str, str] = {}
-    for node in graph.node:
-        inputs = [sources[name] for name in node.input if name in sources]
-        if node.domain == DOMAIN:
-            sources[node.output[0]] = next(a.s.decode() for a in node.attribute if a.name == "layer")
-        elif len(inputs) == 2 and "MatMul" in node.op_type:
-            raise QsdError(f"NIR has no product of two activations, such as {' and '.join(inputs)}; {INSTEAD}.")
-        elif inputs:
-            sources[node.output[0]] = inputs[0]

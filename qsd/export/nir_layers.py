@@ -31,8 +31,7 @@ def _neuron(neuron: DelayedNeuron, call: LayerCall, graph: NirGraph) -> Signal:
     below = np.nextafter(np.float32(threshold), np.float32(0))  # NIR fires above a threshold, not at it.
     graph.add(neuron.name, graph.nir.IF(np.ones(shape, np.float32), np.full(shape, below)), *x.nodes)
     opens = x.arrival + neuron.delay
-    # No input of up to T spikes' worth of resets lifts a membrane from here to the threshold. Powers of two are added
-    # and subtracted without rounding.
+    # A membrane this far below zero stays below the threshold, for every input within the bound.
     closed = 2.0 ** math.ceil(math.log2(x.bound + (steps + 1) * threshold))
     pulses = {1: -closed, opens + 1: closed, opens + steps + 1: -closed}
     graph.add_clock(neuron.name, x.constant + threshold / 2, pulses)

@@ -23,7 +23,7 @@ def to_onnx(
     integer: bool = False,
     images: Images | None = None,
     notes: Mapping[str, Any] | None = None,
-    round_inner: Merge = True,
+    round_inner: Merge = "all",
 ) -> None:
     """Write a converted network as an ONNX file, for any runtime: its count domain, in one pass.
 
@@ -38,7 +38,7 @@ def to_onnx(
     Values between the convolutions of a chain (RepConv, SepConv) are rounded to 8 bits, on a grid from their least to
     their largest value on the images, and biases of such a chain are rounded to integers. ``inner`` holds the grids:
     least and largest unit of the channels, and the level of 0. A count that changes by such a rounding can change
-    counts after it. ``round_inner=False`` computes these chains in floats, from weights of 8 bits, and with exact
+    counts after it. ``round_inner="none"`` computes these chains in floats, from weights of 8 bits, and with exact
     counts; with ``merged_bits=8`` in `qsd.to_spike_driven` there are no inner values. The first layer, whose input is
     the image, the sums of currents between blocks and the products of attention (of integers) are always floats.
 
@@ -49,7 +49,8 @@ def to_onnx(
         images: Images, a tensor or a data loader, of the height and width that the file will take. For integers the
             ranges of inner values are measured on them. ``None`` for the size of ``spiking.example``.
         notes: Further facts to keep, as JSON: names of classes, normalisation.
-        round_inner: Chains whose inner values become integers: True, False, ``"rep"`` (RepConv) or ``"sep"`` (SepConv).
+        round_inner: Chains whose inner values become integers: ``"all"``, ``"none"``, ``"rep"`` (RepConv) or ``"sep"``
+            (SepConv); True and False stand for all and none.
 
     Raises:
         QsdError: If packages are missing, a delay is below T - 1, weights are floats where integers are asked for, a
@@ -57,8 +58,8 @@ def to_onnx(
     """
     path = Path(path)
     check_target(spiking, path)
-    if round_inner not in (True, False, "rep", "sep"):
-        raise QsdError(f"round_inner={round_inner!r} is unknown; use True, False, 'rep' or 'sep'.")
+    if round_inner not in (True, False, "all", "none", "rep", "sep"):
+        raise QsdError(f"round_inner={round_inner!r} is unknown; use 'all', 'none', 'rep' or 'sep'.")
     facts = check_notes(notes)
     grids = calibrate(spiking, images, round_inner) if integer else {}
     example = spiking.example if images is None else next(image_batches(images, spiking, max_images=1))[0]

@@ -54,7 +54,7 @@ class Writers:
         """
         self._left_to_torch.update(types)
 
-    def writes(self, module: nn.Module) -> bool:
+    def has_writer(self, module: nn.Module) -> bool:
         """Whether a module has a writer.
 
         Args:
@@ -80,7 +80,7 @@ class Writers:
             QsdError: Naming the first such layer and the decorator that registers a writer.
         """
         for layer in network.modules():
-            known = self.writes(layer) or type(layer) in self._left_to_torch
+            known = self.has_writer(layer) or type(layer) in self._left_to_torch
             if isinstance(layer, TimedLayer) and not known:
                 kind = type(layer).__name__
                 raise QsdError(

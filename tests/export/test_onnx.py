@@ -27,7 +27,7 @@ def operations(path):
     [
         (CSD, {}, {}),  # no chains: nothing is rounded
         (QSD, {"merged_bits": 8}, {}),  # no inner values
-        (QSD, {}, {"round_inner": False}),
+        (QSD, {}, {"round_inner": "none"}),
     ],
 )
 def test_without_inner_rounding_an_integer_file_has_the_same_counts(network, conversion, export, tmp_path):
@@ -101,7 +101,7 @@ def test_integer_requantization_gives_the_neurons_count_for_every_sum(time_steps
     [
         ({"integer": True}, "needs images"),
         ({"notes": {"a": object()}}, "is no JSON"),
-        ({"round_inner": "all"}, "round_inner='all' is unknown"),
+        ({"round_inner": "some"}, "round_inner='some' is unknown"),
         ({"path": "nowhere/a.onnx"}, "does not exist; make it first"),
     ],
 )
