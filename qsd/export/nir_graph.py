@@ -69,7 +69,7 @@ class NirGraph:
 
         self.nir = nir
         self._layers = layers_by_name(self.spiking)
-        self._initializers: dict[str, Any] = {}
+        self._constants: dict[str, Any] = {}
 
     def write(self) -> tuple[Any, int]:
         """Write the network.
@@ -86,8 +86,9 @@ class NirGraph:
         shape = tuple(example.shape[1:])
         self.add("image", self.nir.Input({"input": np.array(shape)}))
         self._signals["images"] = Signal(("image",), torch.zeros(shape), self.largest_pixel)
-        self._initializers = {str(tensor.name): tensor for tensor in graph.initializer}
-        known = set(self._initializers)
+        self._constants = {str(tensor.name): tensor for tensor in graph.initializer}
+        self._constants |= {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant"}
+        known = set(self._constants)
         for node in graph.node:
             if not node.input or all(name in known for name in node.input):
                 known |= set(node.output)  # A constant.
@@ -119,9 +120,9 @@ class NirGraph:
         """Whether an operation is the mean over all positions of ``[B, C, H, W]``."""
         import onnx
 
-        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in self._initializers:
+        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in self._constants:
             return False
-        axes = onnx.numpy_helper.to_array(self._initializers[node.input[1]])
+        axes = onnx.numpy_helper.to_array(self._constants[node.input[1]])
         keeps = next((attribute.i for attribute in node.attribute if attribute.name == "keepdims"), 1)
         return not keeps and sorted(int(axis) % 4 for axis in axes) == [2, 3]
 
