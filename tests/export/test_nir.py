@@ -1,4 +1,4 @@
-"""NIR graphs: read back and run by a plain interpreter, they fire the network's spikes."""
+"""NIR graphs that are read back and run by a plain interpreter fire the spikes of the network."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_tokenizers_fire_the_same_spikes_and_give_the_same_sums(which, tmp_path)
     expected = qsd.count_spikes(spiking, images.double())
     assert counts.keys() == expected.keys()
     for name, count in expected.items():
-        assert float((counts[name] != count).double().mean()) < 1e-4, name  # the file holds float32
+        assert float((counts[name] != count).double().mean()) < 1e-4, name  # The file holds float32.
     torch.testing.assert_close(sums, spiking(images.double()), rtol=1e-3, atol=1e-3)
 
 
@@ -69,7 +69,7 @@ def test_a_classifier_of_ones_own_gives_the_same_counts_and_logits(tmp_path):
     torch.testing.assert_close(logits, spiking(images), rtol=1e-3, atol=1e-3)
     schedule = json.loads(plan.read_text())
     assert schedule["notes"] == {"class_names": ["cat"]}
-    assert schedule["steps"] == 4 + 3 * 3  # T, and three neurons one behind the other that wait T - 1
+    assert schedule["steps"] == 4 + 3 * 3  # T, and three neurons in a row that wait T - 1 each.
 
 
 @pytest.mark.parametrize("network", [QSD, CSD], ids=["qsd", "csdformer"])

@@ -1,4 +1,4 @@
-"""ONNX files: floats give the count domain's classes, integers its counts."""
+"""ONNX files with floats give the logits of the count domain, and files with integers give its spike counts."""
 
 import json
 
@@ -25,8 +25,8 @@ def operations(path):
 @pytest.mark.parametrize(
     ("network", "conversion", "export"),
     [
-        (CSD, {}, {}),  # no chains: nothing is rounded
-        (QSD, {"merged_bits": 8}, {}),  # no inner values
+        (CSD, {}, {}),  # No chains, so that nothing is rounded.
+        (QSD, {"merged_bits": 8}, {}),  # No inner values.
         (QSD, {}, {"round_inner": "none"}),
     ],
 )
@@ -39,15 +39,17 @@ def test_without_inner_rounding_an_integer_file_has_the_same_counts(network, con
     for name, count in expected.items():
         np.testing.assert_array_equal(counts[name], count.numpy(), err_msg=name)
     torch.testing.assert_close(torch.from_numpy(logits), spiking(images), rtol=1e-4, atol=1e-5)
-    assert operations(tmp_path / "int.onnx").count("Conv") <= 1 + 2 * 16  # floats: the stem, and what is not rounded
+    assert (
+        operations(tmp_path / "int.onnx").count("Conv") <= 1 + 2 * 16
+    )  # In floats: the stem, and chains that are not rounded.
 
 
 def test_inner_rounding_is_at_most_half_a_level(tmp_path):
     spiking, images = spiking_network(*QSD)
     to_onnx(spiking, tmp_path / "int.onnx", True, images)
-    assert operations(tmp_path / "int.onnx").count("Conv") == 1  # the stem, on the image
+    assert operations(tmp_path / "int.onnx").count("Conv") == 1  # The stem, on the image.
     assert operations(tmp_path / "int.onnx").count("QLinearConv") > 10
-    name = "stem.blocks.0.sep_conv.reduce"  # the first one: its input is exact
+    name = "stem.blocks.0.sep_conv.reduce"  # The first chain, whose input is exact.
     model = onnx.load(tmp_path / "int.onnx")
     model.graph.output.append(
         onnx.helper.make_tensor_value_info(f"{name}.depthwise.output", onnx.TensorProto.UINT8, None)
@@ -58,11 +60,20 @@ def test_inner_rounding_is_at_most_half_a_level(tmp_path):
     spiking.chains()[name].factors["depthwise"].register_forward_hook(lambda _m, _i, output: exact.append(output))
     grid = calibrate(spiking, images)[f"{name}.depthwise"]
     seen = exact[0].amax((0, 2, 3)).clamp(min=0) - exact[0].amin((0, 2, 3)).clamp(max=0)
-    assert (grid.unit * 255 > 0.999 * seen.numpy()).all()  # the grid holds the range,
-    assert (grid.unit.max() * 255 < 2 * seen.max()).all()  # and little more
+    assert (grid.unit * 255 > 0.999 * seen.numpy()).all()  # The grid holds the range,
+    assert (grid.unit.max() * 255 < 2 * seen.max()).all()  # and little more.
     units = torch.from_numpy(grid.unit).view(-1, 1, 1)
     error = (levels.double() - grid.zero_point) * units - exact[0]
-    assert float((error.abs() / units).max()) <= 0.5 + 1e-3  # float32
+    assert float((error.abs() / units).max()) <= 0.5 + 1e-3  # The file computes in float32.
+
+
+def test_an_integer_file_can_end_in_a_convolution(tmp_path):
+    spiking, images = spiking_network(*CSD, part="stem")
+    to_onnx(spiking, tmp_path / "int.onnx", True, images)
+    currents, counts = run_onnx(tmp_path / "int.onnx", images)
+    for name, count in qsd.count_spikes(spiking, images).items():
+        np.testing.assert_array_equal(counts[name], count.numpy(), err_msg=name)
+    torch.testing.assert_close(torch.from_numpy(currents), spiking(images), rtol=1e-4, atol=1e-4)
 
 
 def test_the_float_file_takes_any_number_of_images_and_gives_the_same_logits(tmp_path):

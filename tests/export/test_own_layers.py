@@ -82,10 +82,10 @@ class Small(nn.Sequential):
             QuantConv2d(3, 8, 3, stride=2, padding=1, weight_bits=4),
             build_neuron(4),
             layer,
-            build_neuron(4, 0.23),  # no sum of blurred spikes is a tie
+            build_neuron(4, 0.23),  # No sum of blurred spikes is a tie.
             QuantConv2d(8, 8, 3, padding=1, weight_bits=4),
-            build_neuron(4),
             Mean(),
+            build_neuron(4),
             QuantLinear(8, 5, weight_bits=4),
         )
 
@@ -124,7 +124,7 @@ def test_a_layer_with_a_rule_and_a_writer_fires_the_same_spikes_in_a_nir_graph(t
     to_nir(spiking, tmp_path / "a.nir")
     logits, counts = simulate(tmp_path / "a.nir", images)
     for name, count in qsd.count_spikes(spiking, images).items():
-        assert float((counts[name] != count).double().mean()) < 1e-3, name  # the file holds float32
+        assert float((counts[name] != count).double().mean()) < 1e-3, name  # The file holds float32.
     torch.testing.assert_close(logits, spiking(images), rtol=1e-3, atol=1e-3)
 
 

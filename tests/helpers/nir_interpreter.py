@@ -11,7 +11,7 @@ nir = pytest.importorskip("nir")
 
 
 def order(graph):
-    """Names of nodes, each behind all that it hears."""
+    """Names of the nodes, each after all of its sources."""
     sources = {name: [a for a, b in graph.edges if b == name] for name in graph.nodes}
     done = []
     while len(done) < len(sources):
@@ -26,7 +26,7 @@ def numbers(values):
 def evaluate(node, x):
     if isinstance(node, nir.Conv2d):
         weight, bias = (torch.from_numpy(v).to(x) for v in (node.weight, node.bias))
-        assert not bias.any()  # it would act in every step
+        assert not bias.any()  # It would act in every step.
         return F.conv2d(x, weight, None, numbers(node.stride), numbers(node.padding), 1, int(node.groups))
     if isinstance(node, nir.Linear):
         return F.linear(x, torch.from_numpy(node.weight).to(x))
@@ -42,7 +42,7 @@ def evaluate(node, x):
 
 
 def simulate(path, images):
-    """Sums over all steps at the output, and how often every neuron fired; soft reset, no floor, step by step."""
+    """Outputs summed over all steps, and the spike counts of every neuron; soft reset, no floor of the membrane."""
     graph, schedule = nir.read(path), json.loads((path.parent / f"{path.name}.json").read_text())
     names, sources = order(graph)
     membranes, counts = {}, {}
