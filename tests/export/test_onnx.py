@@ -41,7 +41,7 @@ def test_without_inner_rounding_an_integer_file_has_the_same_counts(network, con
     torch.testing.assert_close(torch.from_numpy(logits), spiking(images), rtol=1e-4, atol=1e-5)
     assert (
         operations(tmp_path / "int.onnx").count("Conv") <= 1 + 2 * 16
-    )  # In floats: the stem, and chains that are not rounded.
+    )  # The stem, and unrounded chains.
 
 
 def test_inner_rounding_is_at_most_half_a_level(tmp_path):
