@@ -39,9 +39,7 @@ def test_without_inner_rounding_an_integer_file_has_the_same_counts(network, con
     for name, count in expected.items():
         np.testing.assert_array_equal(counts[name], count.numpy(), err_msg=name)
     torch.testing.assert_close(torch.from_numpy(logits), spiking(images), rtol=1e-4, atol=1e-5)
-    assert (
-        operations(tmp_path / "int.onnx").count("Conv") <= 1 + 2 * 16
-    )  # The stem, and unrounded chains.
+    assert operations(tmp_path / "int.onnx").count("Conv") <= 1 + 2 * 16  # The stem, and unrounded chains.
 
 
 def test_inner_rounding_is_at_most_half_a_level(tmp_path):
