@@ -179,6 +179,6 @@ class Twice(nn.Module):
 
 def test_a_layer_that_runs_twice_is_refused_by_its_name(tmp_path):
     spiking = qsd.to_spike_driven(Twice().eval(), example=torch.rand(1, 3, 8, 8))
-    with pytest.raises(qsd.QsdError, match="^layer fire runs several times in a pass"):
+    with pytest.raises(qsd.QsdError, match=r"^layer fire runs several times in a pass"):
         to_onnx(spiking, tmp_path / "a.onnx", True, torch.rand(2, 3, 8, 8))
     assert not list(tmp_path.iterdir())
