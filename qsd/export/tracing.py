@@ -130,9 +130,9 @@ class _Neuron(_Layer):
         counts = self.node("Neuron", x, torch.uint8, threshold=float(neuron.threshold / scale))
         return counts.float() * neuron.amplitude if neuron.scaled else counts
 
-    def worth(self, features: int) -> float:
+    def step_size(self, features: int) -> float:
         """See `DelayedNeuron`."""
-        return self._layer[0].worth(features)
+        return self._layer[0].step_size(features)
 
 
 class _Chain(_Layer):
