@@ -40,9 +40,10 @@ def assert_as_plain(build, abuse, images=None, tolerance=0.0):
         if value is None:
             assert efficient[name] is None, name
         else:
+            message = f"{name} differs: {value} and {efficient[name]}"
             torch.testing.assert_close(
-                value, efficient[name], rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{name}: {m}"
-            )  # noqa: B023
+                value, efficient[name], rtol=tolerance, atol=tolerance, equal_nan=True, msg=message
+            )
 
 
 def scaled_in_place(x, *_):
@@ -254,7 +255,8 @@ def test_codes_of_many_blocks_give_the_same_values_and_gradients(size, dtype, ti
 
 def test_views_share_the_codes_of_their_tensor():
     spikes = SpikeNeuron(4)(torch.randn(2, 6, 4, 4, requires_grad=True))
-    for view in (spikes.transpose(1, 2), spikes.reshape(2, 3, 2, 16), spikes[:, 1:3], spikes.detach(), spikes.flatten()):
+    views = spikes.transpose(1, 2), spikes.reshape(2, 3, 2, 16), spikes[:, 1:3], spikes.detach(), spikes.flatten()
+    for view in views:
         with torch.no_grad():
             operand, saved = save_operand(view)
             assert operand.layout is not None
