@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-detection demo-segmentation test test-cuda lint clean
+.PHONY: demo demo-detection demo-segmentation test check test-long test-cuda lint clean
 
 # Train configs/digits.yaml, test it, print a table.
 demo: $(VENV)/.installed
@@ -21,6 +21,15 @@ data/digit_scenes: | $(VENV)/.installed
 # The linters, the type checker, the layers of the package, then the tests: what CI runs. They compare bits, on a CPU.
 test: lint
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# The core of it, in two minutes: the mathematics, the layers, the models, the conversion.
+CORE := $(addprefix tests/,test_functional.py test_neurons.py test_quantizers.py lean layers models spiking energy)
+check: lint
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(CORE)
+
+# The same tests on every value and with many more tries than `make test` takes.
+test-long: $(VENV)/.installed-dev
+	QSD_TEST_LONG=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --timeout=3600
 
 # What only a CUDA device can show.
 test-cuda: $(VENV)/.installed-dev

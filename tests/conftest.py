@@ -2,7 +2,6 @@ import gc
 import importlib.util
 import random
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import qsd  # noqa: F401 - makes the model names known
+from tests.helpers import DATA, ROOT
 
 
 def pytest_collection_finish():
@@ -67,10 +67,10 @@ def truncated():
 @pytest.fixture(scope="session")
 def tool():
     """Import a script of ``tools/`` by its name, beside its siblings, as running it would."""
-    sys.path.append(str(Path(__file__).parents[1] / "tools"))
+    sys.path.append(str(ROOT / "tools"))
 
     def load(name):
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -81,5 +81,5 @@ def tool():
 @pytest.fixture
 def reference_state():
     """A state dict of the published code, float32."""
-    tensors = load_file(Path(__file__).parent / "data" / "qsd_reference_tiny.safetensors")
+    tensors = load_file(DATA / "qsd_reference_tiny.safetensors")
     return {n.removeprefix("state."): t.float() for n, t in tensors.items() if n.startswith("state.")}

@@ -5,16 +5,15 @@ import csv
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 from qsd import cli, compare_counts, set_lean, to_spike_driven
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-ROOT = Path(__file__).parents[1]
 SIZES = {
     "qsd_tiny": {"embed_dims": (16, 32, 32, 32), "num_heads": 4, "depth": 4, "layer_scale": 0.5, "num_classes": 5},
     "csdformer_4_256": {"embed_dims": 64, "num_heads": 4, "depth": 2, "num_classes": 5},

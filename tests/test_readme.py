@@ -17,8 +17,8 @@ import qsd
 from qsd import cli
 from qsd.data import ImageArray
 from qsd.export import to_onnx
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2}
@@ -116,7 +116,7 @@ def test_make_commands(command):
 
 
 # What shortens each tool, and what it must say. Those of mmdet and mmseg are run by tests/mm/test_readme.py, the
-# ablation by tests/distillation/test_tools.py.
+# ablation by tests/test_distillation_tools.py.
 TOOLS = {
     "import_checkpoint": (["--num-heads=4"], "imported.ckpt: "),
     "convert": (["--max-images=4", "--step-images=2", "--data.img_size=32"], "report: "),

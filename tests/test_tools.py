@@ -8,8 +8,7 @@ import timm
 import torch
 
 from qsd import cli
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ import qsd
 from qsd.export import to_nir
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.neurons import build_neuron
-
-from .networks import CSD, QSD, spiking_network
+from tests.helpers.exporting import CSD, QSD, spiking_network
 
 nir = pytest.importorskip("nir")
 pytest.importorskip("onnxscript")

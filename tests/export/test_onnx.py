@@ -10,8 +10,7 @@ import qsd
 from qsd.export import to_onnx
 from qsd.export.integers import calibrate
 from qsd.export.requantization import IntegerWeights, Requantization
-
-from .networks import CSD, QSD, spiking_network
+from tests.helpers.exporting import CSD, QSD, spiking_network
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

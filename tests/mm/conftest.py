@@ -2,22 +2,15 @@
 
 import json
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import CONFIGS
+
 # `make test` installs OpenMMLab; an environment without it still runs the other tests.
 collect_ignore_glob = [] if find_spec("mmengine") else ["test_*.py"]
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-# A network that takes a step in a fraction of a second; necks and heads keep their sizes.
-SMALL = {
-    "model.backbone.model_args": {"embed_dims": (8, 8, 16, 16), "depth": 4, "num_heads": 2},
-    "model.neck.in_channels": [8, 8, 16, 16],
-    "model.backbone.norm_eval": False,  # without pretrained weights there are no statistics to keep
-}
 
 
 def _picture(path, seed, size=(96, 64)):

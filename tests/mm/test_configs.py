@@ -8,8 +8,8 @@ from mmengine.registry import HOOKS, MODELS, init_default_scope
 
 import qsd.mm
 from qsd.models.variants import QSD_VARIANTS
-
-from .conftest import CONFIGS, SMALL
+from tests.helpers import CONFIGS
+from tests.helpers.mm import SMALL
 
 ALL = sorted(CONFIGS.glob("*.py"))
 # Backbone, neck and heads together, in millions: the backbones have 15.1, 31.3, 55.4 without their classifiers.

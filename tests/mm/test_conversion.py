@@ -19,8 +19,8 @@ from qsd.mm.segments import DENSE
 from qsd.neurons import SpikeNeuron
 from qsd.packing import load_packed
 from qsd.report import FILES
-
-from .conftest import CONFIGS, SMALL
+from tests.helpers import CONFIGS
+from tests.helpers.mm import SMALL
 
 ALL = ("coco_qsd", "coco_cascade_qsd", "coco_retinanet_qsd", "ade20k_qsd")
 SEGMENTS = {

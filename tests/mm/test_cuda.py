@@ -9,10 +9,10 @@ from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from qsd.mm import command
+from tests.helpers import CONFIGS
+from tests.helpers.mm import ADE_SCALES, COCO_SCALES, ONE_PROCESS, scalars
 
-from .conftest import CONFIGS
 from .test_ops import COMPILED, mmcv_ops
-from .test_tools import ADE_SCALES, COCO_SCALES, ONE_PROCESS, scalars
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from .conftest import CONFIGS
-from .test_tools import ADE_SCALES, COCO_SCALES, scalars
+from tests.helpers import CONFIGS
+from tests.helpers.mm import ADE_SCALES, COCO_SCALES, scalars
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo is not built in")
 SMALL = [

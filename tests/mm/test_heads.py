@@ -12,8 +12,8 @@ import qsd.mm
 from qsd import QsdError
 from qsd.layers import LinearChain, QuantConv2d, QuantLinear
 from qsd.neurons import SpikeNeuron
-
-from .conftest import CONFIGS, SMALL
+from tests.helpers import CONFIGS
+from tests.helpers.mm import SMALL
 
 DETECTORS = ("coco_qsd", "coco_cascade_qsd", "coco_retinanet_qsd")
 ALL = (*DETECTORS, "ade20k_qsd")

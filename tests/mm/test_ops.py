@@ -3,7 +3,6 @@
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,10 @@ from safetensors.torch import load_file
 
 from qsd import QsdError
 from qsd.mm import ops
+from tests.helpers import DATA
 
 mmcv_ops = pytest.importorskip("mmcv.ops")
-COMPILED = load_file(Path(__file__).parents[1] / "data" / "mmcv_ops.safetensors")
+COMPILED = load_file(DATA / "mmcv_ops.safetensors")
 
 
 def test_nms_gives_the_bits_of_the_compiled_operator():

@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 
-from .conftest import CONFIGS
-from .test_tools import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS
+from tests.helpers import CONFIGS
+from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS
 
 README = (CONFIGS.parent / "README.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]

@@ -7,31 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from .conftest import CONFIGS
-
-LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
-ONE_PROCESS = [f"{loader}.{key}" for loader in LOADERS for key in ("num_workers=0", "persistent_workers=False")]
-# The published scales, made small: pictures of 96x64 pixels.
-COCO_SCALES = [
-    'train_dataloader.dataset.pipeline.2.scale="(96,64)"',
-    'train_dataloader.dataset.pipeline.4.transforms.0.0.scales="[(64,96)]"',
-    'train_dataloader.dataset.pipeline.4.transforms.1.0.scales="[(48,96)]"',
-    'train_dataloader.dataset.pipeline.4.transforms.1.1.crop_size="(40,60)"',
-    'train_dataloader.dataset.pipeline.4.transforms.1.2.scales="[(64,96)]"',
-    *(f'{part}_dataloader.dataset.pipeline.1.scale="(96,64)"' for part in ("val", "test")),
-]
-ADE_SCALES = [
-    'train_dataloader.dataset.pipeline.2.scale="(128,64)"',
-    'train_dataloader.dataset.pipeline.3.crop_size="(64,64)"',
-    'model.data_preprocessor.size="(64,64)"',
-    *(f'{part}_dataloader.dataset.pipeline.1.scale="(128,64)"' for part in ("val", "test")),
-]
-
-
-def scalars(folder):
-    """Everything a run logged, in order."""
-    (path,) = folder.rglob("vis_data/scalars.json")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from tests.helpers import CONFIGS
+from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS, scalars
 
 
 def test_coco_qsd_trains_and_validates_on_coco_s_layout(tool, coco, tmp_path):
@@ -62,8 +39,6 @@ def test_ade20k_qsd_trains_and_validates_on_ade20k_s_layout(tool, ade, tmp_path)
     assert (tmp_path / "iter_2.pth").is_file()
 
 
-# Of the conversion behind the demonstrations' training; tests/mm/test_training_hooks.py looks at all of it.
-LITTLE = [f"custom_hooks.2.{option}" for option in ("max_images=1", "step_images=1", "stages=[]")]
 FEW = [
     *LITTLE,
     "train_cfg.max_iters=3", "train_cfg.val_interval=3", "default_hooks.checkpoint.interval=3",

@@ -16,10 +16,9 @@ from qsd import QsdError
 from qsd.distillation import AttentionRecorder, attention_loss
 from qsd.mm import ConvertToSpikeDrivenHook, DistillationHook
 from qsd.mm.command import build_runner
-from qsd.mm.prediction import load_model
+from qsd.mm.loading import load_model
 from qsd.report import FILES
-
-from .conftest import CONFIGS
+from tests.helpers import CONFIGS
 
 SMALL = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2}
 WRITTEN = {"quantized.safetensors", *FILES[1:]}

@@ -10,6 +10,7 @@ from torch import nn
 import qsd
 from qsd import QsdError, report
 from qsd.data import DigitsData
+from tests.helpers.networks import randomize_norms
 
 SMALL = {"embed_dims": (8, 8, 8, 8), "num_heads": 2, "depth": 4, "strides": (1, 2, 2, 2, 1), "layer_scale": 0.5}
 IMAGES = 12
@@ -21,11 +22,7 @@ def trained():
     """A network with the statistics of no training, but with spikes everywhere."""
     torch.manual_seed(0)
     model = timm.create_model("qsd_tiny", num_classes=10, in_chans=1, time_steps=3, **SMALL).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.1, 0.4)
-    return model
+    return randomize_norms(model, mean=(0, 0.3), var=(0.1, 0.4), weight=None, bias=None)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_network import NAMES, dense_network
 from torch import nn
 from torch.nn import functional as F
 
 from qsd import QsdError, audit_spike_driven, to_spike_driven
 from qsd.layers import QuantConv2d, QuantLinear, conv_norm
 from qsd.neurons import SpikeNeuron
+from tests.helpers.networks import NAMES, dense_network
 
 IMAGES = torch.randn(2, 3, 32, 48, dtype=torch.float64)
 

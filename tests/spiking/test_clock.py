@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_network import dense_network
 from torch import nn
 
 from qsd import QsdError
 from qsd.layers import conv_norm
 from qsd.neurons import SpikeNeuron
 from qsd.spiking import to_spike_driven
+from tests.helpers.networks import dense_network
 
 
 @pytest.mark.parametrize("delay", [None, 0, {"*": 3, "*.q_neuron": 5, "s*": 1}], ids=["lossless", "0", "mixed"])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_network import NAMES, assert_same_counts, dense_network
 from torch import nn
 
 from qsd import (
@@ -17,6 +16,7 @@ from qsd import (
 from qsd.layers import QuantConv2d, TokenMean, conv_norm
 from qsd.neurons import LsqNeuron, SpikeNeuron
 from qsd.spiking import compare_counts
+from tests.helpers.networks import NAMES, assert_same_counts, dense_network
 
 IMAGES = torch.randn(2, 3, 32, 48, dtype=torch.float64)
 

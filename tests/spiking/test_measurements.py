@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_network import dense_network
 from torch import nn
 
 from qsd import QsdError, calibrate_delays, compare_counts, to_spike_driven
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.neurons import SpikeNeuron
+from tests.helpers.networks import dense_network
 
 IMAGES = torch.randn(6, 3, 32, 32, dtype=torch.float64)
 

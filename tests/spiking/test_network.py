@@ -16,48 +16,7 @@ from qsd.neurons import LsqNeuron, QcfsNeuron, SpikeNeuron
 from qsd.spiking import count_spikes, register_conversion, to_spike_driven
 from qsd.spiking.layers import SpikingChain, SpikingMaxPool
 from qsd.spiking.rules import RULES, fold_norms, merge_factors
-
-NAMES = timm.list_models(["qsd_*", "csdformer_*"], exclude_filters="*_ann")
-SMALL_CSD = {"embed_dims": 32, "num_heads": 4, "depth": 2, "num_classes": 5}
-SMALL = {"embed_dims": (8, 8, 16, 24), "num_heads": 4, "depth": 4, "num_classes": 5, "layer_scale": 0.5}
-
-
-def dense_network(name="qsd_tiny", **kwargs):
-    """A shrunk model in evaluation whose statistics make neurons fire at about half their capacity."""
-    sizes = SMALL if name.startswith("qsd") else SMALL_CSD
-    model = timm.create_model(name, **{**sizes, **kwargs}).double().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.3, 1)
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0.2, 0.3)
-        if hasattr(module, "step"):
-            module.step.data.mul_(torch.empty_like(module.step).uniform_(0.7, 1.3))
-    # Learned steps by their inputs in evaluation, some larger, some smaller.
-    neurons = [module for module in model.modules() if isinstance(module, LsqNeuron)]
-    handles = [
-        n.register_forward_pre_hook(lambda m, i: m.initialize(i[0] * random.uniform(0.4, 0.8), *i[1:])) for n in neurons
-    ]
-    if neurons:
-        model(torch.randn(2, model.in_chans, 32, 32, dtype=torch.float64))
-    for handle in handles:
-        handle.remove()
-    return model
-
-
-def assert_same_counts(model, spiking, images):
-    trained, counted, stepped = count_spikes(model, images), count_spikes(spiking, images), {}
-    with spiking.runtime.counting(stepped):
-        trace = spiking.simulate(images)
-    assert trained.keys() == counted.keys() == stepped.keys()
-    for name, counts in trained.items():
-        assert torch.equal(counts, counted[name]), name
-        assert torch.equal(counts, stepped[name]), name
-    torch.testing.assert_close(trace.logits, model(images), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(spiking(images), model(images), rtol=1e-10, atol=1e-12)
-    mean = sum(c.mean() for c in trained.values()) / len(trained) / spiking.time_steps
-    assert 0.1 < mean < 0.9, "silent or saturated neurons would prove nothing"
+from tests.helpers.networks import NAMES, SMALL, assert_same_counts, dense_network
 
 
 @pytest.mark.parametrize("name", NAMES)

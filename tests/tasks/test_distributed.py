@@ -6,15 +6,14 @@ import os
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 from qsd import cli
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 4}
 SMALL = "--model.model_args=" + json.dumps(SIZES)
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo is not built in")

@@ -8,11 +8,11 @@ import timm
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from test_classification import FewDigits, make_task, make_trainer
 
 from qsd import count_spikes
 from qsd.callbacks import SpikeStatistics
 from qsd.information import measure_information
+from tests.helpers.training import FewDigits, make_task, make_trainer
 
 
 def fit(folder, task, *callbacks, **options):

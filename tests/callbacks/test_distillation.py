@@ -9,13 +9,13 @@ import timm
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from test_classification import FewDigits, InterruptAfter, Interrupted, make_task, make_trainer
 from torch import nn
 
 from qsd import QsdError, cli
 from qsd.callbacks import Distillation, SpikeStatistics
+from tests.helpers import ROOT
+from tests.helpers.training import FewDigits, InterruptAfter, Interrupted, make_task, make_trainer
 
-ROOT = Path(__file__).parents[2]
 TERMS = ("train/loss_query", "train/loss_key", "train/loss_value", "train/loss_logits")
 
 

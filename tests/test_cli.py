@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from qsd import cli
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 SMALL = "--model.model_args=" + json.dumps({"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 4})
 QUICK = [
     "--trainer.accelerator=cpu",

@@ -24,6 +24,7 @@ from qsd.layers import (
 )
 from qsd.neurons import LsqNeuron, QcfsNeuron, SpikeNeuron
 from qsd.spike_codes import spikes_of, viewed
+from tests.helpers.networks import randomize_norms
 
 SMALL_QSD = {"embed_dims": (8, 8, 16, 16), "num_heads": 2, "depth": 4, "layer_scale": 0.5, "num_classes": 5}
 SMALL_CSD = {"embed_dims": 16, "num_heads": 2, "depth": 2, "num_classes": 5}
@@ -175,12 +176,8 @@ def test_a_learned_step_behind_a_norm_keeps_nothing_but_codes():
 
 
 def randomized(chain, momentum=0.1):
-    for norm in chain.modules():
+    for norm in randomize_norms(chain, weight=(0.01, 2)).modules():
         if isinstance(norm, nn.BatchNorm2d):
-            norm.weight.data.uniform_(0.01, 2)
-            norm.bias.data.normal_()
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 2)
             norm.momentum = momentum
     return chain.double().train()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
+
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2, "strides": [2, 2, 1, 2, 1]}  # of both networks
 SHORT = [
     "--model.model_args=" + json.dumps(SIZES), "--trainer.log_every_n_steps=1",

@@ -19,23 +19,18 @@ from qsd.layers import LinearChain, QuantConv2d, QuantLinear, conv_norm, quantiz
 from qsd.models.packed_file import read_packed, write_packed
 from qsd.neurons import SpikeNeuron
 from qsd.packing import read_notes
-
-SMALL = {"embed_dims": (8, 8, 16, 24), "num_heads": 4, "depth": 4, "num_classes": 5, "layer_scale": 0.5}
+from tests.helpers.networks import SMALL, randomize_norms, randomize_steps
 
 
 def trained(name="qsd_tiny", **kwargs):
     """A model whose statistics, steps and weights are no round numbers, as after a training."""
-    model = timm.create_model(name, **{**SMALL, **kwargs})
+    model = randomize_norms(
+        timm.create_model(name, **{**SMALL, **kwargs}), mean=(0, 0.3), var=(0.3, 1), bias=(0.2, 0.3)
+    )
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.3, 1)
-            module.weight.data.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0.2, 0.3)
             module.num_batches_tracked.add_(7)
-        if hasattr(module, "step"):
-            module.step.data.mul_(torch.empty_like(module.step).uniform_(0.5, 1.5))
-    return model.eval()
+    return randomize_steps(model, 0.5, 1.5).eval()
 
 
 class Custom(nn.Module):

@@ -18,17 +18,7 @@ from qsd.layers import (
     rep_conv,
 )
 from qsd.neurons import SpikeNeuron
-
-
-def randomize_norms(module):
-    """Give norms statistics and affine parameters that a mistake would show in."""
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 2)
-            norm.weight.data.uniform_(0.5, 1.5)
-            norm.bias.data.normal_()
-    return module
+from tests.helpers.networks import randomize_norms
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 7)])

@@ -1,7 +1,5 @@
 """Every file in ``configs/`` is parsed and instantiated, so that none can rot."""
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -11,8 +9,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from qsd.cli import QsdCLI
 from qsd.neurons import LsqNeuron, SpikeNeuron
 from qsd.quantizers import StepSizeQuantizer
+from tests.helpers import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 BASES = ("imagenet", "cifar10", "cifar100", "digits", "digit_crops")
 CSDFORMER = sorted(CONFIGS.glob("csdformer_*.yaml"))
 

@@ -18,8 +18,8 @@ from qsd import QsdError, cli, report
 from qsd.callbacks import ConvertToSpikeDriven
 from qsd.data import DigitsData
 from qsd.tasks import ClassificationTask, load_task
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 SMALL = {
     "embed_dims": [8, 8, 8, 8],
     "num_heads": 2,

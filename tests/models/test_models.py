@@ -8,14 +8,7 @@ from timm.optim import create_optimizer_v2
 from qsd import QsdError
 from qsd.layers import QuantConv2d, QuantLinear, TransformerBlock
 from qsd.neurons import SpikeNeuron
-
-NAMES = timm.list_models(["qsd_*", "csdformer_*"], exclude_filters="")
-SMALL = {"embed_dims": (8, 8, 16, 24), "num_heads": 4, "depth": 4, "num_classes": 5, "layer_scale": 0.5}
-SMALL_CSD = {"embed_dims": 24, "num_heads": 4, "depth": 3, "num_classes": 5}
-
-
-def small(name, **kwargs):
-    return timm.create_model(name, **{**(SMALL if name.startswith("qsd") else SMALL_CSD), **kwargs})
+from tests.helpers.networks import ALL_NAMES, small
 
 
 @pytest.mark.parametrize(
@@ -47,17 +40,19 @@ def test_parameter_counts_are_the_published_networks(name, millions):
 
 
 def test_the_registry_holds_every_size_and_its_twin():
-    assert {n.removesuffix("_ann") for n in NAMES} == {
+    assert {n.removesuffix("_ann") for n in ALL_NAMES} == {
         "qsd_8m", "qsd_15m", "qsd_31m", "qsd_55m", "qsd_75m", "qsd_124m", "qsd_tiny",
         "csdformer_8_384", "csdformer_8_512", "csdformer_8_768", "csdformer_4_256", "csdformer_2_384",
         "csdformer_4_384",
     }  # fmt: skip
-    assert len(NAMES) == 26
+    assert len(ALL_NAMES) == 26
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_contract(name):
-    model = small(name, in_chans=2, drop_path_rate=0.1)
+    # Three stages at least, and 24 channels in the last.
+    sizes = {"in_chans": 2, **({} if name.startswith("qsd") else {"embed_dims": 24, "depth": 3})}
+    model = small(name, drop_path_rate=0.1, **sizes)
     images = torch.randn(2, 2, 48, 32)
     model.train()
     model(images).square().sum().backward()
@@ -78,13 +73,13 @@ def test_contract(name):
         assert torch.equal(
             model.forward_intermediates(images, indices=[1], intermediates_only=True, stop_early=True)[0], stages[1]
         )
-        extractor = small(name, in_chans=2, features_only=True, out_indices=(0, 2)).eval()
+        extractor = small(name, **sizes, features_only=True, out_indices=(0, 2)).eval()
         assert extractor.feature_info.channels() == [shapes[0][0], shapes[2][0]]
         extractor.model.load_state_dict(model.state_dict(), strict=False)
         for ours, theirs in zip(extractor(images), (stages[0], stages[2])):
             torch.testing.assert_close(ours, theirs)
 
-    other = small(name, in_chans=2).eval()
+    other = small(name, **sizes).eval()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(images), logits)
 

@@ -14,8 +14,9 @@ from safetensors import safe_open
 
 from qsd import QsdError, load_reference_weights, load_weights
 from qsd.models.checkpoints import convert_reference, reference_sizes
+from tests.helpers import DATA
 
-FIXTURE = Path(__file__).parents[1] / "data" / "qsd_reference_tiny.safetensors"
+FIXTURE = DATA / "qsd_reference_tiny.safetensors"
 
 
 @pytest.fixture(scope="module")

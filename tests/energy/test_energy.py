@@ -8,7 +8,6 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_network import dense_network
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from qsd.energy import Geometry, _dense_macs, fan_out
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.neurons import SpikeNeuron
 from qsd.spiking.layers import SpikingChain
+from tests.helpers.networks import dense_network
 
 IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64)
 

@@ -1,0 +1,36 @@
+"""Options that make OpenMMLab's published configurations small, and what a run logged."""
+
+import json
+
+# A network that takes a step in a fraction of a second; necks and heads keep their sizes.
+SMALL = {
+    "model.backbone.model_args": {"embed_dims": (8, 8, 16, 16), "depth": 4, "num_heads": 2},
+    "model.neck.in_channels": [8, 8, 16, 16],
+    "model.backbone.norm_eval": False,  # without pretrained weights there are no statistics to keep
+}
+
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+ONE_PROCESS = [f"{loader}.{key}" for loader in LOADERS for key in ("num_workers=0", "persistent_workers=False")]
+# The published scales, made small: pictures of 96x64 pixels.
+COCO_SCALES = [
+    'train_dataloader.dataset.pipeline.2.scale="(96,64)"',
+    'train_dataloader.dataset.pipeline.4.transforms.0.0.scales="[(64,96)]"',
+    'train_dataloader.dataset.pipeline.4.transforms.1.0.scales="[(48,96)]"',
+    'train_dataloader.dataset.pipeline.4.transforms.1.1.crop_size="(40,60)"',
+    'train_dataloader.dataset.pipeline.4.transforms.1.2.scales="[(64,96)]"',
+    *(f'{part}_dataloader.dataset.pipeline.1.scale="(96,64)"' for part in ("val", "test")),
+]
+ADE_SCALES = [
+    'train_dataloader.dataset.pipeline.2.scale="(128,64)"',
+    'train_dataloader.dataset.pipeline.3.crop_size="(64,64)"',
+    'model.data_preprocessor.size="(64,64)"',
+    *(f'{part}_dataloader.dataset.pipeline.1.scale="(128,64)"' for part in ("val", "test")),
+]
+# Of the conversion behind the demonstrations' training; tests/mm/test_training_hooks.py looks at all of it.
+LITTLE = [f"custom_hooks.2.{option}" for option in ("max_images=1", "step_images=1", "stages=[]")]
+
+
+def scalars(folder):
+    """Everything a run logged, in order."""
+    (path,) = folder.rglob("vis_data/scalars.json")
+    return [json.loads(line) for line in path.read_text().splitlines()]
