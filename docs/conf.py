@@ -17,7 +17,7 @@ _VERSION = Path(__file__).parents[1] / "qsd" / "_version.py"
 
 project = "qsd"
 author = "The authors of qsd"
-copyright = "the authors of qsd"  # noqa: A001 - Sphinx asks for this name
+copyright = "the authors of qsd"
 release = version = re.findall(r'__version__ = "(.+)"', _VERSION.read_text())[0]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
