@@ -58,8 +58,8 @@ def _parser(config: str | Path | None) -> DataParser:
                         "measure ranges and energy on")  # fmt: skip
     parser.add_argument("--merged-bits", type=int, help="merge chains of convolutions into kernels of this many bits")
     parser.add_argument("--part", default="", help="dotted name of the module that is written (format nir)")
-    parser.add_argument("--round-inner", choices=tuple(_INNER), default="all", help="chains of convolutions whose inner "
-                        "values become integers (format onnx-int8)")  # fmt: skip
+    parser.add_argument("--round-inner", choices=tuple(_INNER), default="all", help="chains of convolutions whose "
+                        "inner values become integers (format onnx-int8)")  # fmt: skip
     add_data_arguments(parser, config)
     return parser
 

@@ -9,6 +9,7 @@ from qsd._version import __version__
 from qsd.errors import QsdError
 from qsd.export.integers import IntegerGraph, calibrate
 from qsd.export.tracing import check_target, trace
+from qsd.files import replacing
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.rules import Merge
@@ -74,11 +75,5 @@ def to_onnx(
     }
     model.producer_name, model.producer_version = "qsd", __version__
     model.metadata_props.add(key=KEY, value=json.dumps(header))
-    partial = path.with_name(f"{path.name}.part")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(model.SerializeToString())
-        partial.replace(path)
-    except OSError as error:
-        raise QsdError(f"{path} cannot be written: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)

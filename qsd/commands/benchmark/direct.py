@@ -73,7 +73,5 @@ class DirectlyTrained(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The mean of the logits over the time steps."""
-        logits: Tensor = (
-            self.network(images.repeat(self.time_steps, 1, 1, 1)).unflatten(0, (self.time_steps, -1)).mean(0)
-        )
-        return logits
+        logits: Tensor = self.network(images.repeat(self.time_steps, 1, 1, 1))
+        return logits.unflatten(0, (self.time_steps, -1)).mean(0)
