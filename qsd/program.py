@@ -32,8 +32,8 @@ Action = Callable[[list[str]], object]
 class Parser(argparse.ArgumentParser):
     """A parser that reports a wrong argument in one line, with the nearest known option."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         add_traceback_argument(self)
 
     def error(self, message: str) -> NoReturn:

@@ -129,7 +129,8 @@ def _convert_dense(options: Namespace) -> report.Record:
         if options[name]:
             raise QsdError(f"--{name.replace('_', '-')} is for classifiers; drop it.")
     from qsd.mm.loading import load_model
-    from qsd.mm.spiking import DEFAULTS, STAGES, ImageSubset, load_part, write_model
+    from qsd.mm.spiking import STAGES, ImageSubset, load_part, write_model
+    from qsd.mm.spiking.measuring import DEFAULTS
 
     chosen = _conversion_options(options, STAGES, **DEFAULTS)
     overrides = openmmlab.parse_config_options(options.cfg_options)

@@ -72,7 +72,7 @@ class Settings:
             suffix: ``"_ann"`` for the float twin.
             name: The registered name; ``None`` for that of the settings.
         """
-        steps = {} if suffix else {"time_steps": self.time_steps}
+        steps: dict[str, Any] = {} if suffix else {"time_steps": self.time_steps}
         model: nn.Module = timm.create_model(f"{name or self.name}{suffix}", num_classes=self.num_classes, **steps)
         return model.to(self.device)
 

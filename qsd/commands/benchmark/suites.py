@@ -50,7 +50,7 @@ def growth(settings: Settings) -> dict[str, Any]:
         settings: The settings of the benchmark.
     """
     results: dict[str, Any] = {}
-    tables = {
+    tables: dict[str, list[tuple[str, int, int | None]]] = {
         "pixels": [(settings.name, size, size**2) for size in settings.sizes],
         "parameters": [(name, settings.img_size, None) for name in settings.models],
     }

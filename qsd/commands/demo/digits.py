@@ -10,6 +10,7 @@ import qsd_launcher
 from qsd import report
 from qsd.commands.runs import last_metrics, newest_run
 from qsd.data import DigitsData
+from qsd.report.record import ClassifierAccuracy
 from qsd.tasks import load_task
 
 _CONFIG = ["--config", "configs/digits.yaml"]
@@ -58,6 +59,10 @@ def run(max_images: int | None, options: Sequence[str]) -> int:
 
 
 def _table(record: report.Record, accuracy: float, seconds: float) -> Table:
+    """The results in rows; a complete record of a classifier holds all of them."""
+    assert isinstance(record.accuracy, ClassifierAccuracy)
+    assert record.delays is not None
+    assert record.energy is not None
     table = Table("result", "value", title="Handwritten digits, 4-bit weights, T = 4 time steps", title_justify="left")
     table.add_row("test accuracy", f"{100 * accuracy:.2f} %")
     table.add_row("test accuracy in binary spikes", f"{100 * record.accuracy.spiking:.2f} %")
@@ -66,6 +71,6 @@ def _table(record: report.Record, accuracy: float, seconds: float) -> Table:
     energy = record.energy.total_mj
     table.add_row("energy per image, spiking", f"{1e3 * energy.merged:.3g} µJ ({1e3 * energy.unmerged:.3g} unmerged)")
     table.add_row("energy per image, integer network", f"{1e3 * energy.integer:.3g} µJ")
-    table.add_row("packed network", f"{record.sizes.file_bytes / 1e3:.0f} kB")
+    table.add_row("packed network", f"{(record.sizes.file_bytes or 0) / 1e3:.0f} kB")
     table.add_row("training time, with conversion", f"{seconds:.0f} s")
     return table
