@@ -69,7 +69,7 @@ def _parser(config: str | Path | None) -> DataParser:
                         help="chains of convolutions that become one convolution each")  # fmt: skip
     parser.add_argument("--merged-bits", type=int, help="bits of merged kernels, which are then not lossless")
     parser.add_argument("--delay", type=int, help="delay of every neuron; the default T - 1 is lossless")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="fp32", help="energy prices; fp32 are the papers'")
+    parser.add_argument("--preset", default="fp32", help=f"energy prices: {', '.join(PRESETS)}; fp32 are the papers'")
     parser.add_argument("--max-images", type=int, help="number of images to measure on; the default is all")
     parser.add_argument("--step-images", type=int, help="number of images that are also stepped through time; "
                         "the default is 100 for classifiers, 8 for others")  # fmt: skip

@@ -15,17 +15,16 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from qsd import measure_energy, program, save_packed, to_spike_driven
+from qsd import measure_energy, program, to_spike_driven
 from qsd.commands import openmmlab
 from qsd.commands.data import DataParser, add_data_arguments, data_from_arguments, parse_with_config
 from qsd.data import ImageData
 from qsd.errors import QsdError
-from qsd.export import to_nir, to_onnx
+from qsd.export import FORMATS, ExportOptions, Format
 from qsd.packing import image_notes
 from qsd.spiking.batches import image_batches
 from qsd.tasks import load_trained
 
-_ENDINGS = {"onnx": ".onnx", "onnx-int8": ".int8.onnx", "packed": ".packed.safetensors", "nir": ".nir"}
 _INNER: dict[str, Any] = {"all": True, "none": False, "rep": "rep", "sep": "sep"}
 
 
@@ -44,14 +43,14 @@ def main(args: Sequence[str] | None = None) -> int:
 def _command(args: list[str]) -> None:
     options = parse_with_config(_parser, args)
     target = _export(options)
-    use = f"qsd run IMAGE --model {target}" if options.format != "nir" else f"the schedule {target}.json"
+    use = FORMATS[options.format].use.format(path=target)
     print(f"{target}: {target.stat().st_size / 1e6:.2f} MB; use it with {use}")
 
 
 def _parser(config: str | Path | None) -> DataParser:
     parser = DataParser(prog="qsd export", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help=".ckpt of a training, or a packed .safetensors file")
-    parser.add_argument("--format", choices=tuple(_ENDINGS), default="onnx-int8", help="format of the file")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="onnx-int8", help="format of the file")
     parser.add_argument("--out", help="file to write; the default is the checkpoint's name with another ending")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--max-images", type=int, default=200, help="number of validation images to "
@@ -80,15 +79,15 @@ def _export(options: Namespace) -> Path:
         raise QsdError(
             f"{options.checkpoint} is no checkpoint of a classifier; qsd convert writes the packed file of a detector."
         )
-    checkpoint = Path(options.checkpoint)
-    target = Path(options.out) if options.out else checkpoint.with_suffix(_ENDINGS[options.format])
+    checkpoint, form = Path(options.checkpoint), FORMATS[options.format]
+    target = Path(options.out) if options.out else checkpoint.with_suffix(form.ending)
     program.refuse_existing([target], options.force)
     if options.max_images < 1:
         raise QsdError(f"--max-images={options.max_images} is not positive.")
     data = data_from_arguments(options)
     trained, _ = load_trained(checkpoint)
-    if options.format == "nir":
-        _export_part(trained.eval(), options.part, target, data)
+    if form.parts:
+        _export_part(trained.eval(), options.part, target, data, form)
         return target
     if options.part:
         raise QsdError(f"--part={options.part} is for --format nir; other formats hold whole networks.")
@@ -97,24 +96,22 @@ def _export(options: Namespace) -> Path:
     images = [batch for batch, _ in batches]
     energy = measure_energy(spiking, images)
     notes = {**image_notes(data), "energy_mj": energy.total_mj, "energy_images": energy.images}
-    if options.format == "packed":
-        save_packed(spiking, target, notes)
-    else:
-        to_onnx(spiking, target, options.format == "onnx-int8", images, notes, _INNER[options.round_inner])
+    form.write(spiking, target, ExportOptions(images, notes, _INNER[options.round_inner]))
     return target
 
 
-def _export_part(trained: Any, part: str, target: Path, data: ImageData) -> None:
-    """Write a part without products of activations as a NIR graph.
+def _export_part(trained: Any, part: str, target: Path, data: ImageData, form: Format) -> None:
+    """Write a part of a network, in a format that holds parts.
 
     Args:
         trained: The network.
         part: The dotted name of a module, or nothing for the whole network.
         target: The file to write.
         data: The data whose first validation image gives the size.
+        form: The format of the file.
 
     Raises:
-        QsdError: If the part is unknown, or NIR cannot express it.
+        QsdError: If the part is unknown, or the format cannot express it.
     """
     modules = dict(trained.named_modules())
     if part not in modules:
@@ -122,4 +119,4 @@ def _export_part(trained: Any, part: str, target: Path, data: ImageData) -> None
             f"--part={part} is no module of the network, such as {', '.join(dict(trained.named_children()))}."
         )
     images, _ = next(iter(data.whole_part("val")))
-    to_nir(to_spike_driven(modules[part], example=images[:1]), target, notes=image_notes(data))
+    form.write(to_spike_driven(modules[part], example=images[:1]), target, ExportOptions(notes=image_notes(data)))

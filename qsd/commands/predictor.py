@@ -1,6 +1,5 @@
 """An exported classifier as a function of images, whatever the format of its file."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from qsd import load_packed, measure_energy, to_spike_driven
 from qsd.data import BadImage, load_image
 from qsd.data.transforms import eval_transform
 from qsd.errors import QsdError
+from qsd.export import read_note
 from qsd.packing import read_notes
 from qsd.spiking import SpikingNetwork
 
@@ -74,10 +74,7 @@ class Predictor:
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common public base class
             raise QsdError(f"{path} cannot be read: it is damaged, or no ONNX file.") from error
-        metadata = session.get_modelmeta().custom_metadata_map
-        if "qsd" not in metadata:
-            raise QsdError(f"{path} was not written by qsd.export; write it with qsd export.")
-        header = json.loads(metadata["qsd"])
+        header = read_note(session.get_modelmeta().custom_metadata_map, path)
         self._notes = {**header["notes"], "img_size": header["image"][1:]}
         self.logits = lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         # An integer network does not show its spikes; the export measured its energy.
