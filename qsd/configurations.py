@@ -28,7 +28,7 @@ def find_configuration(path: str | Path) -> Path:
     path = Path(path)
     if path.exists() and not path.is_dir():
         return path
-    if not path.is_absolute() and path.parts[:1] == ("configs",):
+    if path.parts[:1] == ("configs",) and ".." not in path.parts:
         shipped = configuration_folder().joinpath(*path.parts[1:])
         if shipped.is_file():
             return shipped

@@ -110,8 +110,8 @@ def _noise(self, part):
 def test_make_commands(command):
     done = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    scripts = {"make demo": "tools/demo.py", "make test": "pytest"}
-    scripts |= {f"make demo-{kind}": f"tools/mm_demo.py {kind}" for kind in ("detection", "segmentation")}
+    scripts = {"make demo": "qsd demo", "make test": "pytest"}
+    scripts |= {f"make demo-{kind}": f"qsd demo {kind}" for kind in ("detection", "segmentation")}
     assert scripts[command] in done.stdout
 
 

@@ -141,7 +141,9 @@ def _measure(model: nn.Module, size: int) -> dict[str, int]:
     """Operations, neurons and kept bytes of one image, from a training pass without numbers."""
     neurons = _count_neurons(model)
     with FakeTensorMode() as fake:  # shapes alone: the pass takes no time and no memory
-        state: dict[str, Tensor] = {key: fake.from_tensor(tensor) for key, tensor in model.state_dict(keep_vars=True).items()}
+        state: dict[str, Tensor] = {
+            key: fake.from_tensor(tensor) for key, tensor in model.state_dict(keep_vars=True).items()
+        }
         images = torch.empty(_IMAGES, getattr(model, "in_chans", 3), size, size)
         kept = _KeptBytes(state.values())
         # Fused attention is not counted by every version of PyTorch.
