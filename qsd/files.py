@@ -1,7 +1,7 @@
 """Files that appear under their name only when they are complete.
 
-A file is written beside its target, flushed to the disk and then renamed, which replaces the target in one step. Whoever
-opens the target finds the old content or the new one, never a part of it, even after a power failure.
+A file is written beside its target, flushed to the disk and then renamed, which replaces the target in one step. A
+reader of the target finds the old content or the new one, never a part of it, even after a power failure.
 """
 
 import os

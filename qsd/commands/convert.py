@@ -65,7 +65,7 @@ def _parser(config: str | Path | None) -> DataParser:
     parser.add_argument("--out", default="converted", help="folder for the packed network, the record and the report")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier conversion")
     parser.add_argument("--part", choices=tuple(PARTS), default="val", help="part of the data to measure on")
-    parser.add_argument("--merge", choices=("all", "none", "rep", "sep"), default="all",
+    parser.add_argument("--merge", choices=report.MERGES, default="all",
                         help="chains of convolutions that become one convolution each")  # fmt: skip
     parser.add_argument("--merged-bits", type=int, help="bits of merged kernels, which are then not lossless")
     parser.add_argument("--delay", type=int, help="delay of every neuron; the default T - 1 is lossless")

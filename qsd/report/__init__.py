@@ -2,13 +2,15 @@
 
 from qsd.report.classifier import record_conversion, write_conversion
 from qsd.report.files import FILES, PAGE, summary
+from qsd.report.findings import findings
 from qsd.report.measuring import Origin, convert_after_training, metrics
-from qsd.report.options import STAGES, ConversionOptions
-from qsd.report.page import findings, html
+from qsd.report.options import MERGES, STAGES, ConversionOptions
+from qsd.report.page import html
 from qsd.report.record import Record
 
 __all__ = [
     "FILES",
+    "MERGES",
     "PAGE",
     "STAGES",
     "ConversionOptions",

@@ -178,10 +178,10 @@ def write_conversion(
     notes: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Record:
-    """Convert a trained classifier, measure it, and write ``spiking.safetensors``, ``conversion.json``, ``report.html``.
+    """Convert a trained classifier, measure it, and write packed network, record and page.
 
-    The packed file is read back, and must give the same logits, before any file gets its name: either all three files
-    are complete, or none is written.
+    The files are ``spiking.safetensors``, ``conversion.json`` and ``report.html``. The packed file is read back, and
+    must give the same logits, before any file gets its name: either all three files are complete, or none is written.
 
     Args:
         trained: See `record_conversion`.

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from qsd.report.page import findings, html
+from qsd.report.findings import findings
+from qsd.report.page import html
 from qsd.report.record import Record
 
 PACKED, RECORD, PAGE = FILES = ("spiking.safetensors", "conversion.json", "report.html")

@@ -1,8 +1,8 @@
 """Conversion and its measurements, step by step, for every kind of network and every training framework.
 
-The steps are the same everywhere: convert, measure accuracy, compare spike counts, audit, count energy, write the packed
-file and read it back, write record and page. `Measurements` says what one step means for a kind of network: for
-classifiers in `qsd.report.classifier`, for detectors and segmenters in ``qsd.mm.spiking.measuring``.
+The steps are the same everywhere: convert, measure accuracy, compare spike counts, audit, count energy, write the
+packed file and read it back, write record and page. A subclass of `Measurements` implements each step for one kind of
+network: for classifiers in `qsd.report.classifier`, for detectors and segmenters in ``qsd.mm.spiking.measuring``.
 """
 
 import copy
@@ -196,7 +196,7 @@ def measure(measurements: Measurements, origin: Origin) -> Record:
             weight_bits=weight_bits(measurements.trained),
         ),
         data=records.Data(description=f"{accuracy.images} {origin.source}", image_size=measurements.image_size),
-        conversion=records.Settings(merge=options.merge, merged_bits=options.merged_bits, delay=options.delay),
+        conversion=_settings(options),
         accuracy=accuracy,
         comparison=_comparison(measurements) if "compare" in wanted else [],
         delays=measurements.delays() if "delays" in wanted else None,
@@ -293,6 +293,11 @@ def weight_bits(trained: nn.Module) -> str:
     """
     bits = sorted({m.bits for m in trained.modules() if isinstance(m, StepSizeQuantizer)})
     return ", ".join(map(str, bits)) or "32"
+
+
+def _settings(options: ConversionOptions) -> records.Settings:
+    merge, bits, delay = options.merge, options.merged_bits, options.delay
+    return records.Settings.model_validate({"merge": merge, "merged_bits": bits, "delay": delay})
 
 
 def _comparison(measurements: Measurements) -> list[records.ComparedCounts]:

@@ -11,6 +11,7 @@ from qsd.spiking.rules import Merge, check_merge
 Stage = Literal["compare", "delays", "activity", "audit", "energy"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 MergeWord = Literal["all", "none", "rep", "sep"]
+MERGES: tuple[MergeWord, ...] = get_args(MergeWord)
 _WORDS: dict[Any, MergeWord] = {True: "all", False: "none"}
 _FLAGS: dict[MergeWord, Merge] = {"all": True, "none": False}
 
@@ -51,8 +52,8 @@ class ConversionOptions:
             QsdError: For the first value that is wrong.
         """
         object.__setattr__(self, "stages", tuple(self.stages))
-        if self.merge not in (True, False, *get_args(MergeWord)):
-            raise QsdError(f"merge={self.merge!r} is unknown; use one of {', '.join(get_args(MergeWord))}.")
+        if self.merge not in (True, False, *MERGES):
+            raise QsdError(f"merge={self.merge!r} is unknown; use one of {', '.join(MERGES)}.")
         object.__setattr__(self, "merge", _WORDS.get(self.merge, self.merge))
         check_merge(self.merge_rule, self.merged_bits)
         delays = self.delay.values() if isinstance(self.delay, Mapping) else [self.delay]
@@ -85,7 +86,7 @@ class ConversionOptions:
     @property
     def merge_rule(self) -> Merge:
         """``merge`` as the conversion engine takes it."""
-        return _FLAGS.get(self.merge, self.merge)  # type: ignore[arg-type, return-value]
+        return _FLAGS.get(self.merge, self.merge)  # type: ignore[arg-type]
 
     @property
     def stepped_images(self) -> int:

@@ -103,7 +103,7 @@ def _activity_figures(record: Record) -> Figures:
     silent = f"{100 * quiet.histogram[0]:.1f} %"
     alt = f"Spike counts by layer; the largest share of silent neurons is {silent}, in {quiet.name}"
     caption = (
-        f"Neurons by their spike count per image, 1 to T = {record.model.time_steps}; the remaining neurons are silent. "
+        f"Neurons by their spike count per image, 1 to T = {record.model.time_steps}; all other neurons are silent. "
         f"{measured}"
     )
     return {"rates": rates, "histograms": series(plots.count_histograms(drawn), alt, caption)}
@@ -117,8 +117,8 @@ def _raster_figures(record: Record) -> Figures:
     total = sum(sum(map(sum, image)) for image in raster.spikes)
     alt = f"Spike raster of {raster.name}: {total} spikes of {shown} neurons over the windows of {images} images"
     caption = (
-        f"Binary spikes of {raster.name}: {shown} of its {raster.neurons} neurons, evenly spaced, over the time windows "
-        f"of the first {images} images; time steps between two windows are not drawn. Each row is a neuron."
+        f"Binary spikes of {raster.name}: {shown} of its {raster.neurons} neurons, evenly spaced, over the windows of "
+        f"the first {images} images; time steps between two windows are not drawn. Each row is a neuron."
     )
     return {"raster": [page_figure(plots.spike_raster(raster.model_dump()), alt, caption)]}
 

@@ -1,7 +1,7 @@
 """The record of a conversion: everything that its report shows, as it is written to ``conversion.json``.
 
-One form for classifiers, detectors and segmenters. What a kind of network does not have is ``None`` or empty: a detector
-has no sweep over delays, a classifier no segments.
+One form for classifiers, detectors and segmenters. Parts that a kind of network does not have are ``None`` or empty: a
+detector has no sweep over delays, a classifier no segments.
 """
 
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ class ClassifierAccuracy(Schema):
 
     kind: Literal["classifier"] = "classifier"
     images: Size
-    float_twin: Share | None = Field(alias="float")
+    float_twin: Share | None = Field(validation_alias="float", serialization_alias="float")
     quantized: Share
     spiking: Share
     class_agreement: Share
@@ -306,7 +306,7 @@ class Record(Schema):
         segments: Parts of a detector or segmenter.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     qsd: str
     left_out: list[Stage]
     model: ModelFacts

@@ -24,9 +24,9 @@ class ConvertToSpikeDrivenHook(Hook):
 
     The counterpart of `qsd.callbacks.ConvertToSpikeDriven`. The checkpoint is the one that ``save_best`` wrote (with
     averaged weights, these), else the last one. The converted model is verified on the validation images, and
-    ``spiking.safetensors`` (packed), ``conversion.json`` and ``report.html`` are written into the run's folder. The main
-    figures go to every backend of the visualizer, as ``spiking/...``. Only the first process works, the others wait. A
-    conversion that fails is reported and leaves no files.
+    ``spiking.safetensors`` (packed), ``conversion.json`` and ``report.html`` are written into the run's folder. The
+    main figures go to every backend of the visualizer, as ``spiking/...``. Only the first process works, the others
+    wait. A conversion that fails is reported and leaves no files.
 
     A float twin has no spikes and is not converted, with a warning. A model with single layers that do not spike is
     refused before the training.

@@ -2,9 +2,9 @@
 
 The network is split at non-spiking decisions (proposals, NMS). Each part is a *segment*: a `SpikingNetwork` of its own.
 A one-stage detector or a segmenter has one segment, ``"dense"``: backbone, neck and head. A two-stage detector chooses
-regions by the final sums of its first segment (backbone, neck, RPN head). RoIAlign cuts them out of the neck's currents,
-summed over time, and each RoI head is a segment whose input is these currents. Decoding of boxes, NMS and RoIAlign are
-mmdet's own and belong to no segment.
+regions by the final sums of its first segment (backbone, neck, RPN head). RoIAlign cuts them out of the neck's
+currents, summed over time, and each RoI head is a segment whose input is these currents. Decoding of boxes, NMS and
+RoIAlign are mmdet's own and belong to no segment.
 """
 
 import copy
