@@ -10,13 +10,13 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import qsd.data
-import qsd.tasks  # noqa: F401 - configurations name both by class path
 from qsd import program
 from qsd.callbacks import PredictionWriter
 from qsd.configurations import with_found_configurations
+from qsd.data import ImageData
 from qsd.errors import QsdError
 from qsd.models.checkpoints import read_checkpoint
+from qsd.tasks import ClassificationTask
 from qsd_launcher import TRAINING, main, run, run_lightning
 
 __all__ = ["Parser", "QsdCLI", "SaveConfig", "main", "run", "run_lightning", "train"]
@@ -42,25 +42,33 @@ _NOISE = (
 
 
 class Parser(LightningArgumentParser):
-    """Says in one line what is wrong with an argument."""
+    """A parser that reports a wrong argument in one line, with the nearest known option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Stop with the parser's message, folded into one line.
+        """Stop with the message of the parser.
 
         Args:
-            message: what the parser has to say, over many lines.
-            ex: the exception that it comes from.
+            message: The description of the mistake, which may have many lines.
+            ex: The exception that it comes from.
+
+        Raises:
+            QsdError: Always.
         """
-        line = " ".join(message.split())
-        raise QsdError(line if len(line) <= 400 else f"{line[:400]} ...") from ex
+        parsers: list[Any] = [self]
+        for action in self._actions:  # an option that no parser knows is reported by that of the whole command
+            parsers += action.choices.values() if isinstance(action.choices, dict) else []
+        options = {option for parser in parsers for option in parser._option_string_actions}
+        raise QsdError(
+            program.parser_message(message, options, (ClassificationTask, *ImageData.__subclasses__()))
+        ) from ex
 
 
 class QsdCLI(LightningCLI):
-    """Lightning's command line for our tasks and data, or any other that is imported by class path."""
+    """Lightning's command line for the tasks and data of this package, or others by their class path."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The trainer methods on offer, with the arguments that the command line fills in itself."""
+        """The methods of the trainer, with the arguments that the command line fills in itself."""
         skip = {"model", "dataloaders", "datamodule"}
         return {"fit": skip | {"train_dataloaders", "val_dataloaders"}, **dict.fromkeys(TRAINING[1:], skip)}
 
@@ -69,7 +77,7 @@ class QsdCLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": "qsd.tasks.ClassificationTask"}})
 
     def _parse_ckpt_path(self) -> None:
-        """Take the network from a checkpoint, and nothing else: all other settings are the user's.
+        """Take the network from a checkpoint, and all other settings from the user.
 
         Lightning's own version lets every hyper-parameter of the checkpoint override the command line.
         """
@@ -104,7 +112,7 @@ class QsdCLI(LightningCLI):
                 self.trainer_defaults["callbacks"] = [PredictionWriter()]
 
     def instantiate_classes(self) -> None:
-        """Build trainer, task and data; what fails here is an argument's fault."""
+        """Build trainer, task and data; an error here is the mistake of an argument."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:

@@ -5,6 +5,8 @@ This module imports neither torch nor a training framework, so that every front 
 
 import argparse
 import difflib
+import inspect
+import itertools
 import re
 import signal
 import sys
@@ -45,7 +47,20 @@ class Parser(argparse.ArgumentParser):
         Raises:
             QsdError: Always.
         """
-        raise QsdError(f"{one_line(message)}{nearest_options(message, self._option_string_actions)}")
+        raise QsdError(parser_message(message, self._option_string_actions))
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments; an option that is mistyped is named before one that is missing.
+
+        Args:
+            args: The arguments; ``None`` for those of the process.
+            namespace: The object that takes the values; ``None`` for a new one.
+        """
+        for word in itertools.takewhile(lambda word: word != "--", sys.argv[1:] if args is None else args):
+            option = word.partition("=")[0]
+            if option.startswith("--") and not any(known.startswith(option) for known in self._option_string_actions):
+                self.error(f"unrecognized arguments: {word}")
+        return super().parse_args(args, namespace)
 
 
 def run(program: str, action: Action, args: Sequence[str] | None = None, *, catch_sigterm: bool = True) -> int:
@@ -110,22 +125,30 @@ def one_line(text: object) -> str:
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ..."
 
 
-def nearest_options(message: str, options: Iterable[str]) -> str:
-    """A hint at the option that a mistyped one resembles.
+def parser_message(message: str, options: Iterable[str], classes: Iterable[type] = ()) -> str:
+    """The message of a parser in one line, with the option that a mistyped one resembles.
 
     Args:
-        message: The message of a parser, which names the mistyped option.
+        message: The message, which names the mistyped option.
         options: The known options.
-
-    Returns:
-        A clause to append to the message, empty if no option resembles a word of the message.
+        classes: The classes whose constructors' parameters are options too, as ``--data.NAME`` or ``--model.NAME``.
     """
-    known = [option for option in options if option.startswith("--")]
+    known = {option for option in options if option.startswith("--")}
+    # jsonargparse tells a wrong argument of a class in several sentences, among them these two.
+    key, rejected = re.search(r'key "([\w.]+)"', message), re.search(r"Option '([\w.]+)' is not accepted", message)
+    if key and rejected:
+        parameters = {name for kind in classes for base in kind.__mro__ for name in _parameters(base)}
+        known |= {f"--{key[1]}.{name}" for name in parameters}
+        message = f"unrecognized arguments: --{key[1]}.{rejected[1]}"
     for word in re.findall(r"--[\w.+-]+", message):
         near = difflib.get_close_matches(word.rstrip("+."), known, n=1, cutoff=0.7)
         if near and word not in known:
-            return f"; did you mean {near[0]}?"
-    return ""
+            return f"{one_line(message)}; did you mean {near[0]}?"
+    return one_line(message)
+
+
+def _parameters(kind: type) -> Iterable[str]:
+    return inspect.signature(kind.__init__).parameters if "__init__" in vars(kind) else ()
 
 
 def add_traceback_argument(parser: argparse.ArgumentParser) -> None:

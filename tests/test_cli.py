@@ -267,8 +267,10 @@ def test_a_training_that_is_stopped_says_so_by_its_exit_code(tree, callback, cod
 @pytest.mark.parametrize(
     ("options", "nearest"),
     [
-        (["--trainer.max_epoch=3"], "--trainer.max_epochs"),
+        (["--trainer.max_epoxs=3"], "--trainer.max_epochs"),
         (["--modle=ClassificationTask"], "--model"),
+        (["--data.img_sise=3"], "--data.img_size"),
+        (["--model.base_rl=3"], "--model.base_lr"),
         (["--config=configs/imagnet.yaml"], "configs/imagenet.yaml"),
     ],
 )

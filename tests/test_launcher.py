@@ -61,6 +61,9 @@ def test_every_subcommand_has_a_readable_help(name, capsys):
         (["run", "image.png", "--model=x.pth"], "name the folder of the pictures with --out DIR"),
         (["run", "image.png", "--model=x.onnx", "--out=there"], "--out is for detectors and segmenters"),
         (["demo", "abacus"], "abacus"),
+        (["benchmark", "infernce"], "suite 'infernce' is unknown; choose from inference"),
+        (["convert", "x.ckpt", "--data=DigitsData", "--data.img_sise=3"], "did you mean --data.img_size?"),
+        (["convert", "x.pth"], "checkpoint x.pth does not exist"),
     ],
     ids=" ".join,
 )

@@ -10,7 +10,7 @@ Examples:
 """
 
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,24 +93,23 @@ def _refuse_contradictions(options: Namespace) -> None:
         raise QsdError("--calibrate and --delay exclude each other; drop one.")
 
 
-def _conversion_options(options: Namespace, stages: Sequence[str], **defaults: Any) -> report.ConversionOptions:
+def _conversion_options(options: Namespace, defaults: Mapping[str, Any]) -> report.ConversionOptions:
     """The options of a conversion.
 
     Args:
         options: The parsed options.
-        stages: The measurements that the kind of network has.
-        defaults: Values of fields whose options were not given.
+        defaults: The values of fields whose options are not given, with the stages that the kind of network has.
     """
     names = ("merge", "merged_bits", "delay", "preset", "max_images", "step_images", "float_accuracy", "raster")
     given = {name: options[name] for name in names if options[name] is not None}
-    chosen = [stage for stage in stages if stage not in options.leave_out]
+    chosen = [stage for stage in defaults["stages"] if stage not in options.leave_out]
     return report.ConversionOptions(**{**defaults, **given, "stages": chosen})
 
 
 def _convert_classifier(options: Namespace) -> report.Record:
     if options.cfg_options:
         raise QsdError("--cfg-options is for checkpoints of detectors and segmenters; drop it.")
-    chosen = _conversion_options(options, report.STAGES)
+    chosen = _conversion_options(options, {"stages": report.STAGES})
     data = data_from_arguments(options)
     trained, name = load_trained(options.checkpoint)
     trained = trained.to(options.device)
@@ -129,10 +128,10 @@ def _convert_dense(options: Namespace) -> report.Record:
         if options[name]:
             raise QsdError(f"--{name.replace('_', '-')} is for classifiers; drop it.")
     from qsd.mm.loading import load_model
-    from qsd.mm.spiking import STAGES, ImageSubset, load_part, write_model
+    from qsd.mm.spiking import ImageSubset, load_part, write_model
     from qsd.mm.spiking.measuring import DEFAULTS
 
-    chosen = _conversion_options(options, STAGES, **DEFAULTS)
+    chosen = _conversion_options(options, DEFAULTS)
     overrides = openmmlab.parse_config_options(options.cfg_options)
     model, config = load_model(options.checkpoint, options.device, overrides)
     dataset, evaluator = load_part(config, options.part)

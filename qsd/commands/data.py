@@ -13,9 +13,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import instantiate_class
 
 from qsd.configurations import find_configuration
-from qsd.data.base import ImageData
+from qsd.data import ImageData
 from qsd.errors import QsdError
-from qsd.program import add_traceback_argument, nearest_options, one_line
+from qsd.program import add_traceback_argument, parser_message
 
 PARTS = {"train": "training", "val": "validation", "test": "test"}
 
@@ -33,7 +33,7 @@ class DataParser(jsonargparse.ArgumentParser):
         Raises:
             QsdError: Always.
         """
-        raise QsdError(f"{one_line(message)}{nearest_options(message, self._option_string_actions)}") from ex
+        raise QsdError(parser_message(message, self._option_string_actions, ImageData.__subclasses__())) from ex
 
 
 def add_data_arguments(parser: DataParser, config: str | Path | None) -> None:

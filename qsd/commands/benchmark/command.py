@@ -28,6 +28,7 @@ from qsd.commands.benchmark.meter import report_peak
 from qsd.commands.benchmark.settings import Settings
 from qsd.commands.benchmark.suites import compare, growth
 from qsd.commands.benchmark.tables import draw, show, show_loading, show_sizes
+from qsd.errors import QsdError
 
 SUITES = ("inference", "training", "export", "loading", "sizes")
 SIZES = (128, 192, 256, 384, 512)
@@ -69,6 +70,8 @@ def parse(args: list[str]) -> Settings:
     if "--quick" in args:
         parser.set_defaults(**_QUICK)
     options = parser.parse_args(args)
+    if unknown := [suite for suite in options.suites if suite not in SUITES]:
+        raise QsdError(f"suite {unknown[0]!r} is unknown; choose from {', '.join(SUITES)}.")
     if options.threads:
         torch.set_num_threads(options.threads)
     return Settings(
@@ -93,7 +96,7 @@ def parse(args: list[str]) -> Settings:
 
 def _parser() -> program.Parser:
     parser = program.Parser(prog="qsd benchmark", description=__doc__)
-    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], metavar="SUITE",
+    parser.add_argument("suites", nargs="*", metavar="SUITE",
                         help=f"{', '.join(SUITES)}; the default is all")  # fmt: skip
     parser.add_argument("--model", default="qsd_15m", help="registered name of the model")
     parser.add_argument("--time-steps", type=int, default=4, help="number of time steps T")
