@@ -55,7 +55,10 @@ class Predictor:
         )
 
     def _load_packed(self, path: Path) -> None:
-        self._notes, network = read_notes(path), load_packed(path)
+        self._notes = read_notes(path)
+        if "config" in self._notes:
+            raise QsdError(f"{path} holds a detector or segmenter; give the checkpoint .pth of its training instead.")
+        network = load_packed(path)
         spiking = network if isinstance(network, SpikingNetwork) else to_spike_driven(network)
         lossless = all(neuron.delay >= spiking.time_steps - 1 for neuron in spiking.neurons().values())
         self.logits = spiking if lossless else lambda images: spiking.simulate(images).logits
