@@ -30,6 +30,7 @@ from qsd.commands.data import (
 )
 from qsd.distillation import build_teacher
 from qsd.errors import QsdError
+from qsd.files import replacing_together
 from qsd.information import measure_information
 from qsd.report.attention import attention_html, attention_record, findings, network_record
 from qsd.tasks import load_task
@@ -94,11 +95,9 @@ def _analyze(options: Namespace) -> dict[str, Any]:
     data = data_from_arguments(options)
     networks = _measure(options, labels, data)
     record = attention_record(networks, f"{PARTS[options.part]} images of {type(data).__name__}", options.teacher)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in zip(_FILES, (json.dumps(record, indent=1) + "\n", attention_html(record))):
-        partial = folder / f"{name}.part"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+    with replacing_together(folder) as partial:
+        for name, text in zip(_FILES, (json.dumps(record, indent=1) + "\n", attention_html(record))):
+            (partial / name).write_text(text, encoding="utf-8")
     return record
 
 

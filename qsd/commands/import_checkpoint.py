@@ -11,9 +11,11 @@ from typing import Any
 import lightning
 import timm
 import torch
+from torch import nn
 
 from qsd import load_reference_weights, program
 from qsd.errors import QsdError
+from qsd.files import replacing
 from qsd.models.checkpoints import is_reference, read_state_dict, reference_sizes
 from qsd.models.variants import QSD_VARIANTS
 
@@ -72,6 +74,11 @@ def import_checkpoint(source: Path, target: Path, num_heads: int = 8, weight_bit
     arguments = {**sizes, "embed_dims": list(sizes["embed_dims"]), "num_heads": num_heads, "weight_bits": weight_bits}
     model = timm.create_model(name, num_classes=num_classes, **arguments)
     load_reference_weights(model, state)
+    _write_checkpoint(target, name, arguments, num_classes, model)
+    return name
+
+
+def _write_checkpoint(target: Path, name: str, arguments: dict[str, Any], num_classes: int, model: nn.Module) -> None:
     checkpoint = {
         "state_dict": {f"model.{key}": value for key, value in model.state_dict().items()},
         "hyper_parameters": {
@@ -88,10 +95,8 @@ def import_checkpoint(source: Path, target: Path, num_heads: int = 8, weight_bit
         "lr_schedulers": [],
         "callbacks": {},
     }
-    partial = target.with_suffix(".part")
-    torch.save(checkpoint, partial)
-    partial.replace(target)
-    return name
+    with replacing(target) as partial:
+        torch.save(checkpoint, partial)
 
 
 def _registered_name(sizes: dict[str, Any]) -> str:

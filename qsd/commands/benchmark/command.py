@@ -29,6 +29,7 @@ from qsd.commands.benchmark.settings import Settings
 from qsd.commands.benchmark.suites import compare, growth
 from qsd.commands.benchmark.tables import draw, show, show_loading, show_sizes
 from qsd.errors import QsdError
+from qsd.files import replacing
 
 SUITES = ("inference", "training", "export", "loading", "sizes")
 SIZES = (128, 192, 256, 384, 512)
@@ -134,9 +135,8 @@ def _run(settings: Settings) -> None:
     }
     for suite in settings.suites:
         results[suite] = _measure_and_show(suite, settings, console)
-        partial_file = settings.out / "benchmark.json.part"  # after every suite: a long run is not lost
-        partial_file.write_text(json.dumps(results, indent=1))
-        partial_file.replace(settings.out / "benchmark.json")
+        with replacing(settings.out / "benchmark.json") as partial:  # after every suite: a long run is not lost
+            partial.write_text(json.dumps(results, indent=1))
     draw(results, settings.out / "benchmark.png")
     console.print(f"written: {settings.out / 'benchmark.json'}, {settings.out / 'benchmark.png'}")
 

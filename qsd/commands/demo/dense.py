@@ -1,14 +1,19 @@
-"""The demonstrations of a detector and a segmenter on scenes of digits: training, test and pictures."""
+"""The demonstrations of a detector and a segmenter on scenes of digits: training, test and pictures.
+
+This module needs OpenMMLab.
+"""
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 import qsd_launcher
+from qsd.mm import command
+from qsd.mm.drawing import draw_predictions
 
 _DEMOS = {
     "detection": ("mmdet", "digits_det", {"box AP50": "coco/bbox_mAP_50", "mask AP50": "coco/segm_mAP_50"}),
@@ -30,12 +35,9 @@ def run(kind: str, scenes: Path, pretraining: Sequence[str], changes: Sequence[s
         The exit code.
 
     Raises:
-        QsdError: If OpenMMLab is not installed, or a setting is wrong.
+        QsdError: If a setting is wrong.
     """
-    from qsd.mm import command
-    from qsd.mm.drawing import draw_predictions
-
-    framework, name, metrics = _DEMOS[kind]
+    framework, name, _ = _DEMOS[kind]
     config = f"configs/{name}.py"
     overrides = ["--cfg-options", *changes] if changes else []
     start = time.perf_counter()
@@ -54,17 +56,23 @@ def run(kind: str, scenes: Path, pretraining: Sequence[str], changes: Sequence[s
     results = json.loads(written.read_text())
     pictures = Path("runs", name, "pictures")
     draw_predictions(sorted((scenes / "images/test").glob("*.jpg"))[:16], best, pictures)
-    percent = 100 if framework == "mmseg" else 1
+    paths = {"checkpoint, the best on validation scenes": best, "pictures": pictures}
+    Console().print(_table(kind, results, seconds, paths))
+    return 0
+
+
+def _table(kind: str, results: Mapping[str, float], seconds: float, paths: Mapping[str, Path]) -> Table:
+    framework, _, metrics = _DEMOS[kind]
+    percent = 100 if framework == "mmseg" else 1  # mmseg gives percentages
     table = Table("result", "value", title=f"Digits on photographs: {kind}, 4-bit weights, T = 4 time steps")
     for title, key in metrics.items():
         table.add_row(f"{title} on test scenes", f"{results[key] / percent:.3f}")
     rate = next(results[key] for key in ("spikes/rate", "spikes/mean") if key in results)
     table.add_row("mean firing rate", f"{rate:.3f}")
     table.add_row("training time, with pretraining", f"{seconds:.0f} s")
-    table.add_row("checkpoint, the best on validation scenes", str(best))
-    table.add_row("pictures", str(pictures))
-    Console().print(table)
-    return 0
+    for title, path in paths.items():
+        table.add_row(title, str(path))
+    return table
 
 
 def _newest(pattern: str) -> Path | None:
