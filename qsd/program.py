@@ -148,7 +148,8 @@ def parser_message(message: str, options: Iterable[str], classes: Iterable[type]
 
 
 def _parameters(kind: type) -> Iterable[str]:
-    return inspect.signature(kind.__init__).parameters if "__init__" in vars(kind) else ()
+    constructor = vars(kind).get("__init__")
+    return inspect.signature(constructor).parameters if callable(constructor) else ()
 
 
 def add_traceback_argument(parser: argparse.ArgumentParser) -> None:
