@@ -22,10 +22,9 @@ from qsd.data import ImageData
 from qsd.errors import QsdError
 from qsd.export import FORMATS, ExportOptions, Format
 from qsd.packing import image_notes
+from qsd.report import MERGES
 from qsd.spiking.batches import image_batches
 from qsd.tasks import load_trained
-
-_INNER: dict[str, Any] = {"all": True, "none": False, "rep": "rep", "sep": "sep"}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -57,7 +56,7 @@ def _parser(config: str | Path | None) -> DataParser:
                         "measure ranges and energy on")  # fmt: skip
     parser.add_argument("--merged-bits", type=int, help="merge chains of convolutions into kernels of this many bits")
     parser.add_argument("--part", default="", help="dotted name of the module that is written (format nir)")
-    parser.add_argument("--round-inner", choices=tuple(_INNER), default="all", help="chains of convolutions whose "
+    parser.add_argument("--round-inner", choices=MERGES, default="all", help="chains of convolutions whose "
                         "inner values become integers (format onnx-int8)")  # fmt: skip
     add_data_arguments(parser, config)
     return parser
@@ -96,7 +95,7 @@ def _export(options: Namespace) -> Path:
     images = [batch for batch, _ in batches]
     energy = measure_energy(spiking, images)
     notes = {**image_notes(data), "energy_mj": energy.total_mj, "energy_images": energy.images}
-    form.write(spiking, target, ExportOptions(images, notes, _INNER[options.round_inner]))
+    form.write(spiking, target, ExportOptions(images, notes, options.round_inner))
     return target
 
 
