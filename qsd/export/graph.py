@@ -162,9 +162,9 @@ class _NeuronNode(_LayerNode):
         counts = self.node((x,), torch.uint8, threshold=float(neuron.threshold / scale))
         return counts.float() * neuron.amplitude if neuron.scaled else counts
 
-    def worth(self, features: int) -> float:
+    def step_size(self, features: int) -> float:
         """See `DelayedNeuron`."""
-        return self.layer.worth(features)
+        return self.layer.step_size(features)
 
 
 @dataclass(frozen=True)

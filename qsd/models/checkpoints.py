@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
+from qsd.layers.renamed import present_name, rename_parameters
 from qsd.models.packed_file import MERGED, is_packed, read_packed
 from qsd.quantizers import on_grid
 
@@ -161,6 +162,7 @@ def convert_reference(state: StateDict) -> dict[str, Tensor]:
         for pattern, replacement in _REFERENCE_NAMES:
             name = re.sub(pattern, replacement, name)
         converted[name] = tensor.unsqueeze(-1) if name.endswith(".weight") and tensor.dim() == 3 else tensor
+    rename_parameters(converted)
     return converted
 
 
@@ -230,6 +232,7 @@ def _unwrap(source: str, content: Any) -> dict[str, Tensor]:
         )
     while (prefix := next((w for w in _WRAPPERS if all(name.startswith(w) for name in state)), None)) is not None:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    rename_parameters(state)
     return state
 
 
@@ -274,6 +277,7 @@ def check_weights(
         QsdError: for names that are missing or unexpected, other shapes, values that are not finite, and step sizes
             that are not positive.
     """
+    state = {present_name(name): tensor for name, tensor in state.items()}
     _raise_on_mismatch(
         source,
         missing=sorted(expected.keys() - state.keys() - may_lack),
