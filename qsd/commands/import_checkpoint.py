@@ -16,7 +16,8 @@ from torch import nn
 from qsd import load_reference_weights, program
 from qsd.errors import QsdError
 from qsd.files import replacing
-from qsd.models.checkpoints import is_reference, read_state_dict, reference_sizes
+from qsd.models.checkpoints import read_state_dict
+from qsd.models.reference import is_reference, reference_sizes
 from qsd.models.variants import QSD_VARIANTS
 
 
