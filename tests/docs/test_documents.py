@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 import qsd
+import qsd_launcher
 from qsd.data import DigitsData, ImageArray
 from qsd.export import to_onnx
 from qsd.report import ConversionOptions
@@ -27,7 +28,6 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     tomllib = None
 
-qsd_launcher = pytest.importorskip("qsd_launcher")
 COMMANDS = [command for command in commands() if not MM.match(command)]
 TRAINING = ("fit", "validate", "test", "predict")
 # Commands that no test of this file runs, and the reason.

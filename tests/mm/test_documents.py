@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 
+import qsd_launcher
 from tests.helpers import CONFIGS
 from tests.helpers.documents import MM, commands
 from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS
 
-qsd_launcher = pytest.importorskip("qsd_launcher")
 # In the order in which they use each other's files; that of the README would train before there are scenes.
 COMMANDS = sorted((c for c in commands() if MM.match(c)), key=lambda c: not c.startswith("qsd demo scenes"))
 # Commands that no test of this file runs, and the reason.
