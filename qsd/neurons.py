@@ -77,7 +77,8 @@ class SpikeNeuron(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
         spikes = lean.fixed_spikes if self.lean else functional.fixed_spikes
-        return spikes(x, self.time_steps, self._threshold, self.amplitude)
+        amplitude = self.threshold if self._amplitude is None else self._amplitude
+        return spikes(x, self.time_steps, self._threshold, amplitude)
 
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, threshold={self.threshold:g}, amplitude={self.amplitude:g}"

@@ -58,7 +58,7 @@ class Layout(NamedTuple):
     def _unpacked(self, packed: Tensor, amplitude: Scalar) -> Tensor:
         flat = torch.empty(self.numel, dtype=self.dtype, device=packed.device)
         for start in range(0, self.numel, self.block):
-            _unpack_counts(self._part(packed, start), self.bits, flat[start : start + self.block], amplitude)
+            _unpack_counts(packed, start, self, flat[start : start + self.block], amplitude)
         return flat
 
     def masked(self, packed: Tensor, grad: Tensor) -> Tensor:
@@ -70,7 +70,8 @@ class Layout(NamedTuple):
         """
         flat = torch.empty_like(grad)
         for start in range(0, self.numel, self.block):
-            part, out = self._part(packed, start), flat[start : start + self.block]
+            out = flat[start : start + self.block]
+            part = packed[start * self.bits // 8 : (start + self.block) * self.bits // 8]
             if self.bits == 8:
                 out.copy_(torch.bitwise_right_shift(part, 7))
             else:
@@ -87,26 +88,26 @@ class Layout(NamedTuple):
             packed: Codes, uint8.
             x: Any tensor; the whole of its memory is compared, in the type of ``x``.
         """
-        if x.untyped_storage().nbytes() != self.numel * x.element_size() or self.numel == 0:
+        size = x.element_size()
+        if x.untyped_storage().nbytes() != self.numel * size or self.numel == 0:
             return False
         actual = x.as_strided((self.numel,), (1,), 0)
         expected = torch.empty(min(self.numel, self.block), dtype=self.dtype, device=x.device)
         for start in range(0, self.numel, self.block):
             part = actual[start : start + self.block]
             decoded = expected[: len(part)]
-            _unpack_counts(self._part(packed, start), self.bits, decoded, self.amplitude)
-            if not _same_bits(part, decoded.to(x.dtype)):
+            _unpack_counts(packed, start, self, decoded, self.amplitude)
+            # Compared as integers, eight bytes at a time where that divides: `torch.equal` goes element by element.
+            kind = torch.int64 if len(part) * size % 8 == 0 else _INTEGERS[size]
+            if not torch.equal(part.view(kind), decoded.to(x.dtype).view(kind)):
                 return False
         return True
 
-    def _part(self, packed: Tensor, start: int) -> Tensor:
-        if self.block >= self.numel:
-            return packed
-        return packed[start * self.bits // 8 : (start + self.block) * self.bits // 8]
 
-
-def _unpack_counts(part: Tensor, bits: int, out: Tensor, amplitude: Scalar) -> None:
-    """Write the counts of one block, times the amplitude, into a tensor."""
+def _unpack_counts(packed: Tensor, start: int, layout: Layout, out: Tensor, amplitude: Scalar) -> None:
+    """Write the counts of the block that starts at an element, times the amplitude, into a tensor."""
+    bits = layout.bits
+    part = packed[start * bits // 8 : (start + layout.block) * bits // 8]
     if bits == 8:
         out.copy_(torch.bitwise_and(part, 127))
     else:
@@ -115,13 +116,6 @@ def _unpack_counts(part: Tensor, bits: int, out: Tensor, amplitude: Scalar) -> N
         out[half:] = torch.bitwise_right_shift(part, 4).bitwise_and_(7)[: len(out) - half]
     if isinstance(amplitude, Tensor) or amplitude != 1:
         out.mul_(amplitude)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    # Compared as integers, eight bytes at a time where that divides, because `torch.equal` goes element by element.
-    size = a.element_size()
-    kind = torch.int64 if a.numel() * size % 8 == 0 else _INTEGERS[size]
-    return torch.equal(a.view(kind), b.view(kind))
 
 
 def dense(x: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -159,7 +153,9 @@ def fire(
         codes for an input with NaNs: they would stand for a count.
     """
     output = torch.empty_like(x)
-    source, target = flat(dense(x, output.stride())), flat(output)
+    if x.stride() != output.stride():
+        x = dense(x, output.stride())
+    source, target = x.as_strided((x.numel(),), (1,)), output.as_strided((x.numel(),), (1,))
     count, block = x.numel(), _BLOCK * torch.get_num_threads() if x.is_cpu else max(2, 2 * x.numel())
     bits = 4 if time_steps <= 7 else 8
     highest = x.new_full((), 2 ** (bits - 1))
