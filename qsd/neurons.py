@@ -262,6 +262,11 @@ def register_neuron(kind: str, factory: NeuronFactory) -> None:
     _NEURONS[kind] = factory
 
 
+def neuron_kinds() -> tuple[str, ...]:
+    """The names that `build_neuron` knows."""
+    return tuple(_NEURONS)
+
+
 def build_neuron(
     time_steps: int | None,
     threshold: float | None = None,
