@@ -31,7 +31,10 @@ except ModuleNotFoundError:  # Python 3.10
 COMMANDS = [command for command in commands() if not MM.match(command)]
 TRAINING = ("fit", "validate", "test", "predict")
 # Commands that no test of this file runs, and the reason.
-EXEMPT = {"python tools/ablation.py": "39 trainings; tests/test_distillation_tools.py runs it with tiny ones"}
+EXEMPT = {
+    "python tools/ablation.py": "39 trainings; tests/test_distillation_tools.py runs it with tiny ones",
+    "python docs/pictures/draw.py": "tests/docs/test_site.py draws the pictures",
+}
 
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2}
 CSD_SIZES = {"embed_dims": 8, "num_heads": 2, "depth": 1}
