@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qsd.functional import pad_frame
-from qsd.layers.lean import has_hooks, working_dtype
 from qsd.layers.layer_scale import LayerScale
+from qsd.layers.lean import has_hooks, working_dtype
 from qsd.layers.norms import framed_convolutions, is_ordinary, norm_in_training, two_norms
 from qsd.layers.quantized import QuantConv2d, is_lean, lean_form
 
