@@ -17,7 +17,7 @@ from qsd.export.tracing import DOMAIN
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.layers import Convolution, SpikingChain, SpikingDense, SpikingMaxPool
-from qsd.spiking.rules import Merge
+from qsd.spiking.merging import Merge
 
 # A quotient of a tie and a threshold that is smaller by this lies above the tie, where halves are to be rounded up.
 _ULPS = 4

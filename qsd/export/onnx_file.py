@@ -11,7 +11,7 @@ from qsd.export.integers import IntegerGraph, calibrate
 from qsd.export.tracing import check_target, trace
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
-from qsd.spiking.rules import Merge
+from qsd.spiking.merging import Merge
 
 KEY = "qsd"  # of the metadata
 

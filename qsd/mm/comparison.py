@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsd.mm.conversion import Batch, SpikingModel, predict
 from qsd.spiking.compare import Comparison, distance_to_threshold, full_float32
-from qsd.spiking.network import watch_neurons
+from qsd.spiking.counts import watch_neurons
 
 # What a prediction holds, and is compared by: the first are equal or not, of the others the largest difference counts.
 _LABELS = ("labels", "masks", "sem_seg")

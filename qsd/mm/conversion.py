@@ -23,8 +23,8 @@ from qsd.errors import QsdError
 from qsd.mm.segments import DENSE, cut, dense_head
 from qsd.spiking import Audit, SpikingNetwork, Trace, to_spike_driven
 from qsd.spiking.audit import Auditor
-from qsd.spiking.network import Delay
-from qsd.spiking.rules import Merge
+from qsd.spiking.merging import Merge
+from qsd.spiking.names import Delay
 
 Batch = dict[str, Any]
 

@@ -26,7 +26,7 @@ from qsd.report import Record
 from qsd.report.files import PAGE, RECORD, all_or_none, write_record
 from qsd.report.recording import Activity, weight_bits
 from qsd.spiking.compare import full_float32
-from qsd.spiking.rules import Merge
+from qsd.spiking.merging import Merge
 
 STAGES = ("compare", "activity", "audit", "energy")
 PACKED = "quantized.safetensors"

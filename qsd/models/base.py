@@ -6,8 +6,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
-from qsd.layers import QuantLinear
-from qsd.models.checkpoints import STEP_NAMES
+from qsd.layers import LayerScale, QuantLinear
+from qsd.layers.steps import step_names
 
 
 class ImageClassifier(nn.Module):
@@ -196,5 +196,5 @@ class ImageClassifier(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay must not touch: step sizes and layer scales."""
-        exempt = (*STEP_NAMES, "layer_scale1", "layer_scale2")
-        return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
+        scales = {f"{name}.gamma" for name, module in self.named_modules() if isinstance(module, LayerScale)}
+        return step_names(self) | scales

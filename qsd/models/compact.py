@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d, QuantLinear
-from qsd.models.checkpoints import STEP_NAMES, check_weights
+from qsd.layers.renamed import rename_parameters
+from qsd.layers.steps import step_names
+from qsd.models.checkpoints import check_weights
 from qsd.quantizers import on_grid
 
 
@@ -25,6 +27,7 @@ class CompactModel:
         time_steps: T of its neurons, by name.
         registered: how timm builds it (``name`` and ``arguments``), or ``None`` for a model of the user's own.
         parameters: how many it has, step sizes not counted.
+        steps: Names of the step sizes.
     """
 
     tensors: dict[str, Tensor]
@@ -32,6 +35,10 @@ class CompactModel:
     time_steps: dict[str, int]
     registered: dict[str, Any] | None
     parameters: int
+    steps: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        rename_parameters(self.tensors)  # of files that version 0.1.0 wrote
 
     @classmethod
     @torch.no_grad()
@@ -49,7 +56,8 @@ class CompactModel:
         other = [name for name, value in state.items() if not isinstance(value, Tensor)]
         if other:
             raise QsdError(f"the model's state {other[0]} is no tensor; only tensors can be stored.")
-        check_weights(state, state, "the model")
+        steps = step_names(model)
+        check_weights(state, state, "the model", steps)
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
         bits = {}
         for name, layer in _quantized_layers(model):
@@ -57,8 +65,8 @@ class CompactModel:
             # Times step and over step they stay what they are, in bfloat16 too: its 8 digits suffice for 8 bits.
             tensors[f"{name}.weight"] = layer.quantizer.integers(layer.weight).cpu()
             bits[f"{name}.weight"] = layer.quantizer.bits
-        parameters = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(STEP_NAMES))
-        compact = cls(tensors, bits, _time_steps(model), None, parameters)
+        parameters = sum(p.numel() for name, p in model.named_parameters() if name not in steps)
+        compact = cls(tensors, bits, _time_steps(model), None, parameters, frozenset(steps))
         compact.registered = _registration(model, compact)
         return compact
 
@@ -104,7 +112,7 @@ class CompactModel:
         Raises:
             QsdError: if the model does not fit; it is then unchanged.
         """
-        check_weights(self.tensors, model.state_dict(), "the packed model")
+        check_weights(self.tensors, model.state_dict(), "the packed model", step_names(model))
         for what, here, there in (
             ("weight bits", self.bits, {f"{n}.weight": q.quantizer.bits for n, q in _quantized_layers(model)}),
             ("time steps", self.time_steps, _time_steps(model)),

@@ -16,7 +16,7 @@ from qsd.quantizers import StepSizeQuantizer
 from qsd.spiking import SpikingNetwork, audit_spike_driven, compare_counts, to_spike_driven
 from qsd.spiking.batches import image_batches
 from qsd.spiking.compare import full_float32
-from qsd.spiking.rules import Merge, check_merge
+from qsd.spiking.merging import Merge, check_merge
 
 STAGES = ("compare", "delays", "activity", "audit", "energy")
 _RASTER_IMAGES, _RASTER_NEURONS = 8, 48
