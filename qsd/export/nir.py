@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qsd.errors import QsdError
-from qsd.export.tracing import check_target, trace
+from qsd.export.graph import check_target, trace
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.layers import DelayedNeuron, SpikingChain, SpikingDense, SpikingMaxPool
 
