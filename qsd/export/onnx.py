@@ -9,6 +9,7 @@ from qsd.errors import QsdError
 from qsd.export.graph import check_target, trace
 from qsd.export.integers import IntegerGraph, calibrate
 from qsd.export.notes import check_notes, write_note
+from qsd.files import replacing
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.merging import Merge
@@ -64,11 +65,5 @@ def to_onnx(
     kind = "integer" if integer else "float"
     for key, value in write_note(kind, spiking.time_steps, example.shape[1:], grids, facts).items():
         model.metadata_props.add(key=key, value=value)
-    partial = path.with_name(f"{path.name}.part")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(model.SerializeToString())
-        partial.replace(path)
-    except OSError as error:
-        raise QsdError(f"{path} cannot be written: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
