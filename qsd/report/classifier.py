@@ -73,7 +73,7 @@ class ClassifierMeasurements(Measurements):
             quantized=right_trained / images,
             spiking=right_spiking / images,
             class_agreement=same / images,
-            way="count" if lossless else "simulate",
+            way="count" if self.spiking.lossless else "simulate",
             dtype=str(next(self.trained.parameters()).dtype).removeprefix("torch."),
         )
 

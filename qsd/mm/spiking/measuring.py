@@ -138,7 +138,7 @@ class DetectorMeasurements(Measurements):
         return DenseAccuracy(
             kind="segmenter" if segmenter else "detector",
             images=len(self.images),
-            way="count" if lossless else "simulate",
+            way="count" if self.spiking.lossless else "simulate",
             dtype=str(next(self.trained.parameters()).dtype).removeprefix("torch."),
             metrics=[Metric(name=key, quantized=trained[key], spiking=value) for key, value in spiking.items()],
         )
