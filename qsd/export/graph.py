@@ -36,8 +36,8 @@ def check_target(spiking: SpikingNetwork, path: Path) -> None:
         raise QsdError(f"the folder {path.parent} does not exist; make it first.")
     if (early := spiking.early_neuron()) is not None:
         raise QsdError(
-            f"neuron {early.name} fires before its input is complete, and no file tells what it does then; convert with "
-            "the lossless delays, delay=None."
+            f"neuron {early.name} fires before its input is complete, which no file can express; convert with the "
+            "lossless delays, delay=None."
         )
 
 

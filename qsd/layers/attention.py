@@ -48,8 +48,9 @@ class SpikeDrivenSelfAttention(nn.Module):
     ``clip(floor(I / (4 T^2) + 1/2), 0, T)`` spikes of amplitude ``2 / T`` (QSD-Transformer's published code, written
     on integers).
 
-    Distillation, analysis and conversion read the inputs (membranes) and outputs (counts) of four named modules: ``q_neuron``, ``k_neuron``, ``v_neuron`` (``[B, C, H, W]``, head-major channels) and
-    ``attn_neuron`` (the product, ``[B, C, H, W]``). A forward hook on them sees both.
+    Distillation, analysis and conversion read the inputs (membranes) and outputs (counts) of four named modules:
+    ``q_neuron``, ``k_neuron``, ``v_neuron`` (``[B, C, H, W]``, head-major channels) and ``attn_neuron`` (the product,
+    ``[B, C, H, W]``). A forward hook on them sees both.
 
     The float twin (``time_steps=None``) has a ReLU in the place of each neuron. ``attention="softmax"`` turns that twin
     into an ordinary softmax attention without neurons on query, key and value, a stronger teacher.
@@ -129,8 +130,8 @@ class NReluSelfAttention(nn.Module):
     ``k_neuron``, ``v_neuron`` and ``attn_neuron`` (``[B, C, H, W]``, head-major channels) and ``score_neuron``
     (``[B, heads, N, N]``, query by key); the products come in as integers, beside their scale.
 
-    The float twin (``time_steps=None``) has a ReLU in the place of each neuron; ``attention="softmax"`` makes an ordinary softmax
-    attention of that twin.
+    The float twin (``time_steps=None``) has a ReLU in the place of each neuron; ``attention="softmax"`` makes an ordinary
+    softmax attention of that twin.
 
     Args:
         dim: Channels C.
