@@ -130,8 +130,8 @@ class NReluSelfAttention(nn.Module):
     ``k_neuron``, ``v_neuron`` and ``attn_neuron`` (``[B, C, H, W]``, head-major channels) and ``score_neuron``
     (``[B, heads, N, N]``, query by key); the products come in as integers, beside their scale.
 
-    The float twin (``time_steps=None``) has a ReLU in the place of each neuron; ``attention="softmax"`` makes an ordinary
-    softmax attention of that twin.
+    The float twin (``time_steps=None``) has a ReLU in the place of each neuron; ``attention="softmax"`` makes an
+    ordinary softmax attention of that twin.
 
     Args:
         dim: Channels C.
