@@ -1,7 +1,6 @@
-"""Networks stored at the precision that they really have, and what they take.
+"""Networks stored at their real precision, and their sizes in bytes.
 
-A spiking network is stored as the trained network and the settings of its conversion, which is done again when it is
-loaded.
+A spiking network is stored as the trained network and the settings of its conversion, which is repeated at loading.
 """
 
 import math

@@ -1,12 +1,16 @@
 """Writing predictions to a table."""
 
 import csv
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+
+from qsd.errors import QsdError
+from qsd.files import replacing
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -23,12 +27,14 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.filename = filename
         self._partial: Path | None = None
+        self._file = ExitStack()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a fresh file under a temporary name."""
         path = self._path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = path.with_suffix(".part")
+        self._file = ExitStack()
+        self._partial = self._file.enter_context(replacing(path))
         with self._partial.open("w", newline="") as file:
             csv.writer(file).writerow(["image", "class", "probability"])
 
@@ -52,14 +58,13 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the complete file its name."""
-        assert self._partial is not None
-        path = self._partial.replace(self._path(trainer))
-        rank_zero_info(f"predictions: {path}")
+        self._file.close()
+        rank_zero_info(f"predictions: {self._path(trainer)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing half-written behind."""
-        if self._partial is not None:
-            self._partial.unlink(missing_ok=True)
+        with suppress(QsdError):  # The exception that ended the run is reported, not that this file is incomplete.
+            self._file.__exit__(type(exception), exception, exception.__traceback__)
 
     def _path(self, trainer: Trainer) -> Path:
         path = Path(trainer.log_dir or trainer.default_root_dir, self.filename)

@@ -33,7 +33,7 @@ class LayerEnergy:
     Attributes:
         name: Dotted name in the trained model; a layer that runs on several levels of a pyramid has one entry each.
         kind: ``"stem"`` (sees the image), ``"synapse"``, ``"product"`` (of attention), ``"pool"`` (running sums of a
-            max-pool behind a neuron that fires early), ``"mean"`` (over positions), ``"resize"`` (interpolation of
+            max-pool whose neuron fires early), ``"mean"`` (over positions), ``"resize"`` (interpolation of
             currents: weighted sums, MACs in every column, once per image on their sums over the window), or ``"other"``
             (an operation outside of the layers, priced as dense MACs in every column).
         spikes: Incoming spikes.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qsd import QsdError
+from qsd import QsdError, audit_spike_driven, load_packed, measure_energy, save_packed
 from qsd.layers import LinearChain, QuantConv2d, QuantLinear, SepConv, conv_norm, rep_conv
 from qsd.neurons import LsqNeuron, QcfsNeuron, SpikeNeuron
 from qsd.spiking import count_spikes, register_conversion, to_spike_driven
@@ -21,9 +21,17 @@ from tests.helpers.networks import NAMES, SMALL, assert_same_counts, dense_netwo
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_registered_variant_converts_without_loss(name):
-    model = dense_network(name)
-    assert_same_counts(model, to_spike_driven(model), torch.randn(2, 3, 32, 48, dtype=torch.float64))
+def test_every_registered_variant_converts_without_loss_and_goes_through_audit_energy_and_files(name, tmp_path):
+    model, images = dense_network(name), torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    spiking = to_spike_driven(model)
+    assert_same_counts(model, spiking, images)
+    audit_spike_driven(spiking, images).check()
+    energy = measure_energy(spiking, images, progress=False)
+    assert {layer.name for layer in energy.layers} >= {n for n, m in spiking.layers().items() if m.role == "synapse"}
+    assert all(layer.energy_mj["merged"] > 0 for layer in energy.layers)
+    for stored in (model, spiking):
+        save_packed(stored, tmp_path / "packed.safetensors")
+        assert torch.equal(load_packed(tmp_path / "packed.safetensors")(images), stored(images))
 
 
 @pytest.mark.parametrize("time_steps", [1, 2, 3, 4, 6, 8])

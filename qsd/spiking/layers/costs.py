@@ -113,6 +113,6 @@ def synaptic_operations(
     if inputs.image:  # the current is the same in every time step, and computed once
         return Operations(macs={"merged": total if merged is None else images * merged, "unmerged": total}, dense=total)
     additions = {key: float((x.double() * fan_out(key)).sum()) for key in BY_NETWORK}
-    # Factors behind the first see analog values, once per image, on currents summed over the window.
+    # All factors but the first see analog values, once per image, on currents summed over the window.
     macs = {"merged": 0.0, "unmerged": images * sum(dense[1:])}
     return Operations(float(x.sum(dtype=torch.float64)), inputs.cells(x), additions, macs, total)

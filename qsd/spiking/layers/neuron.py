@@ -29,8 +29,8 @@ class DelayedNeuron(TimedLayer):
     layer. Where the spikes meet an operation that is no layer of the engine (``scaled``), they are multiplied by it
     here, which is exact too, but not spike-driven.
 
-    Behind a product of spikes the neuron gets, beside the integer currents, the value of their unit. Its threshold is
-    divided by it, anew for every size of the image.
+    A neuron whose input is a product of spikes gets, beside the integer currents, the value of their unit. Its
+    threshold is divided by that value, anew for every size of the image.
 
     A neuron of other dynamics overrides `threshold_at`, `start`, `charge`, `fire` and, for the count domain,
     `spike_counts`. Steps and ticks are composed of these, so that they agree by construction.
@@ -69,7 +69,7 @@ class DelayedNeuron(TimedLayer):
         which `fire` may change in place.
 
         Args:
-            scale: Value of one unit of the input, behind a product of spikes.
+            scale: Value of one unit of the input, where the input is a product of spikes.
         """
         return self.threshold / scale
 
@@ -105,7 +105,7 @@ class DelayedNeuron(TimedLayer):
 
         Args:
             x: Input, accumulated over the window ``[B, ...]``.
-            scale: Value of one unit of the input, behind a product of spikes.
+            scale: Value of one unit of the input, where the input is a product of spikes.
         """
         return spike_count(x / self.threshold_at(*scale) if scale else self.drive(x), self.time_steps)
 

@@ -271,7 +271,7 @@ class SpikingDense(SpikingLinear):
 
 
 class SpikingPooledDense(SpikingDense):
-    """A classifier behind a mean over positions: spikes ``[B, C, H, W]`` to ``[B, C_out]``.
+    """A classifier of the mean over positions: spikes ``[B, C, H, W]`` to ``[B, C_out]``.
 
     The mean's 1/N lies in the weights, so that every spike of every position adds a column of them.
     """

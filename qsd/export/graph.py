@@ -34,10 +34,9 @@ def check_target(spiking: SpikingNetwork, path: Path) -> None:
     """
     if not path.parent.is_dir():
         raise QsdError(f"the folder {path.parent} does not exist; make it first.")
-    early = next((name for name, neuron in spiking.neurons().items() if neuron.delay < spiking.time_steps - 1), None)
-    if early is not None:
+    if (early := spiking.early_neuron()) is not None:
         raise QsdError(
-            f"neuron {early} fires before its input is complete, and no file tells what it does then; convert with the "
+            f"neuron {early.name} fires before its input is complete, which no file can express; convert with the "
             "lossless delays, delay=None."
         )
 
