@@ -26,3 +26,17 @@ def spiking_network(name, sizes, part=None, **options):
             model(torch.randn(8, 3, 32, 32))
     model = model.eval() if part is None else model.eval().get_submodule(part)
     return qsd.to_spike_driven(model, **options), images
+
+
+def run_onnx(path, images, suffix=".time_steps"):
+    """Logits, and every neuron's counts by its name: what is clipped to at most T."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(path)
+    clips = [node for node in model.graph.node if node.op_type == "Clip" and node.input[2].endswith(suffix)]
+    for node in clips:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.UINT8, None))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    logits, *counts = session.run(None, {"images": images.numpy()})
+    return logits, {node.input[2].removesuffix(suffix): count for node, count in zip(clips, counts)}
