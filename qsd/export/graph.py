@@ -37,7 +37,7 @@ def check_target(spiking: SpikingNetwork, path: Path) -> None:
         raise QsdError(f"the folder {path.parent} does not exist; make it first.")
     if (early := spiking.early_neuron()) is not None:
         raise QsdError(
-            f"neuron {early.name} fires before its input is complete, and a file without time steps cannot express that; "
+            f"neuron {early.name} fires before its input is complete, which a file without time steps cannot express; "
             "convert with the lossless delays, delay=None."
         )
 
