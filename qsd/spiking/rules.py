@@ -178,16 +178,17 @@ def _conv(module: QuantConv2d, name: str, conversion: Conversion) -> nn.Module:
     return SpikingChain({"conv": single_factor(module)}, None, False, name, conversion.runtime)
 
 
-def _weight_and_bias(module: QuantLinear) -> tuple[Tensor, Tensor]:
-    weight = quantized_weight(module).detach().clone()
-    return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().clone()
-
-
 @register_conversion(QuantLinear)
 def _dense(module: QuantLinear, name: str, conversion: Conversion) -> nn.Module:
-    return SpikingDense(*_weight_and_bias(module), name, conversion.runtime)
+    return SpikingDense(*_weights(module), name, conversion.runtime)
 
 
 @register_conversion(TokenMeanLinear)
 def _pooled_dense(module: TokenMeanLinear, name: str, conversion: Conversion) -> nn.Module:
-    return SpikingPooledDense(*_weight_and_bias(module), name, conversion.runtime)
+    return SpikingPooledDense(*_weights(module), name, conversion.runtime)
+
+
+def _weights(module: QuantLinear) -> tuple[Tensor, Tensor]:
+    """The quantized weight and the bias, zeros where there is none."""
+    weight = quantized_weight(module).detach().clone()
+    return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().clone()
