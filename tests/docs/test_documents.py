@@ -207,7 +207,7 @@ def test_subcommands(command, workplace, tree, finished, exported, monkeypatch, 
     if command.startswith("qsd run"):
         _bring_exported_file(exported)
     if command == "qsd demo":
-        shorten_conversions(monkeypatch, stages=("audit", "energy"))
+        shorten_conversions(monkeypatch, stages=("delays", "energy"))
     words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]
     short, says = SUBCOMMANDS[words[0]]
     assert qsd_launcher.main([*words, *short]) == 0
@@ -238,7 +238,8 @@ def _bring_exported_file(exported):
 
 
 @pytest.mark.parametrize("command", [command for command in of_kind("python ") if command not in EXEMPT])
-def test_tools(command, workplace, tree, tool, capsys):
+def test_tools(command, workplace, tree, tool, monkeypatch, capsys):
+    shorten_conversions(monkeypatch)
     script, *arguments = (str(tree) if word == "DIR" else word for word in shlex.split(command)[1:])
     short, says = TOOLS[Path(script).stem]
     assert tool(Path(script).stem).main([*arguments, *short]) == 0
