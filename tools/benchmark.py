@@ -39,7 +39,7 @@ from torch.nn import functional as F
 import qsd
 from qsd.distillation import AttentionRecorder, Teacher, attention_loss, logits_loss
 from qsd.errors import QsdError
-from qsd.spiking.network import convert
+from qsd.spiking.conversion import convert
 
 SUITES = ("inference", "training", "export", "loading", "sizes")
 SIZES = (128, 192, 256, 384, 512)

@@ -60,8 +60,7 @@ class Predictor:
     def _load_packed(self, path: Path) -> None:
         self.notes, network = read_notes(path), load_packed(path)
         spiking = network if isinstance(network, SpikingNetwork) else to_spike_driven(network)
-        lossless = all(neuron.delay >= spiking.time_steps - 1 for neuron in spiking.neurons().values())
-        self.logits = spiking if lossless else lambda images: spiking.simulate(images).logits
+        self.logits = spiking.evaluate
         self.energy = lambda images: measure_energy(spiking, images).total
         self.energy_of = "of the spikes that each image causes"
 

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qsd import QsdError, model_size
-from qsd.models.checkpoints import STEP_NAMES
+from qsd.layers.steps import step_names
 from qsd.neurons import SpikeNeuron
 
 IMAGENET, CIFAR = 1_281_167, 50_000  # training images
@@ -110,7 +110,7 @@ def profile(
         name=name,
         image_size=size,
         time_steps=time_steps,
-        parameters=sum(p.numel() for key, p in model.named_parameters() if not key.endswith(STEP_NAMES)),
+        parameters=sum(p.numel() for key, p in model.named_parameters() if key not in step_names(model)),
         macs=macs,
         product_macs=products,
         neurons=sum(neurons) // 2,

@@ -35,10 +35,9 @@ def check_target(spiking: SpikingNetwork, path: Path) -> None:
     """
     if not path.parent.is_dir():
         raise QsdError(f"the folder {path.parent} does not exist; make it first.")
-    early = next((name for name, neuron in spiking.neurons().items() if neuron.delay < spiking.time_steps - 1), None)
-    if early is not None:
+    if (early := spiking.early_neuron()) is not None:
         raise QsdError(
-            f"neuron {early} fires before its input is complete, and a file without time steps cannot express that; "
+            f"neuron {early.name} fires before its input is complete, and a file without time steps cannot express that; "
             "convert with the lossless delays, delay=None."
         )
 
@@ -159,7 +158,7 @@ class _NeuronNode(_LayerNode):
     def forward(self, *inputs: Any) -> Tensor:
         x, scale = inputs if len(inputs) == 2 else (*inputs, 1.0)
         neuron = self.layer
-        counts = self.node((x,), torch.uint8, threshold=float(neuron.threshold / scale))
+        counts = self.node((x,), torch.uint8, threshold=float(neuron.threshold_at(scale)))
         return counts.float() * neuron.amplitude if neuron.scaled else counts
 
     def worth(self, features: int) -> float:

@@ -8,14 +8,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.errors import QsdError
-from qsd.functional import exact_matmul, linear_attention
-from qsd.layers.chains import LinearChain, rep_conv, scaled
+from qsd.functional import exact_matmul
+from qsd.layers.chains import LinearChain, rep_conv
 from qsd.layers.quantized import QuantConv2d
 from qsd.neurons import NeuronKind, build_neuron
 from qsd.spike_codes import viewed
 
 AttentionKind = Literal["linear", "softmax"]
 ScoreKind = Literal["nrelu", "softmax"]
+
+
+class SpikeProduct(nn.Module):
+    """Product ``left @ right`` of two tensors of spike counts, exact and never in half precision.
+
+    In the converted network both operands are binary in every time step.
+    """
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """``[..., I, C]`` and ``[..., C, J]`` to ``[..., I, J]``."""
+        return exact_matmul(left, right)
+
+
+class MatrixProduct(nn.Module):
+    """Product ``matrix @ spikes`` of an integer matrix, such as ``k^T v``, and spike counts; exact.
+
+    The matrix is itself a product of spike counts. In the converted network the spikes wait until it is complete, and
+    then add its columns: a product in every time step would multiply integers by integers.
+    """
+
+    def forward(self, matrix: Tensor, spikes: Tensor) -> Tensor:
+        """``[..., I, C]`` and ``[..., C, J]`` to ``[..., I, J]``."""
+        return exact_matmul(matrix, spikes)
 
 
 class SpikeDrivenSelfAttention(nn.Module):
@@ -25,22 +48,23 @@ class SpikeDrivenSelfAttention(nn.Module):
     ``clip(floor(I / (4 T^2) + 1/2), 0, T)`` spikes of amplitude ``2 / T`` (QSD-Transformer's published code, written
     on integers).
 
-    The quantities that distillation, analysis and conversion look at are the inputs (membranes) and outputs (counts)
-    of four named modules: ``q_neuron``, ``k_neuron``, ``v_neuron`` (``[B, C, H, W]``, head-major channels) and
-    ``attn_neuron`` (the product, ``[B, C, H, W]``). A forward hook on them sees both.
+    Distillation, analysis and conversion read the inputs (membranes) and outputs (counts) of four named modules:
+    ``q_neuron``, ``k_neuron``, ``v_neuron`` (``[B, C, H, W]``, head-major channels) and ``attn_neuron`` (the product,
+    ``[B, C, H, W]``). A forward hook on them sees both.
 
-    The float twin (``time_steps=None``) has a ReLU for each neuron. ``attention="softmax"`` turns that twin into an
-    ordinary softmax attention without neurons on query, key and value, a stronger teacher.
+    The float twin (``time_steps=None``) has a ReLU in the place of each neuron. ``attention="softmax"`` turns that twin
+    into an ordinary softmax attention without neurons on query, key and value, a stronger teacher.
 
     Args:
-        dim: channels C.
-        num_heads: heads; must divide ``dim``.
+        dim: Channels C.
+        num_heads: Number of heads; must divide ``dim``.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
         attention: ``"linear"``, or ``"softmax"`` (float twin only).
+        layer_scale: Initial scale of the branch by channel, or ``None`` for none.
 
     Raises:
-        QsdError: if the heads do not divide the channels, or softmax attention is asked of a spiking network.
+        QsdError: If the heads do not divide the channels, or a spiking network is to have softmax attention.
     """
 
     def __init__(
@@ -50,6 +74,7 @@ class SpikeDrivenSelfAttention(nn.Module):
         time_steps: int | None = 4,
         weight_bits: int | None = 4,
         attention: AttentionKind = "linear",
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         _check_heads(dim, num_heads)
@@ -67,14 +92,15 @@ class SpikeDrivenSelfAttention(nn.Module):
             return nn.Identity() if self.softmax else build_neuron(time_steps, threshold, amplitude)
 
         self.q_neuron, self.k_neuron, self.v_neuron = (tap(None, 1.0) for _ in range(3))
+        self.key_value, self.query = SpikeProduct(), MatrixProduct()
         self.attn_neuron = tap(4.0 * steps**2, 2.0 / steps)
         # Between its thresholds the spiking attention has the slope 1/2 of the product of the values; the float
         # twin, which has no amplitudes, gets it here.
         self.product_scale = 0.5 if time_steps is None else None
-        self.proj = rep_conv(dim, weight_bits)
+        self.proj = rep_conv(dim, weight_bits, layer_scale)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The residual stream ``[B, C, H, W]`` to the branch that is added to it, times ``scale`` by channel."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The residual stream ``[B, C, H, W]`` to the branch that is added to it, in the same shape."""
         batch, channels, height, width = x.shape
         spikes = self.neuron(x)
         heads = (batch, self.num_heads, channels // self.num_heads, height * width)
@@ -85,45 +111,38 @@ class SpikeDrivenSelfAttention(nn.Module):
             by_token = _transposed(query), _transposed(key), _transposed(value)
             product = _transposed(F.scaled_dot_product_attention(*by_token))
         else:
-            product = linear_attention(query, key, value)
+            # q (k^T v), with the channels in front of the tokens: linear in the number of tokens.
+            product = self.query(self.key_value(value, viewed(key, _transposed)), query)
             if self.product_scale is not None:
                 product = product * self.product_scale
         product = product.reshape(x.shape)
-        return scaled(self.proj, _of_dtype(self.attn_neuron(product), spikes.dtype), scale)
-
-
-class SpikeProduct(nn.Module):
-    """Product ``left @ right`` of two tensors of spike counts, exact and never in half precision."""
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """``[..., I, C]`` and ``[..., C, J]`` to ``[..., I, J]``."""
-        return exact_matmul(left, right)
+        return self.proj(_of_dtype(self.attn_neuron(product), spikes.dtype))
 
 
 class NReluSelfAttention(nn.Module):
     """CSDformer's self-attention: ``neuron(neuron(q k^T / sqrt(d_h)) / N v)``, with ReLUs over N for the softmax.
 
     (Equations 6, 7 and 11.) Query, key, value and scores are integer counts ``0..T``. Both products are computed on
-    integers; what a unit of them is worth, with ``1 / sqrt(d_h)`` and ``1 / N`` in it, goes into the threshold of the
-    neuron behind, which so depends on the number N of tokens. Any grid of tokens is legal.
+    integers. The value of their unit, with ``1 / sqrt(d_h)`` and ``1 / N`` in it, goes into the threshold of the next
+    neuron, which so depends on the number N of tokens. Any grid of tokens is legal.
 
-    Distillation, analysis and conversion look at the inputs (membranes) and outputs (counts) of ``q_neuron``,
+    Distillation, analysis and conversion read the inputs (membranes) and outputs (counts) of ``q_neuron``,
     ``k_neuron``, ``v_neuron`` and ``attn_neuron`` (``[B, C, H, W]``, head-major channels) and ``score_neuron``
     (``[B, heads, N, N]``, query by key); the products come in as integers, beside their scale.
 
-    The float twin (``time_steps=None``) has a ReLU for each neuron; ``attention="softmax"`` makes an ordinary softmax
-    attention of that twin.
+    The float twin (``time_steps=None``) has a ReLU in the place of each neuron; ``attention="softmax"`` makes an
+    ordinary softmax attention of that twin.
 
     Args:
-        dim: channels C.
-        num_heads: heads; must divide ``dim``.
+        dim: Channels C.
+        num_heads: Number of heads; must divide ``dim``.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
         neurons: ``"lsq"`` or ``"qcfs"``, see `qsd.neurons.build_neuron`.
         attention: ``"nrelu"``, or ``"softmax"`` (float twin only).
 
     Raises:
-        QsdError: if the heads do not divide the channels, or softmax attention is asked of a spiking network.
+        QsdError: If the heads do not divide the channels, or a spiking network is to have softmax attention.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ import argparse
 import logging
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
+from qsd.layers.renamed import present_name, rename_parameters
+from qsd.layers.steps import has_no_step, step_names
 from qsd.models.packed_file import MERGED, is_packed, read_packed
 from qsd.quantizers import on_grid
 
@@ -64,8 +66,6 @@ _HARMLESS: list[Any] = [
 ]
 _REFERENCE_STAGES = ("downsample1_1", "downsample1_2", "downsample2", "downsample3", "downsample4")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
-# How the names of learned steps end, of weights and of neurons: a float network has none.
-STEP_NAMES = (".step", ".ceiling")
 
 
 def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> None:
@@ -161,6 +161,7 @@ def convert_reference(state: StateDict) -> dict[str, Tensor]:
         for pattern, replacement in _REFERENCE_NAMES:
             name = re.sub(pattern, replacement, name)
         converted[name] = tensor.unsqueeze(-1) if name.endswith(".weight") and tensor.dim() == 3 else tensor
+    rename_parameters(converted)
     return converted
 
 
@@ -230,6 +231,7 @@ def _unwrap(source: str, content: Any) -> dict[str, Tensor]:
         )
     while (prefix := next((w for w in _WRAPPERS if all(name.startswith(w) for name in state)), None)) is not None:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    rename_parameters(state)
     return state
 
 
@@ -247,10 +249,10 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
         optional = head
         state = {name: tensor for name, tensor in state.items() if name not in head}
     # A float network has no steps to put them in, a float checkpoint has none to give.
-    steps = {name for name in expected if name.endswith(STEP_NAMES)}
-    state = {name: t for name, t in state.items() if name in expected or not name.endswith(STEP_NAMES)}
+    steps = step_names(model)
+    state = {name: t for name, t in state.items() if name in expected or not has_no_step(model, name)}
     counters = {name for name in expected if name.endswith(".num_batches_tracked")}
-    check_weights(state, expected, source, may_lack=optional | steps | counters)
+    check_weights(state, expected, source, steps, may_lack=optional | steps | counters)
     model.load_state_dict(state, strict=False)
     missing = steps - state.keys() - optional
     of_weights = {name for name in missing if name.endswith(".quantizer.step")}
@@ -260,7 +262,11 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
 
 
 def check_weights(
-    state: StateDict, expected: StateDict, source: str, may_lack: frozenset[str] | set[str] = frozenset()
+    state: StateDict,
+    expected: StateDict,
+    source: str,
+    steps: Collection[str],
+    may_lack: Collection[str] = frozenset(),
 ) -> None:
     """Refuse weights that a network could not use.
 
@@ -268,15 +274,17 @@ def check_weights(
         state: what is to be loaded.
         expected: the network's own state dict.
         source: where the weights come from, for the message.
+        steps: Names of step sizes, which have to be positive.
         may_lack: names that may be missing.
 
     Raises:
         QsdError: for names that are missing or unexpected, other shapes, values that are not finite, and step sizes
             that are not positive.
     """
+    state = {present_name(name): tensor for name, tensor in state.items()}
     _raise_on_mismatch(
         source,
-        missing=sorted(expected.keys() - state.keys() - may_lack),
+        missing=sorted(expected.keys() - state.keys() - set(may_lack)),
         unexpected=sorted(state.keys() - expected.keys()),
         reshaped=[
             f"{n} {tuple(state[n].shape)} instead of {tuple(expected[n].shape)}" for n in _reshaped(state, expected)
@@ -285,7 +293,7 @@ def check_weights(
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise QsdError(f"{source} has weights that are not finite: {_shorten(broken)}; it cannot be used.")
-    bad = [name for name, t in state.items() if name.endswith(STEP_NAMES) and not bool((t > 0).all())]
+    bad = [name for name, t in state.items() if name in steps and not bool((t > 0).all())]
     if bad:
         raise QsdError(f"{source} has step sizes that are not positive: {_shorten(bad)}; it cannot be used.")
 

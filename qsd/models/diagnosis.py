@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsd.neurons import LearnedStepNeuron
-from qsd.quantizers import StepSizeQuantizer
+from qsd.layers.steps import learned_steps
 
 
 def non_finite_parameter(model: nn.Module) -> str | None:
@@ -17,20 +16,6 @@ def non_finite_parameter(model: nn.Module) -> str | None:
         model: any module.
     """
     return next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
-
-
-def learned_steps(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The learned steps of quantizers and neurons, by the dotted names of their modules.
-
-    Args:
-        model: any module.
-    """
-    return {
-        name: parameter
-        for name, module in model.named_modules()
-        if isinstance(module, StepSizeQuantizer | LearnedStepNeuron)
-        for parameter in module.parameters(recurse=False)
-    }
 
 
 def collapsed_step(model: nn.Module) -> tuple[str, float] | None:

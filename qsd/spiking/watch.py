@@ -1,4 +1,4 @@
-"""Following what is computed from images through every torch operation of a network, whatever module it is in."""
+"""Activations followed through every torch operation of a network, whatever module computes it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,20 +11,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qsd.spiking.layers import (
-    Convolution,
-    DelayedNeuron,
-    SpikingChain,
-    SpikingMaxPool,
-    SpikingProduct,
-    SpikingQuery,
-    TimedLayer,
-)
+from qsd.spiking.layers import Role, TimedLayer
 from qsd.spiking.network import SpikingNetwork
+from qsd.spiking.signals import plain
 
 Kind = Literal["convolution", "linear", "product", "pool", "reduction", "other"]
 
-# Positions of the two operands of what multiplies and sums.
+# Positions of the two operands of operations that multiply and sum.
 _MATMULS = {
     "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1), "matmul": (0, 1), "linear": (0, 1), "addmm": (1, 2),
     "baddbmm": (1, 2), "addbmm": (1, 2), "addmv": (1, 2), "addr": (1, 2), "outer": (0, 1),
@@ -34,7 +27,7 @@ _REDUCTIONS = {
     "mean", "sum", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "upsample_bilinear2d",
     "_upsample_bilinear2d_aa", "upsample_bicubic2d", "roi_align", "cumsum",
 }  # fmt: skip
-# Linear in the activations, or mere rearrangement: neither multiplies two of them nor bends one.
+# Linear in the activations, or a mere rearrangement: neither a product of two activations nor a nonlinearity.
 _LINEAR = {
     "add", "sub", "rsub", "neg", "cat", "stack", "copy", "clone", "_to_copy", "expand", "permute", "t", "transpose",
     "numpy_T", "slice", "select", "index", "index_select", "gather", "constant_pad_nd", "reflection_pad2d",
@@ -53,15 +46,15 @@ class Operation:
     """One torch operation on values that were computed from the images.
 
     Attributes:
-        kind: what it is: with weights (convolution, linear), of two activations (product), a maximum in a max-pool of
-            ours (pool), a weighted or plain sum over positions (reduction), or what bends or compares (other).
-        torch_name: the operation's name in torch.
-        name: where it was: a layer's dotted name in the trained model, or a module's path.
-        layer: innermost layer of ours that it is in, or ``None``.
-        activations: one input; two for a product.
-        image: it sees what was computed from images alone, without a synapse.
-        arguments: as torch got them.
-        output: of the operation.
+        kind: With weights (convolution, linear), of two activations (product), a maximum in a layer of role ``"pool"``
+            (pool), a weighted or plain sum over positions (reduction), or a nonlinearity or comparison (other).
+        torch_name: The operation's name in torch.
+        name: A layer's dotted name in the trained model, or the path of the module that computes it.
+        layer: The innermost layer of the engine around it, or ``None``.
+        activations: One input; two for a product.
+        image: Whether its input was computed from images alone, without a synapse.
+        arguments: The operation's arguments.
+        output: The operation's output.
     """
 
     kind: Kind
@@ -77,11 +70,11 @@ class Operation:
 class Watch(TorchDispatchMode):
     """Reports operations on activations while a network runs under it.
 
-    What is an activation is followed by storage: the images, and whatever an operation makes of one.
+    Activations are recognised by their storage: the images, and every result of an operation on an activation.
 
     Args:
-        spiking: the network.
-        report: called with every operation outside neurons.
+        spiking: The network.
+        report: Called with every operation outside of neurons.
     """
 
     def __init__(self, spiking: SpikingNetwork, report: Callable[[Operation], None]) -> None:
@@ -118,7 +111,7 @@ class Watch(TorchDispatchMode):
         """Whether a tensor was computed from images alone, without a synapse.
 
         Args:
-            x: any tensor.
+            x: Any tensor.
         """
         return _storage(x) in self._images
 
@@ -137,8 +130,9 @@ class Watch(TorchDispatchMode):
             return output
         image = all(self.is_image(x) for x in activations)
         kind, operands = self._kind(name, args, activations)
-        outside = self._stack and not isinstance(self._stack[-1], DelayedNeuron)
-        if kind is not None and outside and not (image and kind in ("pool", "reduction", "other")):
+        passed = image and kind in ("pool", "reduction", "other")
+        if kind is not None and self._stack and self._role() != "neuron" and not passed:
+            operands = tuple(plain(x) for x in operands)
             self.report(Operation(kind, name, *self._place(), operands, image, args, output))
         for x in tree_leaves(output):
             if isinstance(x, Tensor):
@@ -165,27 +159,29 @@ class Watch(TorchDispatchMode):
             return ("other", (args[0],)) if bent else (None, ())
         if name in _REDUCTIONS:
             return "reduction", (activations[0],)
-        if name.startswith("max_pool") and any(isinstance(module, SpikingMaxPool) for module in self._stack):
+        if name.startswith("max_pool") and self._role() == "pool":
             return "pool", (activations[0],)
         if name.startswith("max_pool") and set(tree_leaves(args[1])) == {1}:
             return None, ()  # of one pixel each: every so many pixels are taken, as by a slice
         return (None, ()) if name in _LINEAR else ("other", tuple(activations))
 
     def _weighted(self, kind: Kind, operands: tuple[Tensor, Tensor]) -> tuple[Kind | None, tuple[Tensor, ...]]:
-        if self._stack and isinstance(self._stack[-1], SpikingProduct | SpikingQuery):
+        if self._role() == "product":
             return "product", operands  # running sums of nothing yet are no weights
         active = tuple(x for x in operands if _storage(x) in self._activations)
         return (kind if len(active) == 1 else "product" if active else None), active
 
+    def _layer(self) -> TimedLayer | None:
+        """The innermost layer of the engine."""
+        return next((module for module in reversed(self._stack) if isinstance(module, TimedLayer)), None)
+
+    def _role(self) -> Role | None:
+        layer = self._layer()
+        return None if layer is None else layer.role
+
     def _place(self) -> tuple[str, TimedLayer | None]:
-        layer = next((m for m in reversed(self._stack) if isinstance(m, TimedLayer)), None)
-        if layer is None:
-            return self._paths[self._stack[-1]] or "the model", None
-        inner = self._stack[-1]
-        if isinstance(layer, SpikingChain) and isinstance(inner, Convolution) and len(layer.convolutions) > 1:
-            factor = next((key for key, c in layer.convolutions.items() if c is inner), None)
-            return (layer.name if factor is None else f"{layer.name}.{factor}"), layer
-        return layer.name, layer
+        layer, inner = self._layer(), self._stack[-1]
+        return (self._paths[inner] or "the model", None) if layer is None else (layer.part_name(inner), layer)
 
 
 def _storage(x: Tensor) -> StorageWeakRef:

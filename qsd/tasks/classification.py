@@ -21,6 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from qsd.errors import QsdError
 from qsd.layers import initialize_neurons
+from qsd.layers.steps import step_names
 from qsd.models import load_weights
 from qsd.models.checkpoints import check_weights
 from qsd.models.diagnosis import collapsed_step, first_non_finite, learned_steps, non_finite_parameter
@@ -349,7 +350,7 @@ class ClassificationTask(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that do not fit; take the random states along, if training goes on."""
-        check_weights(checkpoint["state_dict"], self.state_dict(), "the checkpoint")
+        check_weights(checkpoint["state_dict"], self.state_dict(), "the checkpoint", step_names(self))
         self._neurons_are_set = True
         self._random_states = checkpoint.get("random_states")
 

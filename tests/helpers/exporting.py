@@ -4,6 +4,7 @@ import timm
 import torch
 
 import qsd
+from qsd.layers import LayerScale
 
 QSD = ("qsd_tiny", {"embed_dims": (8, 16, 16, 16), "depth": 2, "num_heads": 2, "strides": (2, 2, 1, 2, 1)})
 CSD = ("csdformer_4_256", {"embed_dims": 32, "depth": 1, "num_heads": 2, "weight_bits": 4})
@@ -16,9 +17,8 @@ def spiking_network(name, sizes, part=None, **options):
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.weight, 1, 0.3)
             torch.nn.init.normal_(module.bias, 0, 0.3)
-        for key in ("layer_scale1", "layer_scale2"):
-            if hasattr(module, key):
-                torch.nn.init.constant_(getattr(module, key), 0.5)
+        if isinstance(module, LayerScale):
+            torch.nn.init.constant_(module.gamma, 0.5)
     images = torch.randn(16, 3, 32, 32)
     qsd.initialize_neurons(model, images)
     with torch.no_grad():

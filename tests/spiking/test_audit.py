@@ -35,7 +35,7 @@ def test_every_merged_variant_is_spike_driven_behind_its_stem(name):
 
 
 def attentions(spiking):
-    return [name for name, m in spiking.network.named_modules() if type(m).__name__ == "SpikingAttention"]
+    return [name for name, m in spiking.network.named_modules() if type(m).__name__ == "SpikeDrivenSelfAttention"]
 
 
 def test_the_width_of_the_attention_s_matrix_is_what_was_seen():
@@ -63,7 +63,7 @@ def test_inner_layers_of_unmerged_chains_are_named_as_analog(merge, analog):
     named = [o.name for o in audit.operations if o.status == "analog" and not o.stem]
     assert all(any(n.endswith(end) for n in named) for end in analog)
     assert all(n.endswith((".depthwise", ".pointwise", ".pointwise2")) for n in named)
-    with pytest.raises(QsdError, match=r"are not spike-driven: .*an inner layer of a chain.*merge=True"):
+    with pytest.raises(QsdError, match=r"are not spike-driven: .*an inner layer of a chain.*merge='all'"):
         audit.check()
 
 
