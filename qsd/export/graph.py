@@ -37,8 +37,8 @@ def check_target(spiking: SpikingNetwork, path: Path) -> None:
         raise QsdError(f"the folder {path.parent} does not exist; make it first.")
     if (early := spiking.early_neuron()) is not None:
         raise QsdError(
-            f"neuron {early.name} fires before its input is complete, and a file without time steps cannot express "
-            "that; convert with the lossless delays, delay=None."
+            f"neuron {early.name} fires before its input is complete, which a file without time steps cannot express; "
+            "convert with the lossless delays, delay=None."
         )
 
 
@@ -163,9 +163,9 @@ class _NeuronNode(_LayerNode):
         counts = self.node((x,), torch.uint8, threshold=0.0 if isinstance(threshold, Tensor) else float(threshold))
         return counts.float() * neuron.amplitude if neuron.scaled else counts
 
-    def worth(self, features: int) -> float:
+    def step_size(self, features: int) -> float:
         """See `DelayedNeuron`."""
-        return self.layer.worth(features)
+        return self.layer.step_size(features)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from qsd.layers.lean import set_lean
 from qsd.layers.pooling import SpikeMaxPool2d, TokenMean
 from qsd.layers.quantized import QuantConv2d, QuantLinear, initialize_steps, quantized_weight
 from qsd.layers.recompute import frozen_statistics, recompute
+from qsd.lean import set_lean
 
 __all__ = [
     "BatchNormPad2d",

@@ -3,16 +3,14 @@
 import math
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.errors import QsdError
-from qsd.functional import exact_matmul
 from qsd.layers.chains import LinearChain, rep_conv
 from qsd.layers.quantized import QuantConv2d
+from qsd.lean import cast, exact_matmul
 from qsd.neurons import NeuronKind, build_neuron
-from qsd.spike_codes import viewed
 
 AttentionKind = Literal["linear", "softmax"]
 ScoreKind = Literal["nrelu", "softmax"]
@@ -112,11 +110,11 @@ class SpikeDrivenSelfAttention(nn.Module):
             product = _transposed(F.scaled_dot_product_attention(*by_token))
         else:
             # q (k^T v), with the channels in front of the tokens: linear in the number of tokens.
-            product = self.query(self.key_value(value, viewed(key, _transposed)), query)
+            product = self.query(self.key_value(value, _transposed(key)), query)
             if self.product_scale is not None:
                 product = product * self.product_scale
         product = product.reshape(x.shape)
-        return self.proj(_of_dtype(self.attn_neuron(product), spikes.dtype))
+        return self.proj(cast(self.attn_neuron(product), spikes.dtype))
 
 
 class NReluSelfAttention(nn.Module):
@@ -195,20 +193,16 @@ class NReluSelfAttention(nn.Module):
             mixed = _transposed(F.scaled_dot_product_attention(*by_token))
             return self.proj(self.attn_neuron(mixed.reshape(x.shape)))
         features = channels * tokens
-        scale = self.q_neuron.worth(features) * self.k_neuron.worth(features) / math.sqrt(head_channels)
-        scores = self.score_neuron(self.score_product(viewed(query, _transposed), key), scale)
-        mixed = self.value_product(value, viewed(scores, _transposed))
-        scale = self.score_neuron.worth(self.num_heads * tokens**2) * self.v_neuron.worth(features) / tokens
+        scale = self.q_neuron.step_size(features) * self.k_neuron.step_size(features) / math.sqrt(head_channels)
+        scores = self.score_neuron(self.score_product(_transposed(query), key), scale)
+        mixed = self.value_product(value, _transposed(scores))
+        scale = self.score_neuron.step_size(self.num_heads * tokens**2) * self.v_neuron.step_size(features) / tokens
         mixed = self.attn_neuron(mixed.reshape(x.shape), scale)
-        return self.proj(_of_dtype(mixed, spikes.dtype))
+        return self.proj(cast(mixed, spikes.dtype))
 
 
 def _by_head(x: Tensor, heads: tuple[int, ...]) -> Tensor:
-    return viewed(x, lambda t: t.reshape(heads))
-
-
-def _of_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return viewed(x, lambda t: t.to(dtype))
+    return x.reshape(heads)
 
 
 def _transposed(x: Tensor) -> Tensor:

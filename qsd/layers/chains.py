@@ -11,15 +11,21 @@ from torch import Tensor, nn
 
 from qsd.functional import pad_frame
 from qsd.layers.layer_scale import LayerScale
-from qsd.layers.lean import has_hooks, working_dtype
-from qsd.layers.norms import framed_convolutions, is_ordinary, norm_in_training, two_norms
 from qsd.layers.quantized import QuantConv2d, is_lean, lean_form
+from qsd.lean import (
+    framed_convolutions,
+    has_hooks,
+    is_ordinary,
+    norm_in_training,
+    two_norms,
+    working_dtype,
+)
 
 
 class LinearChain(nn.Sequential):
     """Convolutions and batch norms in a row, with no neuron between: a linear map of spikes (in evaluation).
 
-    In training, norms run together with what lies beside them (see `qsd.layers.norms`), unless `qsd.set_lean` switches
+    In training, norms run together with what lies beside them (see `qsd.lean.norms`), unless `qsd.set_lean` switches
     that off.
 
     Args:

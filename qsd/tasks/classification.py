@@ -21,10 +21,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from qsd.errors import QsdError
 from qsd.layers import initialize_neurons
-from qsd.layers.steps import step_names
+from qsd.layers.steps import learned_steps, step_names
 from qsd.models import load_weights
 from qsd.models.checkpoints import check_weights
-from qsd.models.diagnosis import collapsed_step, first_non_finite, learned_steps, non_finite_parameter
+from qsd.models.diagnosis import collapsed_step, first_non_finite, non_finite_parameter
 from qsd.tasks.random_state import get_random_state, set_random_state
 
 AuxiliaryLoss = Callable[[Tensor, Tensor], Mapping[str, Tensor]]

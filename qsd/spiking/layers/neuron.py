@@ -51,7 +51,7 @@ class DelayedNeuron(TimedLayer):
         self.drive = trained.drive
         self.scaled = False
 
-    def worth(self, features: int) -> float:
+    def step_size(self, features: int) -> float:
         """The input that one spike stands for, as the neurons of `qsd.neurons` tell it.
 
         Args:
