@@ -6,7 +6,6 @@ from qsd.layers.chains import BatchNormPad2d, LinearChain, rep_conv
 from qsd.layers.heads import TokenMeanLinear
 from qsd.layers.initialization import initialize_neurons
 from qsd.layers.layer_scale import LayerScale
-from qsd.layers.lean import set_lean
 from qsd.layers.pooling import SpikeMaxPool2d, TokenMean
 from qsd.layers.quantized import QuantConv2d, QuantLinear, initialize_steps, quantized_weight
 from qsd.layers.recompute import frozen_statistics, recompute
