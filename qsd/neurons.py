@@ -254,6 +254,11 @@ def register_neuron(kind: str, factory: NeuronFactory) -> None:
     _NEURONS[kind] = factory
 
 
+def neuron_kinds() -> list[str]:
+    """The names of all registered kinds of neurons."""
+    return list(_NEURONS)
+
+
 def build_neuron(
     time_steps: int | None,
     threshold: float | None = None,

@@ -17,9 +17,10 @@ from qsd.functional import drop_path
 from qsd.layers import Mlp, NReluSelfAttention, SpikeMaxPool2d, TokenMean, TokenMeanLinear, conv_norm, recompute
 from qsd.layers.attention import ScoreKind
 from qsd.models.base import ImageClassifier
-from qsd.neurons import build_neuron
+from qsd.neurons import build_neuron, neuron_kinds
 
-Activation = Literal["lsq", "qcfs", "relu"]
+# A kind of neuron with a learned step (see `qsd.neurons.register_neuron`), or ``"relu"`` for the float network.
+Activation = str
 
 
 class PooledConv(nn.Module):
@@ -119,8 +120,9 @@ class CsdFormer(ImageClassifier):
         drop_path_rate: float = 0.0,
         global_pool: Literal["avg"] = "avg",
     ) -> None:
-        if activation not in ("lsq", "qcfs", "relu"):
-            raise QsdError(f"activation={activation!r} is unknown; use 'lsq', 'qcfs' or 'relu'.")
+        *others, last = [*(kind for kind in neuron_kinds() if kind != "fixed"), "relu"]
+        if activation not in (*others, last):
+            raise QsdError(f"activation={activation!r} is unknown; use {', '.join(map(repr, others))} or {last!r}.")
         if not isinstance(embed_dims, int) or embed_dims < 8 or embed_dims % 8:
             raise QsdError(f"embed_dims={embed_dims!r} is no positive multiple of 8.")
         if depth < 1:

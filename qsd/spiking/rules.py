@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import (
@@ -179,13 +179,16 @@ def _conv(module: QuantConv2d, name: str, conversion: Conversion) -> nn.Module:
 
 
 @register_conversion(QuantLinear)
-def _dense(module: QuantLinear, name: str, conversion: Conversion) -> SpikingDense:
-    weight = quantized_weight(module).detach().clone()
-    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().clone()
-    return SpikingDense(weight, bias, name, conversion.runtime)
+def _dense(module: QuantLinear, name: str, conversion: Conversion) -> nn.Module:
+    return SpikingDense(*_weights(module), name, conversion.runtime)
 
 
 @register_conversion(TokenMeanLinear)
 def _pooled_dense(module: TokenMeanLinear, name: str, conversion: Conversion) -> nn.Module:
-    dense = _dense(module, name, conversion)
-    return SpikingPooledDense(dense.weight, dense.bias, name, conversion.runtime)
+    return SpikingPooledDense(*_weights(module), name, conversion.runtime)
+
+
+def _weights(module: QuantLinear) -> tuple[Tensor, Tensor]:
+    """The quantized weight and the bias, zeros where there is none."""
+    weight = quantized_weight(module).detach().clone()
+    return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().clone()

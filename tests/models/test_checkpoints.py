@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from qsd import QsdError, load_reference_weights, load_weights
-from qsd.models.checkpoints import convert_reference, reference_sizes
+from qsd.models.reference import convert_reference, reference_sizes
 from tests.helpers import DATA
 
 FIXTURE = DATA / "qsd_reference_tiny.safetensors"
