@@ -8,7 +8,7 @@ from torch import nn
 
 import qsd
 from qsd import QsdError, report
-from qsd.models.diagnosis import collapsed_step
+from qsd.layers.steps import collapsed_step
 from qsd.spiking import compare_counts, register_conversion, to_spike_driven
 from qsd.spiking.layers import SpikingLinear
 from qsd.spiking.rules import RULES

@@ -90,7 +90,8 @@ class CsdFormer(ImageClassifier):
         in_chans: Channels of the image.
         time_steps: T, the largest spike count of a neuron per image; 0 or ``None`` for ReLUs instead of neurons.
         weight_bits: 2 to 8, or 0 or ``None`` for float weights, the paper's choice.
-        activation: ``"lsq"`` (a learned step, the paper's choice), ``"qcfs"``, or ``"relu"`` for the float network.
+        activation: ``"lsq"`` (a learned step, the paper's choice), ``"qcfs"``, ``"relu"`` for the float network, or a
+            kind of learned step of one's own, see `qsd.neurons.register_neuron`.
         attention: ``"nrelu"``, or ``"softmax"`` in a float network.
         strides: Strides of the four max-pools, 1 for none; ``(1, 1, 2, 2)`` suits images of 32 pixels.
         drop_rate: Dropout in front of the classifier.
@@ -120,9 +121,10 @@ class CsdFormer(ImageClassifier):
         drop_path_rate: float = 0.0,
         global_pool: Literal["avg"] = "avg",
     ) -> None:
-        *others, last = [*(kind for kind in neuron_kinds() if kind != "fixed"), "relu"]
-        if activation not in (*others, last):
-            raise QsdError(f"activation={activation!r} is unknown; use {', '.join(map(repr, others))} or {last!r}.")
+        learned = [kind for kind in neuron_kinds() if kind != "fixed"]
+        if activation not in (*learned, "relu"):
+            names = ", ".join(repr(kind) for kind in learned)
+            raise QsdError(f"activation={activation!r} is unknown; use {names} or 'relu'.")
         if not isinstance(embed_dims, int) or embed_dims < 8 or embed_dims % 8:
             raise QsdError(f"embed_dims={embed_dims!r} is no positive multiple of 8.")
         if depth < 1:

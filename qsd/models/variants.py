@@ -139,12 +139,30 @@ def register_family(family: Family) -> None:
     Args:
         family: The family.
     """
+    if family not in FAMILIES:
+        FAMILIES.append(family)
     for variant, sizes in family.sizes.items():
         twin = {**sizes, **family.twin}
         cfg = family.cfg(sizes)
         default_cfgs.update(generate_default_cfgs({variant: cfg, f"{variant}_ann": cfg}))
         _register(family, variant, sizes, f"{family.title} {dict(sizes)}.")
         _register(family, f"{variant}_ann", twin, f"Float twin of {variant}: ReLU neurons and float weights.")
+
+
+def family_of(name: str) -> Family:
+    """The family of a registered model.
+
+    Args:
+        name: Name of a variant or of a float twin.
+
+    Raises:
+        QsdError: If no family has it.
+    """
+    variant = name.removesuffix("_ann")
+    found = next((family for family in FAMILIES if variant in family.sizes), None)
+    if found is None:
+        raise QsdError(f"model {name!r} belongs to no family; register one with qsd.models.variants.register_family.")
+    return found
 
 
 def _register(family: Family, name: str, arguments: Arguments, description: str) -> None:

@@ -11,7 +11,8 @@ from qsd.errors import QsdError
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.names import Delay
 from qsd.spiking.network import SpikingNetwork
-from qsd.spiking.watch import Operation, Watch, integer_bits, is_binary
+from qsd.spiking.operations import integer_bits, is_binary
+from qsd.spiking.watch import Operation, Watch
 
 Status = Literal["binary", "integer", "analog", "unproven"]
 
@@ -200,6 +201,8 @@ def _look(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) 
 
 def _judge(operation: Operation) -> tuple[Status, int | None, str]:
     """Status, bits, and the reason why it is not spike-driven."""
+    if operation.kind == "other":  # However the values look: nothing but neurons may do more than add.
+        return "analog", None, operation.note
     active = operation.activations
     if not all(bool(x.any()) for x in active):
         return "unproven", None, ""
@@ -215,7 +218,7 @@ def _judge(operation: Operation) -> tuple[Status, int | None, str]:
         return "binary", 1, ""
     if operation.kind == "pool" and None not in widths:
         return "integer", _widest(widths), ""
-    if operation.kind in ("pool", "other"):
+    if operation.kind == "pool":
         return "analog", None, f"{operation.torch_name} of values that are no spikes"
     if operation.layer is not None and operation.name != operation.layer.name:
         return "analog", None, _INNER
