@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from qsd.errors import QsdError
 from qsd.models.checkpoints import STEP_NAMES
 from qsd.models.compact import CompactModel
 from qsd.models.packed_file import MERGED, read_packed, write_packed
+from qsd.models.packed_header import ConversionSettings, PackedHeader, Registered
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.layers import Convolution, SpikingChain, SpikingDense
 from qsd.spiking.network import convert
@@ -48,14 +50,14 @@ def save_packed(model: nn.Module, path: str | Path, notes: Mapping[str, Any] | N
         integers[f"{MERGED}{name}.weight"] = kernel.integers().cpu(), spiking.merged_bits
         tensors[f"{MERGED}{name}.scale"] = kernel.scale.cpu()
         tensors[f"{MERGED}{name}.bias"] = kernel.bias.cpu()
-    header = {
-        "kind": "quantized" if spiking is None else "spiking",
-        "model": compact.registered,
-        "parameters": compact.parameters,
-        "time_steps": compact.time_steps,
-        "conversion": None if spiking is None else _settings(spiking),
-        "notes": dict(notes or {}),
-    }
+    header = PackedHeader(
+        kind="quantized" if spiking is None else "spiking",
+        model=None if compact.registered is None else Registered(**compact.registered),
+        parameters=compact.parameters,
+        time_steps=compact.time_steps,
+        conversion=None if spiking is None else _settings(spiking),
+        notes=dict(notes or {}),
+    )
     write_packed(path, header, tensors, integers)
 
 
@@ -75,19 +77,45 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> Any:
     """
     header, tensors = read_packed(path)
     merged = {name.removeprefix(MERGED): tensors.pop(name) for name in [*tensors] if name.startswith(MERGED)}
-    bits = {name: entry["bits"] for name, entry in header["packed"].items() if name in tensors}
-    trained = (
-        CompactModel(tensors, bits, header["time_steps"], header["model"], header["parameters"]).build(model).eval()
-    )
-    if header["kind"] == "quantized":
+    bits = {name: entry.bits for name, entry in header.packed.items() if name in tensors}
+    registered = None if header.model is None else header.model.model_dump()
+    trained = CompactModel(tensors, bits, header.time_steps, registered, header.parameters).build(model).eval()
+    settings = header.conversion
+    if settings is None:
         return trained
-    settings = header["conversion"]
-    example = torch.zeros(settings["example"], dtype=torch.float64)
-    spiking = convert(trained, settings["delays"], settings["merge"], settings["merged_bits"], example, check=False)
-    for name, kernel in _quantized_kernels(spiking).items():
-        # Merged and rounded anew on another machine, an integer might come out differently.
+    example = torch.zeros(settings.example, dtype=torch.float64)
+    try:
+        spiking = convert(trained, settings.delays, settings.merge, settings.merged_bits, example, check=False)
+    except RuntimeError as error:
+        raise QsdError(
+            f"packed file {path} cannot be read: its model does not take the images {settings.example} that it was "
+            "converted with."
+        ) from error
+    _restore_kernels(spiking, merged, path)
+    return spiking.to(getattr(torch, settings.dtype))
+
+
+def _restore_kernels(spiking: SpikingNetwork, merged: Mapping[str, Tensor], path: str | Path) -> None:
+    """Give quantized merged kernels the stored integers: computed again on another machine, some might differ.
+
+    Raises:
+        QsdError: If the stored kernels are not those of the network.
+    """
+    kernels = _quantized_kernels(spiking)
+    stored = {
+        f"{name}.{key}": tensor
+        for name, kernel in kernels.items()
+        for key, tensor in (("weight", kernel.weight), ("scale", kernel.scale), ("bias", kernel.bias))
+    }
+    wrong = [key for key in stored.keys() | merged.keys() if not _same_shape(stored.get(key), merged.get(key))]
+    if wrong:
+        raise QsdError(f"packed file {path} cannot be read: its merged kernel {min(wrong)} is not one of its model.")
+    for name, kernel in kernels.items():
         kernel.restore(*(merged[f"{name}.{key}"] for key in ("weight", "scale", "bias")))
-    return spiking.to(getattr(torch, settings["dtype"]))
+
+
+def _same_shape(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is not None and second is not None and first.shape == second.shape
 
 
 def read_notes(path: str | Path) -> dict[str, Any]:
@@ -99,7 +127,7 @@ def read_notes(path: str | Path) -> dict[str, Any]:
     Raises:
         QsdError: as `load_packed`.
     """
-    return read_packed(path)[0]["notes"]
+    return read_packed(path)[0].notes
 
 
 def image_notes(data: Any) -> dict[str, Any]:
@@ -182,11 +210,13 @@ def _quantized_kernels(spiking: SpikingNetwork | None) -> dict[str, Convolution]
     return {name: chain.merged for name, chain in spiking.chains().items() if chain.merged is not None}
 
 
-def _settings(spiking: SpikingNetwork) -> dict[str, Any]:
-    return {
-        "delays": {name: neuron.delay for name, neuron in spiking.neurons().items()},
-        "merge": spiking.merge,
-        "merged_bits": spiking.merged_bits,
-        "example": list(spiking.example.shape),
-        "dtype": str(next(spiking.buffers()).dtype).removeprefix("torch."),
-    }
+def _settings(spiking: SpikingNetwork) -> ConversionSettings:
+    return ConversionSettings.model_validate(
+        {
+            "delays": {name: neuron.delay for name, neuron in spiking.neurons().items()},
+            "merge": spiking.merge,
+            "merged_bits": spiking.merged_bits,
+            "example": list(spiking.example.shape),
+            "dtype": str(next(spiking.buffers()).dtype).removeprefix("torch."),
+        }
+    )

@@ -13,7 +13,7 @@ from pydantic import Field
 from qsd.energy import Preset
 from qsd.errors import QsdError
 from qsd.report.options import MergeWord, Stage
-from qsd.schema import Delay, Schema, Share, Size, TimeSteps, parse, read_object
+from qsd.schema import Delay, Schema, Share, Size, TimeSteps, check_version, parse, read_object
 
 VERSION = 1
 REMEDY = "write it again with `qsd convert`"
@@ -343,9 +343,7 @@ class Record(Schema):
             QsdError: If the text is no record, is of a newer version, or has a field that does not fit.
         """
         content = read_object(text, source, REMEDY)
-        version = content.get("version", 0)
-        if isinstance(version, int) and version > VERSION:
-            raise QsdError(f"{source} has version {version}; this qsd reads up to {VERSION}: update it.")
+        check_version(content, VERSION, source)
         return parse(cls, content if "version" in content else _from_first_release(content), source, REMEDY)
 
     @classmethod
