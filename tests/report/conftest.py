@@ -107,3 +107,8 @@ def _delays(time_steps):
 @pytest.fixture
 def made_up_record():
     return _made_up
+
+
+@pytest.fixture(scope="session")
+def made_up_record_once():
+    return _made_up(layers=2).to_dict()
