@@ -7,8 +7,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from qsd.errors import QsdError
 
-__all__ = ["class_folders", "find_images", "list_images"]
-
 
 def class_folders(folder: Path) -> list[str]:
     """The names of the visible folders in a folder, sorted.
@@ -36,7 +34,7 @@ def find_images(path: str) -> list[str]:
     """The image files that a user asks for.
 
     Args:
-        path: a file of any name, or a folder, searched recursively.
+        path: A file of any name, or a folder, searched recursively.
 
     Returns:
         At least one path.
@@ -44,10 +42,10 @@ def find_images(path: str) -> list[str]:
     if os.path.isfile(path):
         return [path]
     if not os.path.isdir(path):
-        raise QsdError(f"predict_path {path} does not exist; give an image file or a folder of images")
+        raise QsdError(f"predict_path {path} does not exist; give an image file or a folder of images.")
     found = list_images(Path(path))
     if not found:
-        raise QsdError(f"predict_path {path} holds no image; known are {', '.join(IMG_EXTENSIONS)}")
+        raise QsdError(f"predict_path {path} holds no image; known are {', '.join(IMG_EXTENSIONS)}.")
     return found
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from qsd.errors import QsdError
+from qsd.layers.renamed import present_name
 
 _EMPTY = "holds no images to {} on, or none of the classes asked for."
 _MISSING = "the {} data need {}, which does not exist; correct data_root, or the data set's ann_file or data_prefix."
@@ -51,7 +52,8 @@ def check_weights(model: nn.Module, checkpoint: str) -> None:
         content = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise QsdError(f"checkpoint {checkpoint} cannot be read.") from error
-    weights = {name.removeprefix("module."): weight for name, weight in content.get("state_dict", content).items()}
+    state = content.get("state_dict", content)
+    weights = {present_name(name.removeprefix("module.")): weight for name, weight in state.items()}
     for name, parameter in model.named_parameters():
         found = weights.get(name.removeprefix("module."))
         if found is None or found.shape != parameter.shape:

@@ -1,4 +1,4 @@
-"""Taking a task out of a checkpoint."""
+"""Tasks and trained networks from files."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from qsd.tasks.hyper_parameters import check_hyper_parameters
 
 
 def load_task(path: str | Path) -> ClassificationTask:
-    """The task of a training's checkpoint, with its network; with weight averaging, of the averaged weights.
+    """The task of a training's checkpoint, with its network; with weight averaging, it has the averaged weights.
 
     Args:
-        path: ``.ckpt`` file that a training of ours wrote, or ``tools/import_checkpoint.py``.
+        path: A ``.ckpt`` file of a training with qsd, or of ``qsd import-checkpoint``.
 
     Raises:
-        QsdError: if the file cannot be read or is something else.
+        QsdError: If the file cannot be read or is something else.
     """
     checkpoint = read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
@@ -44,7 +44,7 @@ def load_trained(path: str | Path) -> tuple[nn.Module, str]:
         path: ``.ckpt`` of a training, or a packed ``.safetensors`` file.
 
     Raises:
-        QsdError: if the file cannot be read, is something else, or holds a model that timm does not know.
+        QsdError: If the file cannot be read, is something else, or holds a model that timm does not know.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
