@@ -370,10 +370,6 @@ def _from_first_release(content: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(conversion, dict) and isinstance(conversion.get("merge"), bool):
         new["conversion"] = {**conversion, "merge": "all" if conversion["merge"] else "none"}
     if isinstance(accuracy, dict):
-        if "metrics" not in accuracy:
-            kind = "classifier"
-        else:
-            names = [str(m.get("name")) for m in accuracy["metrics"] or () if isinstance(m, dict)]
-            kind = "segmenter" if any(name.endswith("mIoU") for name in names) else "detector"
-        new["accuracy"] = {"kind": kind, **accuracy}
+        dense = "segmenter" if "decode_head." in str(content.get("audit")) + str(content.get("neurons")) else "detector"
+        new["accuracy"] = {"kind": dense if "metrics" in accuracy else "classifier", **accuracy}
     return new
