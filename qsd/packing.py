@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
-from qsd.models.checkpoints import STEP_NAMES
+from qsd.layers.steps import is_step_name
 from qsd.models.compact import CompactModel
 from qsd.models.packed_file import MERGED, read_packed, write_packed
 from qsd.models.packed_header import ConversionSettings, PackedHeader, Registered
@@ -173,7 +173,7 @@ def model_size(model: nn.Module) -> ModelSize:
     weights = sum(compact.tensors[name].numel() for name in compact.bits)
     bits = sum(compact.tensors[name].numel() * width for name, width in compact.bits.items())
     rest = [(name, tensor) for name, tensor in compact.tensors.items() if name not in compact.bits]
-    floats = sum(t.numel() for name, t in rest if t.is_floating_point() and not name.endswith(STEP_NAMES))
+    floats = sum(t.numel() for name, t in rest if t.is_floating_point() and not is_step_name(name))
     return ModelSize(
         parameters=compact.parameters,
         float_bytes=4 * (weights + floats),

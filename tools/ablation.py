@@ -8,7 +8,6 @@ network's best checkpoint is chosen on validation images; the test images are lo
 goes on where the first one stopped.
 """
 
-import argparse
 import itertools
 import json
 import logging
@@ -31,7 +30,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qsd import program
 from qsd.errors import QsdError
+from qsd.files import replacing
 
 VARIANTS = {
     (1, False): "binary spikes (T = 1)",
@@ -143,9 +144,8 @@ def train(run: Run, settings: Settings, folder: Path) -> dict[str, Any]:
         result[part] = metrics[f"{part}/accuracy"]
     if not is_teacher:
         Path(checkpoint.best_model_path).unlink()
-    partial = folder / f"{run.name}.part"
-    partial.write_text(json.dumps(result))
-    partial.replace(folder / f"{run.name}.json")
+    with replacing(folder / f"{run.name}.json") as partial:
+        partial.write_text(json.dumps(result))
     return result
 
 
@@ -285,10 +285,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("test accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    partial = path.with_suffix(".part")
-    with mpl.rc_context({"font.size": 9, "svg.hashsalt": "qsd"}):
+    with replacing(path) as partial, mpl.rc_context({"font.size": 9, "svg.hashsalt": "qsd"}):
         figure.savefig(partial, format="svg", metadata={"Date": None})
-    partial.replace(path)
 
 
 def check_settings(settings: Settings, folder: Path) -> None:
@@ -297,34 +295,46 @@ def check_settings(settings: Settings, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists() and json.loads(path.read_text()) != asdict(settings):
         raise QsdError(f"{folder} holds results of other settings ({path.name}); choose another --out.")
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(asdict(settings)))
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(asdict(settings)))
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="of the weights")
+    return program.run("ablation", ablate, args)
+
+
+def ablate(args: list[str]) -> int:
+    """Train all variants, and print and plot the results.
+
+    Args:
+        args: The arguments.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        QsdError: If the folder holds results of other settings.
+    """
+    parser = program.Parser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="number of trainings of each kind")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="bits of the weights")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder for results")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0 trains in this one")
     for name, default in asdict(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     options = vars(parser.parse_args(args))
     seeds, bits, folder, workers = (options.pop(name) for name in ("seeds", "bits", "out", "workers"))
+    del options["traceback"]
     settings = Settings(**options)
     runs = [Run(s, t, b, d) for s, b, (t, d) in itertools.product(range(seeds), bits, VARIANTS)]
+    check_settings(settings, folder)
+    prepare_worker()
     try:
-        check_settings(settings, folder)
-        prepare_worker()
         results = run_all(runs, settings, folder, workers)
-        plot(results, folder / "ablation.svg")
-    except (QsdError, OSError) as error:
-        print(f"ablation: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
+        return program.INTERRUPTED
+    plot(results, folder / "ablation.svg")
     Console().print(table_of(results, settings))
     print(f"plot: {folder / 'ablation.svg'}")
     return 0

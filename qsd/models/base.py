@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import QuantLinear
-from qsd.models.checkpoints import STEP_NAMES
+from qsd.layers.steps import is_step_name
 
 
 class ImageClassifier(nn.Module):
@@ -196,5 +196,5 @@ class ImageClassifier(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay must not touch: step sizes and layer scales."""
-        exempt = (*STEP_NAMES, ".layer_scale.gamma")
-        return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
+        names = [name for name, _ in self.named_parameters()]
+        return {name for name in names if is_step_name(name) or name.endswith(".layer_scale.gamma")}

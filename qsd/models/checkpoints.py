@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
 from qsd.layers.renamed import present_name, rename_parameters
+from qsd.layers.steps import is_step_name
 from qsd.models.packed_file import MERGED, is_packed, read_packed
 from qsd.models.reference import StateDict, convert_reference, is_reference, shortened
 from qsd.quantizers import on_grid
@@ -31,8 +32,6 @@ _HARMLESS: list[Any] = [
     *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
 ]
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
-# How the names of learned steps end, of weights and of neurons: a float network has none.
-STEP_NAMES = (".step", ".ceiling")
 
 
 def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> None:
@@ -168,8 +167,8 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
         optional = head
         state = {name: tensor for name, tensor in state.items() if name not in head}
     # A float network has no step sizes, and neither has a checkpoint of a float network.
-    steps = {name for name in expected if name.endswith(STEP_NAMES)}
-    state = {name: t for name, t in state.items() if name in expected or not name.endswith(STEP_NAMES)}
+    steps = {name for name in expected if is_step_name(name)}
+    state = {name: t for name, t in state.items() if name in expected or not is_step_name(name)}
     counters = {name for name in expected if name.endswith(".num_batches_tracked")}
     check_weights(state, expected, source, may_lack=optional | steps | counters)
     model.load_state_dict(state, strict=False)
@@ -207,7 +206,7 @@ def check_weights(
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise QsdError(f"{source} has weights that are not finite: {shortened(broken)}; it cannot be used.")
-    bad = [name for name, t in state.items() if name.endswith(STEP_NAMES) and not bool((t > 0).all())]
+    bad = [name for name, t in state.items() if is_step_name(name) and not bool((t > 0).all())]
     if bad:
         raise QsdError(f"{source} has step sizes that are not positive: {shortened(bad)}; it cannot be used.")
 

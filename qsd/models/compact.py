@@ -14,7 +14,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.layers.renamed import rename_parameters
-from qsd.models.checkpoints import STEP_NAMES, check_weights
+from qsd.layers.steps import is_step_name
+from qsd.models.checkpoints import check_weights
 from qsd.quantizers import on_grid
 
 # A constructor may register a parameter more than once, and a file holds at least one tensor per layer.
@@ -66,7 +67,7 @@ class CompactModel:
             # Times step and over step they stay what they are, in bfloat16 too: its 8 digits suffice for 8 bits.
             tensors[f"{name}.weight"] = layer.quantizer.integers(layer.weight).cpu()
             bits[f"{name}.weight"] = layer.quantizer.bits
-        parameters = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(STEP_NAMES))
+        parameters = sum(p.numel() for name, p in model.named_parameters() if not is_step_name(name))
         compact = cls(tensors, bits, _time_steps(model), None, parameters)
         compact.registered = _registration(model, compact)
         return compact

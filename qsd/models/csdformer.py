@@ -17,9 +17,10 @@ from qsd.functional import drop_path
 from qsd.layers import Mlp, NReluSelfAttention, SpikeMaxPool2d, TokenMean, TokenMeanLinear, conv_norm, recompute
 from qsd.layers.attention import ScoreKind
 from qsd.models.base import ImageClassifier
-from qsd.neurons import build_neuron
+from qsd.neurons import build_neuron, neuron_kinds
 
-Activation = Literal["lsq", "qcfs", "relu"]
+# "relu", or a kind of neuron with a learned step.
+Activation = str
 
 
 class PooledConv(nn.Module):
@@ -89,7 +90,8 @@ class CsdFormer(ImageClassifier):
         in_chans: channels of the image.
         time_steps: T, the most spikes a neuron fires per image; 0 or ``None`` for ReLUs instead of neurons.
         weight_bits: 2 to 8, or 0 or ``None`` for float weights, the paper's choice.
-        activation: ``"lsq"`` (a learned step, the paper's choice), ``"qcfs"``, or ``"relu"`` for the float network.
+        activation: ``"lsq"`` (a learned step, the paper's choice), ``"qcfs"``, ``"relu"`` for the float network, or a
+            kind of learned step of one's own, see `qsd.neurons.register_neuron`.
         attention: ``"nrelu"``, or ``"softmax"`` in a float network.
         strides: of the four max-pools, 1 for none; ``(1, 1, 2, 2)`` suits images of 32 pixels.
         drop_rate: dropout in front of the classifier.
@@ -119,8 +121,10 @@ class CsdFormer(ImageClassifier):
         drop_path_rate: float = 0.0,
         global_pool: Literal["avg"] = "avg",
     ) -> None:
-        if activation not in ("lsq", "qcfs", "relu"):
-            raise QsdError(f"activation={activation!r} is unknown; use 'lsq', 'qcfs' or 'relu'.")
+        learned = [kind for kind in neuron_kinds() if kind != "fixed"]
+        if activation not in (*learned, "relu"):
+            names = ", ".join(repr(kind) for kind in learned)
+            raise QsdError(f"activation={activation!r} is unknown; use {names} or 'relu'.")
         if not isinstance(embed_dims, int) or embed_dims < 8 or embed_dims % 8:
             raise QsdError(f"embed_dims={embed_dims!r} is no positive multiple of 8.")
         if depth < 1:
