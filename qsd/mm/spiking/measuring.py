@@ -23,8 +23,9 @@ from qsd.mm.spiking.model import Batch, ConvertedModel, convert_model, predict, 
 from qsd.mm.spiking.segments import dense_head
 from qsd.packing import ModelSize, load_packed, model_size, save_packed
 from qsd.report import ConversionOptions, Origin, Record
+from qsd.report.costs import EnergyTotals
 from qsd.report.measuring import Measurements, measure, write_measured
-from qsd.report.record import DenseAccuracy, EnergyTotals, Metric, Segment
+from qsd.report.record import DenseAccuracy, Metric, Segment
 from qsd.spiking import Audit
 
 STAGES = ("compare", "activity", "audit", "energy")
