@@ -12,8 +12,9 @@ from pydantic import Field
 
 from qsd.errors import QsdError
 from qsd.report.costs import Count, EnergyRecord, EnergyTotals, Sizes
-from qsd.report.options import MergeWord, Stage
+from qsd.report.options import Stage
 from qsd.schema import Delay, Schema, Share, Size, TimeSteps, check_version, parse, read_object
+from qsd.spiking.merging import MergeChoice
 
 VERSION = 1
 REMEDY = "write it again with `qsd convert`"
@@ -51,7 +52,7 @@ class Data(Schema):
 class Settings(Schema):
     """How the network was converted; see `qsd.report.ConversionOptions`."""
 
-    merge: MergeWord
+    merge: MergeChoice
     merged_bits: Annotated[int, Field(ge=2, le=16)] | None
     delay: Delay | dict[str, Delay] | None
 
