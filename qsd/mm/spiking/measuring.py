@@ -122,7 +122,7 @@ class DetectorMeasurements(Measurements):
         return list(next(iter(self.images))["inputs"][0].shape)
 
     def convert(self, trained: Any, delay: int | dict[str, int] | None) -> ConvertedModel:
-        return convert_model(trained, delay, self.options.merge_rule, self.options.merged_bits)
+        return convert_model(trained, delay, self.options.merge, self.options.merged_bits)
 
     def accuracy(self, count: Callable[[str, Tensor], None]) -> DenseAccuracy:
         """Metrics of the trained and the spiking model; the inputs of each segment are counted on the way."""
