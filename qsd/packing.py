@@ -27,18 +27,18 @@ _MERGE_FLAGS = {"all": True, "none": False}
 def save_packed(model: nn.Module, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
     """Store a quantized or a spiking network at its real precision.
 
-    Loaded again, a quantized network gives the same logits, bit for bit, and can be trained further: its weights are
-    then the quantized ones (where between two grid points they were is not kept). A spiking network is converted again
-    from what it was converted from, to the same bits; its delays are stored as they are now. With ``merged_bits`` the
-    integers of the merged kernels are stored too.
+    Loaded again, a quantized network gives the same logits, bit for bit, and can be trained further, from its quantized
+    weights (their former values between two grid points are not stored). A spiking network is stored as the trained
+    network, and the same conversion is repeated when it is loaded; its delays are stored as they are now. With
+    ``merged_bits`` the integers of the merged kernels are stored too.
 
     Args:
-        model: of ours, or built from our layers; or what `qsd.to_spike_driven` returned.
-        path: file to write; one that exists is replaced.
-        notes: further facts to keep, as JSON: names of classes, normalisation. `read_notes` returns them.
+        model: Network of this package, or built from its layers, or converted by `qsd.to_spike_driven`.
+        path: File to write; one that exists is replaced.
+        notes: Further facts to store, as JSON: names of classes, normalisation. `read_notes` returns them.
 
     Raises:
-        QsdError: if the file cannot be written, the notes are no JSON, or weights are not finite.
+        QsdError: If the file cannot be written, the notes are no JSON, or weights are not finite.
     """
     spiking = model if isinstance(model, SpikingNetwork) else None
     compact = CompactModel.of(model) if spiking is None else spiking.trained
@@ -66,15 +66,15 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> Any:
     """Load what `save_packed` stored.
 
     Args:
-        path: the file.
-        model: a model of the same structure to load into, for models that timm does not know; those that are
-            registered are built.
+        path: The file.
+        model: A model of the same structure to load into, for models that timm does not know; registered ones are
+            built.
 
     Returns:
         A quantized model in evaluation mode, or a `SpikingNetwork`.
 
     Raises:
-        QsdError: if the file is missing, damaged, no packed file or of a newer version; or it does not fit the model.
+        QsdError: If the file is missing, damaged, no packed file or of a newer version; or it does not fit the model.
     """
     header, tensors = read_packed(path)
     merged = {name.removeprefix(MERGED): tensors.pop(name) for name in [*tensors] if name.startswith(MERGED)}
@@ -123,19 +123,19 @@ def read_notes(path: str | Path) -> dict[str, Any]:
     """The notes that `save_packed` was given.
 
     Args:
-        path: the file.
+        path: The file.
 
     Raises:
-        QsdError: as `load_packed`.
+        QsdError: As `load_packed`.
     """
     return read_packed(path)[0].notes
 
 
 def image_notes(data: Any) -> dict[str, Any]:
-    """Notes of what a user of a file needs to know of the images: classes, normalisation, size and crop.
+    """Facts about the images that a user of a file needs: classes, normalisation, size and crop.
 
     Args:
-        data: a data module, such as `qsd.data.ImageData`; what it does not tell is left out.
+        data: A data module, such as `qsd.data.ImageData`; facts that it does not have are left out.
     """
     keys = ("class_names", "mean", "std", "img_size", "crop_pct", "interpolation")
     facts = {key: getattr(data, key, None) for key in keys}
@@ -144,16 +144,16 @@ def image_notes(data: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a network takes, in bytes, without a file's header and before a file is deflated.
+    """Sizes of a network in bytes, without a file's header and before compression.
 
     Attributes:
-        parameters: number of parameters, step sizes not counted.
-        float_bytes: parameters and statistics of the network with float weights, at 4 bytes each.
-        packed_bytes: quantized weights at their bit width, step sizes and the rest in their own type.
-        converted_bytes: the network of binary spikes, norms folded in: weights at their bit width, one scale and one
+        parameters: Number of parameters, step sizes not counted.
+        float_bytes: Parameters and statistics of the network with float weights, at 4 bytes each.
+        packed_bytes: Quantized weights at their bit width, step sizes and the rest in their own type.
+        converted_bytes: The network of binary spikes, norms folded in: weights at their bit width, one scale and one
             bias by output channel at 4 bytes; merged kernels at ``merged_bits`` or, without, at 4 bytes a weight.
             ``None`` for a trained network.
-        float_equivalents: the papers' figure, parameters times bits over 32; neither a count nor bytes.
+        float_equivalents: The papers' figure, parameters times bits over 32; neither a count nor bytes.
     """
 
     parameters: int
@@ -167,7 +167,7 @@ def model_size(model: nn.Module) -> ModelSize:
     """Sizes of a quantized or a spiking network.
 
     Args:
-        model: of ours, or built from our layers; or what `qsd.to_spike_driven` returned.
+        model: Network of this package, or built from its layers, or converted by `qsd.to_spike_driven`.
     """
     spiking = model if isinstance(model, SpikingNetwork) else None
     compact = CompactModel.of(model) if spiking is None else spiking.trained
