@@ -15,7 +15,7 @@ from qsd.distillation.attention import AttentionMaps, AttentionRecorder, Product
 from qsd.errors import QsdError
 from qsd.layers import LinearChain
 from qsd.models.checkpoints import load_weights, read_checkpoint, read_state_dict
-from qsd.spiking.rules import fold_norms
+from qsd.spiking.merging import fold_norms
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 

@@ -35,10 +35,9 @@ def check_target(spiking: SpikingNetwork, path: Path) -> None:
     """
     if not path.parent.is_dir():
         raise QsdError(f"the folder {path.parent} does not exist; make it first.")
-    early = next((name for name, neuron in spiking.neurons().items() if neuron.delay < spiking.time_steps - 1), None)
-    if early is not None:
+    if (early := spiking.early_neuron()) is not None:
         raise QsdError(
-            f"neuron {early} fires before its input is complete, and a file without time steps cannot express that; "
+            f"neuron {early.name} fires before its input is complete, which a file without time steps cannot express; "
             "convert with the lossless delays, delay=None."
         )
 
@@ -159,7 +158,9 @@ class _NeuronNode(_LayerNode):
     def forward(self, *inputs: Any) -> Tensor:
         x, scale = inputs if len(inputs) == 2 else (*inputs, 1.0)
         neuron = self.layer
-        counts = self.node((x,), torch.uint8, threshold=float(neuron.threshold / scale))
+        threshold = neuron.threshold_at(scale)
+        # Neurons with a threshold each have no single number for it. A writer of theirs asks the layer.
+        counts = self.node((x,), torch.uint8, threshold=0.0 if isinstance(threshold, Tensor) else float(threshold))
         return counts.float() * neuron.amplitude if neuron.scaled else counts
 
     def step_size(self, features: int) -> float:
@@ -175,7 +176,7 @@ class LayerCall:
         layer: The converted layer.
         inputs: Names of the values that it gets.
         output: Name of the value that it gives.
-        threshold: Threshold of a neuron, in units of its input; 0 for other layers.
+        threshold: The one threshold of a layer of neurons, in units of its input; 0 for other layers.
     """
 
     layer: Any

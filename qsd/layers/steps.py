@@ -1,13 +1,12 @@
 """Step sizes, the learned parameters of weight quantizers and of neurons: finding them and setting them from data."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qsd.layers.recompute import frozen_statistics
-from qsd.neurons import LearnedStepNeuron
+from qsd.neurons import FloatNeuron, LearnedStepNeuron, SpikeNeuron
 from qsd.quantizers import StepSizeQuantizer
 
 
@@ -20,24 +19,37 @@ def learned_steps(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, module in model.named_modules()
-        if isinstance(module, StepSizeQuantizer | LearnedStepNeuron)
+        if isinstance(module, StepSizeQuantizer | SpikeNeuron)
         for parameter in module.parameters(recurse=False)
     }
 
 
-def is_step_name(name: str) -> bool:
-    """Whether a name of a state dict is that of a learned step, where the modules themselves are not at hand.
+def step_names(model: nn.Module) -> set[str]:
+    """The dotted names of all parameters that are step sizes: those that a quantizer or a neuron owns.
 
     Args:
-        name: Dotted name of a tensor.
+        model: Any module.
     """
-    return name.rpartition(".")[2] in {StepSizeQuantizer.step_name, *_step_names(LearnedStepNeuron)}
+    return {
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        if isinstance(module, StepSizeQuantizer | SpikeNeuron)
+        for key, _ in module.named_parameters(recurse=False)
+    }
 
 
-def _step_names(neuron: type[LearnedStepNeuron]) -> Iterator[str]:
-    yield neuron.step_name
-    for kind in neuron.__subclasses__():
-        yield from _step_names(kind)
+def has_no_step(model: nn.Module, name: str) -> bool:
+    """Whether a name is that of a step size which the model lacks because this part of it computes with floats.
+
+    Args:
+        model: Any module.
+        name: Dotted name of a tensor that the model does not have.
+    """
+    owner = name.rpartition(".")[0]
+    modules = dict(model.named_modules())
+    if owner not in modules and owner.endswith(".quantizer"):
+        return hasattr(modules.get(owner.removesuffix(".quantizer")), "quantizer")
+    return isinstance(modules.get(owner), FloatNeuron | SpikeNeuron | nn.Identity)
 
 
 def collapsed_step(model: nn.Module) -> tuple[str, float] | None:

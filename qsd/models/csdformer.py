@@ -1,4 +1,4 @@
-"""CSDformer: a transformer in which nothing resists conversion to binary spikes.
+"""CSDformer: a transformer designed for lossless conversion to binary spikes.
 
 Zhang et al., "CSDformer: A Conversion Method for Fully Spike-Driven Transformer", 2025
 (https://arxiv.org/abs/2509.17461). The skeleton is Spikingformer's, by the paper's parameter counts: a convolutional
@@ -19,7 +19,7 @@ from qsd.layers.attention import ScoreKind
 from qsd.models.base import ImageClassifier
 from qsd.neurons import build_neuron, neuron_kinds
 
-# "relu", or a kind of neuron with a learned step.
+# A kind of neuron with a learned step (see `qsd.neurons.register_neuron`), or ``"relu"`` for the float network.
 Activation = str
 
 
@@ -27,10 +27,10 @@ class PooledConv(nn.Module):
     """A stage of the tokenizer: neuron, max-pool of the spike counts (if it has a stride), 3x3 convolution and norm.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        stride: of the pool, 1 for none.
-        kinds: arguments ``time_steps``, ``weight_bits`` and ``neurons``.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the pool, 1 for none.
+        kinds: Arguments ``time_steps``, ``weight_bits`` and ``neurons``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, kinds: dict[str, Any]) -> None:
@@ -48,12 +48,12 @@ class CsdBlock(nn.Module):
     """Residual attention and residual MLP.
 
     Args:
-        dim: channels.
-        num_heads: attention heads.
-        mlp_ratio: channels inside the MLP, over ``dim``.
-        attention: see `NReluSelfAttention`.
-        drop_path_rate: probability of dropping a branch in training, per image.
-        kinds: arguments ``time_steps``, ``weight_bits`` and ``neurons``.
+        dim: Number of channels.
+        num_heads: Number of attention heads.
+        mlp_ratio: Channels inside the MLP, over ``dim``.
+        attention: ``"nrelu"`` or ``"softmax"``, see `NReluSelfAttention`.
+        drop_path_rate: Probability of dropping a branch in training, per image.
+        kinds: Arguments ``time_steps``, ``weight_bits`` and ``neurons``.
     """
 
     def __init__(
@@ -79,27 +79,27 @@ class CsdBlock(nn.Module):
 class CsdFormer(ImageClassifier):
     """CSDformer for images ``[B, in_chans, H, W]``, any size and shape from the total stride upwards.
 
-    There is no positional embedding. All blocks work on one grid of tokens, which the tokenizer's pools leave.
+    There is no positional embedding. All blocks work on one grid of tokens, the output of the tokenizer's pools.
 
     Args:
-        embed_dims: channels D of the blocks; the tokenizer's five convolutions have D/8, D/4, D/2, D and D.
-        depth: transformer blocks.
-        num_heads: attention heads.
-        mlp_ratio: channels inside the MLPs, over D.
-        num_classes: outputs of the classifier; 0 removes it.
-        in_chans: channels of the image.
-        time_steps: T, the most spikes a neuron fires per image; 0 or ``None`` for ReLUs instead of neurons.
+        embed_dims: Channels D of the blocks; the tokenizer's five convolutions have D/8, D/4, D/2, D and D.
+        depth: Number of transformer blocks.
+        num_heads: Number of attention heads.
+        mlp_ratio: Channels inside the MLPs, over D.
+        num_classes: Outputs of the classifier; 0 removes it.
+        in_chans: Channels of the image.
+        time_steps: T, the largest spike count of a neuron per image; 0 or ``None`` for ReLUs instead of neurons.
         weight_bits: 2 to 8, or 0 or ``None`` for float weights, the paper's choice.
         activation: ``"lsq"`` (a learned step, the paper's choice), ``"qcfs"``, ``"relu"`` for the float network, or a
             kind of learned step of one's own, see `qsd.neurons.register_neuron`.
         attention: ``"nrelu"``, or ``"softmax"`` in a float network.
-        strides: of the four max-pools, 1 for none; ``(1, 1, 2, 2)`` suits images of 32 pixels.
-        drop_rate: dropout in front of the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        global_pool: ``"avg"``; here for timm's sake.
+        strides: Strides of the four max-pools, 1 for none; ``(1, 1, 2, 2)`` suits images of 32 pixels.
+        drop_rate: Dropout in front of the classifier.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        global_pool: ``"avg"``, the only choice; part of timm's contract.
 
     Raises:
-        QsdError: for sizes that do not fit together.
+        QsdError: For sizes that do not fit together.
     """
 
     features_name = "blocks"
@@ -174,8 +174,8 @@ class CsdFormer(ImageClassifier):
         """Features ``[B, C, H', W']`` to logits ``[B, num_classes]``.
 
         Args:
-            x: what `forward_features` returns.
-            pre_logits: stop in front of the classifier, at the mean over the tokens ``[B, C]``.
+            x: Output of `forward_features`.
+            pre_logits: Whether to stop in front of the classifier, at the mean over the tokens ``[B, C]``.
         """
         x = self.head_neuron(x)
         if pre_logits or self.num_classes == 0:
@@ -186,7 +186,7 @@ class CsdFormer(ImageClassifier):
         """Regular expressions that sort parameters into groups by depth, for layer-wise learning rates.
 
         Args:
-            coarse: one group for all blocks.
+            coarse: Whether to form one group for all blocks.
         """
         return {"stem": r"^stem", "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)"}
 
@@ -194,6 +194,6 @@ class CsdFormer(ImageClassifier):
         """Recompute each block in the backward pass instead of keeping its activations.
 
         Args:
-            enable: switch it on or off.
+            enable: Whether to switch it on or off.
         """
         self.grad_checkpointing = enable
