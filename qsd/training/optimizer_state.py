@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from qsd.errors import QsdError
 from qsd.layers.renamed import present_name
-from qsd.layers.steps import is_step_name
+from qsd.layers.steps import step_names
 
 Group = dict[str, Any]
 _NAMES, _TYPE = "param_names", "optimizer"
@@ -94,7 +94,7 @@ def _check_type(state: Mapping[str, Any], optimizer: Optimizer) -> None:
         )
 
 
-def add_names(state: dict[str, Any], tensors: Iterable[str], optimizer: Optimizer, prefix: str = "") -> None:
+def add_names(state: dict[str, Any], tensors: Iterable[str], optimizer: Optimizer, model: nn.Module) -> None:
     """Add the names of parameters to an optimizer state of version 0.1.0, in place. A state with names stays as it is.
 
     In version 0.1.0 the groups were filled in the order of the model's parameters, which is the order of its state
@@ -104,7 +104,7 @@ def add_names(state: dict[str, Any], tensors: Iterable[str], optimizer: Optimize
         state: State of the optimizer in the file.
         tensors: Names of the file's state dict, in its order.
         optimizer: The optimizer of this training, after `restore_by_name`.
-        prefix: Prefix of the names in the file that the names in the optimizer lack.
+        model: The model whose parameters it updates.
 
     Raises:
         QsdError: If not exactly one order agrees with the state.
@@ -113,13 +113,13 @@ def add_names(state: dict[str, Any], tensors: Iterable[str], optimizer: Optimize
     if all(_NAMES in group for group in groups):
         return
     _check_type(state, optimizer)
-    place = {present_name(name.removeprefix(prefix)): index for index, name in enumerate(tensors)}
+    place = {present_name(name): index for index, name in enumerate(tensors)}
     current = [dict(zip(group[_NAMES], group["params"])) for group in optimizer.param_groups]
     unknown = [name for group in current for name in group if name not in place]
     if unknown:
         raise _other_groups(unknown)
     current = [dict(sorted(group.items(), key=lambda item: place[item[0]])) for group in current]
-    orders = {tuple(tuple(group) for group in order): order for order in _orders(current, place)}
+    orders = {tuple(tuple(group) for group in order): order for order in _orders(current, place, step_names(model))}
     agreeing = [order for order in orders.values() if _agrees(groups, state["state"], order)]
     if len(agreeing) != 1:
         raise QsdError(
@@ -130,12 +130,15 @@ def add_names(state: dict[str, Any], tensors: Iterable[str], optimizer: Optimize
         group[_NAMES] = list(names)
 
 
-def _orders(current: list[dict[str, Tensor]], place: Mapping[str, int]) -> Iterator[list[dict[str, Tensor]]]:
+def _orders(
+    current: list[dict[str, Tensor]], place: Mapping[str, int], steps: set[str]
+) -> Iterator[list[dict[str, Tensor]]]:
     """The orders in which version 0.1.0 may have passed groups to an optimizer.
 
     Args:
         current: Groups of today, each in the order of that version.
         place: Position of each parameter in the file.
+        steps: Names of step sizes.
     """
 
     def first(groups: list[dict[str, Tensor]]) -> int:
@@ -147,7 +150,7 @@ def _orders(current: list[dict[str, Tensor]], place: Mapping[str, int]) -> Itera
     # By first parameter, where the step sizes of a layer follow its other parameters: classifiers with layer decay.
     layers: list[list[dict[str, Tensor]]] = []
     for group in current:
-        if layers and len(layers[-1]) == 1 and all(map(is_step_name, group)):
+        if layers and len(layers[-1]) == 1 and group.keys() <= steps:
             layers[-1].append(group)
         else:
             layers.append([group])

@@ -79,7 +79,7 @@ def test_names_follow_from_the_order_of_the_state_dict():
     after = Pair(["second", "first"])
     resumed = create_optimizer_v2(groups(after), opt="adamw", lr=0.01)
     restore_by_name(resumed, after)
-    add_names(state, before.state_dict(), resumed)
+    add_names(state, before.state_dict(), resumed, after)
     resumed.load_state_dict(state)
     for key, parameter in after.named_parameters():
         assert torch.equal(resumed.state[parameter]["exp_avg"], moments[key]), key
@@ -115,7 +115,7 @@ def test_names_follow_for_groups_by_layer():
         "state": {i: {"exp_avg": moments[name], "step": torch.tensor(1.0)} for i, name in enumerate(order)},
         "param_groups": [{**options, "params": [next(counters) for _ in names]} for names in saved],
     }
-    add_names(state, old, resumed)
+    add_names(state, old, resumed, model)
     resumed.load_state_dict(state)
     for name, moment in moments.items():
         assert torch.equal(resumed.state[named[name]]["exp_avg"], moment), name
@@ -130,7 +130,7 @@ def test_the_state_of_another_optimizer_is_refused(saved, current):
     other = create_optimizer_v2(groups(model), opt=current, lr=0.01)
     restore_by_name(other, model)
     with pytest.raises(QsdError, match="another optimizer"):
-        add_names(without_names(optimizer), model.state_dict(), other)
+        add_names(without_names(optimizer), model.state_dict(), other, model)
 
 
 def test_other_groups_are_refused():

@@ -28,4 +28,4 @@ class OptimizerStateHook(Hook):
         """Add the names to a file of version 0.1.0, if its training goes on."""
         optimizer = getattr(runner.optim_wrapper, "optimizer", None)
         if runner._resume and optimizer is not None and "optimizer" in checkpoint:
-            add_names(checkpoint["optimizer"], checkpoint["state_dict"], optimizer)
+            add_names(checkpoint["optimizer"], checkpoint["state_dict"], optimizer, unwrapped(runner.model))
