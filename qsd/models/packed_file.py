@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qsd.errors import QsdError
 from qsd.files import replacing
+from qsd.layers.renamed import former_name
 from qsd.models.packed_header import PackedHeader, PackedTensor, read_header
 
 KEY = "qsd"
@@ -56,7 +57,8 @@ def write_packed(
         raise QsdError(f"notes that are stored in a file must be JSON, and these are no JSON: {error}.") from error
     with replacing(path) as partial:
         try:
-            safetensors.torch.save_file({**tensors, **streams}, partial, {KEY: text})
+            named = {former_name(name): tensor for name, tensor in tensors.items()}
+            safetensors.torch.save_file({**named, **streams}, partial, {KEY: text})
         except SafetensorError as error:
             raise OSError(error) from error
 

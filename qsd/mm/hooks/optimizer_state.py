@@ -29,7 +29,7 @@ class OptimizerStateHook(Hook):
         """Add the names to a file of version 0.1.0, if its training goes on."""
         optimizer = _optimizer(runner)
         if runner._resume and optimizer is not None and "optimizer" in checkpoint:
-            add_names(checkpoint["optimizer"], checkpoint["state_dict"], optimizer)
+            add_names(checkpoint["optimizer"], checkpoint["state_dict"], optimizer, unwrapped(runner.model))
 
 
 def _optimizer(runner: Runner) -> Any:
