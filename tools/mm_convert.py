@@ -16,7 +16,7 @@ from qsd import QsdError, report
 
 try:
     from qsd.mm import command
-    from qsd.mm.prediction import load_model
+    from qsd.mm.loading import load_model
     from qsd.mm.recording import FILES, STAGES, Scenes, load_scenes, write_model
 except QsdError as error:
     print(f"mm_convert: error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from qsd.cli import main as qsd
 
 try:
     from qsd.mm import command
-    from qsd.mm.prediction import draw_predictions
+    from qsd.mm.drawing import draw_predictions
 except QsdError as error:
     print(f"mm_demo: error: {error}", file=sys.stderr)
     sys.exit(2)

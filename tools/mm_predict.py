@@ -11,7 +11,7 @@ from qsd import QsdError
 
 try:
     from qsd.mm import command
-    from qsd.mm.prediction import draw_predictions
+    from qsd.mm.drawing import draw_predictions
 except QsdError as error:
     print(f"mm_predict: error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -16,6 +16,7 @@ from torch import distributed
 from qsd.errors import QsdError
 from qsd.mm import ops
 from qsd.mm.checks import check_data, check_weights
+from qsd.mm.loading import move_data
 
 # Mistakes of the user; Config raises the others for files that are no configurations and keys that do not exist.
 _USER_ERRORS = (QsdError, OSError, torch.OutOfMemoryError)
@@ -150,34 +151,6 @@ def load_config(options: argparse.Namespace, framework: str) -> Config:
     if options.launcher != "none":  # elsewhere it would make Lightning, in this process, wait for others
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     return config
-
-
-def move_data(config: Config, old: str, new: str) -> None:
-    """Change the data's folder wherever a configuration uses it.
-
-    Args:
-        config: which is changed.
-        old: its ``data_root``.
-        new: the folder that takes its place.
-
-    Raises:
-        QsdError: if there is no such folder.
-    """
-    old, new = str(old).rstrip("/"), str(new).rstrip("/")
-    if not Path(new).is_dir():
-        raise QsdError(f"the data's folder {new} does not exist; give yours with --cfg-options data_root=DIR")
-    if new != old:
-        config.merge_from_dict(_replace_prefix(config.to_dict(), old, new))
-
-
-def _replace_prefix(value: Any, old: str, new: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _replace_prefix(item, old, new) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_replace_prefix(item, old, new) for item in value)
-    if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
-        return new + value[len(old) :]
-    return value
 
 
 def build_runner(config: Config, parts: tuple[str, ...]) -> Runner:

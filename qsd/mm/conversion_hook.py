@@ -14,8 +14,7 @@ from rich.console import Console
 from qsd import report
 from qsd.errors import QsdError
 from qsd.mm.conversion import convert_model
-from qsd.mm.hooks import unwrapped
-from qsd.mm.prediction import build_model, load_model
+from qsd.mm.loading import build_model, load_model, unwrapped
 from qsd.mm.recording import STAGES, Scenes, write_model
 from qsd.neurons import SpikeNeuron
 from qsd.report.processes import from_first_process

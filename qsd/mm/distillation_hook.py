@@ -12,8 +12,7 @@ from qsd.distillation import AttentionRecorder, Teacher, attention_loss, build_t
 from qsd.distillation.schedule import Weight, weight_at, weight_points
 from qsd.distillation.teacher import both_statistics
 from qsd.errors import QsdError
-from qsd.mm.hooks import unwrapped
-from qsd.mm.prediction import load_model
+from qsd.mm.loading import load_model, unwrapped
 
 _SCALE = 255.0  # grey levels in full scale: OpenMMLab normalises by the former
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
 from qsd.errors import QsdError
+from qsd.mm.loading import unwrapped
 from qsd.models.diagnosis import collapsed_step
 from qsd.neurons import SpikeNeuron
 
@@ -98,15 +98,6 @@ class SpikeStatisticsHook(Hook):
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Put the rates among the metrics."""
         self._finish(runner, "test", metrics)
-
-
-def unwrapped(model: Any) -> Any:
-    """The model itself, within what distributes it.
-
-    Args:
-        model: a Runner's.
-    """
-    return model.module if is_model_wrapper(model) else model
 
 
 def _neurons(runner: Runner) -> dict[str, SpikeNeuron]:

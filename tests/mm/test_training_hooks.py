@@ -16,7 +16,7 @@ from qsd import QsdError
 from qsd.distillation import AttentionRecorder, attention_loss
 from qsd.mm import ConvertToSpikeDrivenHook, DistillationHook
 from qsd.mm.command import build_runner
-from qsd.mm.prediction import load_model
+from qsd.mm.loading import load_model
 from qsd.report import FILES
 from tests.helpers import CONFIGS
 
