@@ -64,19 +64,6 @@ def write_packed(
         partial.unlink(missing_ok=True)
 
 
-def is_packed(path: str | Path) -> bool:
-    """Whether a file is a packed one; anything else, and what cannot be read, is not.
-
-    Args:
-        path: of the file.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return KEY in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
-
-
 def read_packed(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a packed file; integers come as int8 (int16 beyond 8 bits).
 

@@ -1,12 +1,15 @@
 """Taking a task out of a checkpoint."""
 
+import inspect
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.models.checkpoints import read_checkpoint
+from qsd.models.registered import check_depth, model_of_file
 from qsd.packing import load_packed
+from qsd.reading import part_of
 from qsd.spiking import SpikingNetwork
 from qsd.tasks.classification import ClassificationTask
 
@@ -21,15 +24,26 @@ def load_task(path: str | Path) -> ClassificationTask:
         QsdError: if the file cannot be read or is something else.
     """
     checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint.get("hyper_parameters", {}):
+    saved = part_of(checkpoint, "hyper_parameters", dict, path, {})
+    if "model" not in saved:
         raise QsdError(
             f"{path} is no checkpoint of a training with qsd: it does not say which model its weights are of."
         )
+    state = part_of(checkpoint, "state_dict", dict, path)
+    name, arguments = model_of_file(str(path), saved["model"], saved.get("model_args"))
+    check_depth(str(path), arguments, {key: value for key, value in state.items() if isinstance(value, Tensor)})
+    known = inspect.signature(ClassificationTask).parameters
+    settings = {key: value for key, value in saved.items() if key in known}
+    settings |= {"model": name, "model_args": arguments, "init_from": None}  # weights come from this file alone
     try:
-        return ClassificationTask.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        task = ClassificationTask(**settings)
+        task.configure_model()
+        task.on_load_checkpoint(checkpoint)
+        task.load_state_dict(state)
+        return task
     except QsdError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise QsdError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
