@@ -8,6 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute instead of showing it
+
 
 class PredictionWriter(BasePredictionWriter):
     """Write ``predictions.csv`` (image, class, probability) as predictions come in.
@@ -29,7 +31,7 @@ class PredictionWriter(BasePredictionWriter):
         path = self._path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = path.with_suffix(".part")
-        with self._partial.open("w", newline="") as file:
+        with self._open("w") as file:
             csv.writer(file).writerow(["image", "class", "probability"])
 
     def write_on_batch_end(
@@ -45,10 +47,13 @@ class PredictionWriter(BasePredictionWriter):
         """Append the rows of a batch."""
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         probabilities, classes = prediction["probabilities"].max(dim=-1)
-        assert self._partial is not None
-        with self._partial.open("a", newline="") as file:
+        with self._open("a") as file:
             for image, label, probability in zip(prediction["name"], classes.tolist(), probabilities.tolist()):
-                csv.writer(file).writerow([image, names[label] if names else label, f"{probability:.4f}"])
+                # A path stays the path of the same file, a class name gets the mark that spreadsheets use for texts.
+                path = f"./{image}" if image.startswith(_FORMULA) else image
+                name = names[label] if names else str(label)
+                name = f"'{name}" if name.startswith(_FORMULA) else name
+                csv.writer(file).writerow([path, name, f"{probability:.4f}"])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the complete file its name."""
@@ -60,6 +65,11 @@ class PredictionWriter(BasePredictionWriter):
         """Leave nothing half-written behind."""
         if self._partial is not None:
             self._partial.unlink(missing_ok=True)
+
+    def _open(self, mode: str) -> Any:
+        assert self._partial is not None
+        # File names may hold bytes that are no UTF-8; escaped, the table stays readable for other programs.
+        return self._partial.open(mode, newline="", encoding="utf-8", errors="backslashreplace")
 
     def _path(self, trainer: Trainer) -> Path:
         path = Path(trainer.log_dir or trainer.default_root_dir, self.filename)

@@ -15,6 +15,8 @@ from qsd.distillation.attention import AttentionMaps, AttentionRecorder, Product
 from qsd.errors import QsdError
 from qsd.layers import LinearChain
 from qsd.models.checkpoints import load_weights, read_checkpoint, read_state_dict
+from qsd.models.registered import check_depth, model_of_file
+from qsd.reading import part_of
 from qsd.spiking.rules import fold_norms
 
 Statistics = tuple[Sequence[float], Sequence[float]]

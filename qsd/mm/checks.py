@@ -1,7 +1,6 @@
 """Data that do not fit the model, named before the training begins."""
 
 import json
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,12 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import get_file_backend
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import Runner
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from qsd.errors import QsdError
+from qsd.mm.checkpoints import read_mm_checkpoint
 
 _EMPTY = "holds no images to {} on, or none of the classes asked for."
 _MISSING = "the {} data need {}, which does not exist; correct data_root, or the data set's ann_file or data_prefix."
@@ -47,17 +47,14 @@ def check_weights(model: nn.Module, checkpoint: str) -> None:
     Raises:
         QsdError: if it cannot be read; with the first parameter that is missing or has another shape.
     """
-    try:
-        content = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise QsdError(f"checkpoint {checkpoint} cannot be read.") from error
-    weights = {name.removeprefix("module."): weight for name, weight in content.get("state_dict", content).items()}
+    content = read_mm_checkpoint(checkpoint)
+    weights = {str(name).removeprefix("module."): weight for name, weight in content.get("state_dict", content).items()}
     for name, parameter in model.named_parameters():
         found = weights.get(name.removeprefix("module."))
-        if found is None or found.shape != parameter.shape:
+        if not isinstance(found, Tensor) or found.shape != parameter.shape:
             raise QsdError(
                 f"checkpoint {checkpoint} is of another model than the configuration: its {name} "
-                f"{'is missing' if found is None else f'has the shape {list(found.shape)}'}."
+                f"{f'has the shape {list(found.shape)}' if isinstance(found, Tensor) else 'is missing'}."
             )
 
 

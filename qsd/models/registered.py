@@ -30,8 +30,8 @@ def model_of_file(source: str, name: Any, arguments: Any) -> tuple[str, dict[str
     """
     if not isinstance(name, str) or not is_model(name):
         raise QsdError(
-            f"{source} names the model {str(name)[:80]!r}, which is not registered with timm here; addresses in files are "
-            "not followed. Import the package that registers it."
+            f"{source} names the model {str(name)[:80]!r}, which is not registered with timm here; addresses in files "
+            "are not followed. Import the package that registers it."
         )
     if arguments is None:
         return name, {}
@@ -59,7 +59,9 @@ def check_depth(source: str, arguments: Mapping[str, Any], state: Mapping[str, T
         numbers = [n for n in _numbers(value) if isinstance(n, int)]
         limit = len(state) if "depth" in key else max(largest, 4096)
         if any(number > limit for number in numbers):
-            raise QsdError(f"{source} has the argument {key}={value} of its model, which its {len(state)} tensors rule out.")
+            raise QsdError(
+                f"{source} has the argument {key}={value} of its model, which its {len(state)} tensors rule out."
+            )
 
 
 def _numbers(value: Any) -> list[Any]:

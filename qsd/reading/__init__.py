@@ -5,7 +5,7 @@ no file makes us open another one. Whatever is wrong is one line, a `QsdError` w
 """
 
 from qsd.reading.archives import check_archive
-from qsd.reading.files import FileError, describe, regular_file
+from qsd.reading.files import FileError, describe, regular_file, shown
 from qsd.reading.literals import parse_assignments
 from qsd.reading.onnx_files import read_onnx
 from qsd.reading.parts import part_of
@@ -24,4 +24,5 @@ __all__ = [
     "read_safetensors",
     "read_torch",
     "regular_file",
+    "shown",
 ]

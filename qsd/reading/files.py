@@ -72,6 +72,16 @@ def regular_file(path: str | Path, noun: str = "file") -> Path:
     raise FileError(f"{path} is no file: it is {kind}.")
 
 
+def shown(path: object) -> str:
+    """A path or name as one printable line: line breaks, control characters and bytes that are no UTF-8 are escaped.
+
+    Args:
+        path: A path, or any name out of a file.
+    """
+    text = os.fspath(path) if isinstance(path, os.PathLike) else str(path)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def read_head(path: Path, count: int = _HEAD) -> bytes:
     """The first bytes of a regular file.
 

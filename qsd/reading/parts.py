@@ -33,7 +33,9 @@ def part_of(content: Any, name: str, kind: type[T], source: str | Path, default:
         found = found.get(key)
         if found is None:
             if default is _REQUIRED:
-                raise FileError(f"{source} has no part {path!r}; it was written by another program, or for another use.")
+                raise FileError(
+                    f"{source} has no part {path!r}; it was written by another program, or for another use."
+                )
             return default
     if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
         raise _other_type(source, path, found, kind)

@@ -1,5 +1,6 @@
 """Reading what ``torch.save`` wrote, without running code that the file names."""
 
+import pickletools
 import re
 import zipfile
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ _REFUSED = re.compile(
     r"(?:Unsupported global: GLOBAL |Unsupported class |[Tt]rying to (?:call reduce for unrecognized function )?"
     r"(?:load unsupported GLOBAL )?)([\w.<> ]+?) (?:was not|whose|found)"
 )
+_PLAIN_MODULES = ("torch.", "collections.OrderedDict", "numpy.", "argparse.Namespace")  # of old checkpoints
 _UNSAFE_CALL = (
     "Unsupported global",
     "Unsupported class",
@@ -86,7 +88,7 @@ def _check_members(path: Path, noun: str) -> None:
 
 
 def _wanted(path: Path, error: Exception, allowed: Sequence[Any], is_archive: bool) -> str | None:
-    """The function or class that a refused file asks for, or ``None`` if that was not the reason."""
+    """The functions or classes that a refused file asks for, or ``None`` if that was not the reason."""
     if is_archive:
         try:
             with torch.serialization.safe_globals([*allowed]):
@@ -95,8 +97,31 @@ def _wanted(path: Path, error: Exception, allowed: Sequence[Any], is_archive: bo
                 return ", ".join(sorted(names)[:3])
         except Exception:  # the pickle is damaged; the first error is the one to report
             return None
+    else:
+        # PyTorch's unpickler stops at the first opcode of a protocol that it does not know, before any name.
+        names = [name for name in _named_globals(path) if not name.startswith(_PLAIN_MODULES)]
+        if names:
+            return ", ".join(dict.fromkeys(names[:3]))
     text = str(error)
     if not any(words in text for words in _UNSAFE_CALL):
         return None
     found = _REFUSED.search(text)
     return found[1].strip() if found else "a function that is not allowed"
+
+
+def _named_globals(path: Path) -> list[str]:
+    """Names of functions and classes in a file of pickles one after the other, found without executing any of them."""
+    names: list[str] = []
+    texts: list[str] = []
+    with path.open("rb") as file:
+        try:
+            while True:
+                for opcode, argument, _ in pickletools.genops(file):
+                    if opcode.name == "GLOBAL":
+                        names.append(str(argument).replace(" ", "."))
+                    elif opcode.name == "STACK_GLOBAL" and len(texts) > 1:
+                        names.append(".".join(texts[-2:]))
+                    elif isinstance(argument, str):
+                        texts.append(argument)
+        except Exception:  # the end of the pickles, or damage
+            return names

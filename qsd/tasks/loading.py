@@ -31,7 +31,11 @@ def load_task(path: str | Path) -> ClassificationTask:
         )
     state = part_of(checkpoint, "state_dict", dict, path)
     name, arguments = model_of_file(str(path), saved["model"], saved.get("model_args"))
-    check_depth(str(path), arguments, {key: value for key, value in state.items() if isinstance(value, Tensor)})
+    other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+    if other is not None or not state:
+        found = f"a {type(state[other]).__name__} named {other!r}" if state else "nothing"
+        raise QsdError(f"{path} has {found} in its state_dict, where tensors belong.")
+    check_depth(str(path), arguments, state)
     known = inspect.signature(ClassificationTask).parameters
     settings = {key: value for key, value in saved.items() if key in known}
     settings |= {"model": name, "model_args": arguments, "init_from": None}  # weights come from this file alone
