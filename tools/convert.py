@@ -5,8 +5,8 @@ python tools/convert.py CHECKPOINT --data ImageFolderData --data.root DIR --dela
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -19,7 +19,6 @@ from qsd.data.arguments import add_data_arguments, data_from_arguments, parse_wi
 from qsd.spiking import calibrate_delays
 from qsd.tasks import load_trained
 
-MERGE: dict[str, Any] = {"all": True, "none": False, "rep": "rep", "sep": "sep"}
 PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -31,7 +30,9 @@ def build_parser(config: str | None) -> ArgumentParser:
     parser.add_argument("--part", choices=tuple(PARTS), default="val", help="images to measure on")
     parser.add_argument("--out", default="converted", help="folder for the three files")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier conversion")
-    parser.add_argument("--merge", choices=tuple(MERGE), default="all", help="chains to turn into one convolution each")
+    parser.add_argument(
+        "--merge", choices=report.MERGES, default="all", help="chains to turn into one convolution each"
+    )
     parser.add_argument("--merged-bits", type=int, help="quantize merged kernels to so many bits; not lossless")
     parser.add_argument("--delay", type=int, help="of every neuron; the default T - 1 is lossless")
     parser.add_argument("--calibrate", type=float, metavar="MAX_DROP", help="choose small delays by layer, on "
@@ -65,24 +66,10 @@ def convert(options: Namespace, data: ImageData) -> report.Record:
         raise QsdError("--delays and --leave-out delays exclude each other; drop one.")
     if options.calibrate is not None and options.delay is not None:
         raise QsdError("--calibrate and --delay exclude each other; drop one.")
-    trained, name = load_trained(checkpoint)
-    trained = trained.to(options.device)
-    merge, delay = MERGE[options.merge], options.delay
-    if options.calibrate is not None:
-        spiking = to_spike_driven(trained, None, merge, options.merged_bits)
-        calibration = calibrate_delays(spiking, data.whole_part("val"), options.calibrate, options.max_images)
-        Console().print(calibration.table())
-        delay = calibration.delays
-    return report.write_conversion(
-        trained,
-        data.whole_part(options.part),
-        folder,
-        name=name,
-        checkpoint=str(checkpoint),
-        source=f"{PARTS[options.part]} images of {type(data).__name__}",
-        delay=delay,
-        merge=merge,
+    chosen = report.ConversionOptions(
+        merge=options.merge,
         merged_bits=options.merged_bits,
+        delay=options.delay,
         preset=options.preset,
         max_images=options.max_images,
         step_images=options.step_images,
@@ -90,17 +77,26 @@ def convert(options: Namespace, data: ImageData) -> report.Record:
         raster=options.raster,
         stages=[stage for stage in report.STAGES if stage not in options.leave_out],
     )
+    trained, name = load_trained(checkpoint)
+    trained = trained.to(options.device)
+    if options.calibrate is not None:
+        spiking = to_spike_driven(trained, None, chosen.merge_rule, options.merged_bits)
+        calibration = calibrate_delays(spiking, data.whole_part("val"), options.calibrate, options.max_images)
+        Console().print(calibration.table())
+        chosen = replace(chosen, delay=calibration.delays)
+    origin = report.Origin(name, str(checkpoint), f"{PARTS[options.part]} images of {type(data).__name__}")
+    return report.write_conversion(trained, data.whole_part(options.part), folder, chosen, origin)
 
 
 def delay_table(record: report.Record) -> Table:
     """Accuracy over the delay, as in Table 4 of the CSDformer paper."""
-    delays = record["delays"]
-    title = f"Delay of every neuron, {delays['images']} images stepped spike by spike"
+    delays = record.delays
+    title = f"Delay of every neuron, {delays.images} images stepped spike by spike"
     table = Table("delay", "accuracy", "same class", "latency", "interval", title=title, title_justify="left")
-    for row in delays["rows"]:
-        shares = [f"{100 * row[key]:.2f} %" for key in ("accuracy", "class_agreement")]
-        table.add_row(str(row["delay"]), *shares, f"{row['latency']} steps", f"{row['interval']} steps")
-    table.add_row("trained", f"{100 * delays['quantized_accuracy']:.2f} %")
+    for row in delays.rows:
+        shares = [f"{100 * share:.2f} %" for share in (row.accuracy, row.class_agreement)]
+        table.add_row(str(row.delay), *shares, f"{row.latency} steps", f"{row.interval} steps")
+    table.add_row("trained", f"{100 * delays.quantized_accuracy:.2f} %")
     return table
 
 

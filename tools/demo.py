@@ -44,11 +44,11 @@ def main(args: list[str] | None = None) -> int:
             load_task(best).model,
             data.whole_part("test"),
             folder / "test",
-            name="qsd_tiny",
-            checkpoint=str(best),
-            source="test images of DigitsData",
-            max_images=arguments.images,
-            step_images=arguments.images or len(data.whole_part("test").dataset),
+            report.ConversionOptions(
+                max_images=arguments.images,
+                step_images=arguments.images or len(data.whole_part("test").dataset),
+            ),
+            report.Origin("qsd_tiny", str(best), "test images of DigitsData"),
         )
     except QsdError as error:
         print(f"demo: error: {error}", file=sys.stderr)
@@ -57,15 +57,13 @@ def main(args: list[str] | None = None) -> int:
     console.print(report.summary(record))
     table = Table("what", "value", title="Handwritten digits, 4-bit weights, T = 4 time steps", title_justify="left")
     table.add_row("test accuracy", f"{100 * float(metrics['test/accuracy']):.2f} %")
-    table.add_row("in binary spikes", f"{100 * record['accuracy']['spiking']:.2f} %")
-    for row in record["delays"]["rows"]:
-        table.add_row(f"stepped, delay {row['delay']}", f"{100 * row['accuracy']:.2f} %, {row['latency']} steps")
-    energy = record["energy"]["total_mj"]
-    table.add_row(
-        "energy per image, spiking", f"{1e3 * energy['merged']:.3g} µJ ({1e3 * energy['unmerged']:.3g} unmerged)"
-    )
-    table.add_row("energy per image, integer network", f"{1e3 * energy['integer']:.3g} µJ")
-    table.add_row("packed network", f"{record['sizes']['file_bytes'] / 1e3:.0f} kB")
+    table.add_row("in binary spikes", f"{100 * record.accuracy.spiking:.2f} %")
+    for row in record.delays.rows:
+        table.add_row(f"stepped, delay {row.delay}", f"{100 * row.accuracy:.2f} %, {row.latency} steps")
+    energy = record.energy.total_mj
+    table.add_row("energy per image, spiking", f"{1e3 * energy.merged:.3g} µJ ({1e3 * energy.unmerged:.3g} unmerged)")
+    table.add_row("energy per image, integer network", f"{1e3 * energy.integer:.3g} µJ")
+    table.add_row("packed network", f"{record.sizes.file_bytes / 1e3:.0f} kB")
     table.add_row("training time, with conversion", f"{seconds:.0f} s")
     console.print(table)
     # Outside of the table, which would shorten them.

@@ -11,22 +11,21 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from qsd import QsdError, measure_energy, save_packed, to_spike_driven
+from qsd import QsdError, measure_energy, to_spike_driven
 from qsd.data import ImageData
 from qsd.data.arguments import add_data_arguments, data_from_arguments, parse_with_config
-from qsd.export import to_nir, to_onnx
+from qsd.export import FORMATS, ExportOptions, Format
 from qsd.packing import image_notes
 from qsd.spiking.batches import image_batches
 from qsd.tasks import load_trained
 
-ENDINGS = {"onnx": ".onnx", "onnx-int8": ".int8.onnx", "packed": ".packed.safetensors", "nir": ".nir"}
 INNER: dict[str, Any] = {"all": True, "none": False, "rep": "rep", "sep": "sep"}
 
 
 def build_parser(config: str | None) -> ArgumentParser:
     parser = ArgumentParser(prog="export", description=__doc__.splitlines()[0], exit_on_error=False)
     parser.add_argument("checkpoint", help=".ckpt of a training, or a packed .safetensors file")
-    parser.add_argument("--format", choices=tuple(ENDINGS), default="onnx-int8", help="of the file")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="onnx-int8", help="of the file")
     parser.add_argument("--out", help="file to write; the default is the checkpoint's name with another ending")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--config", help="configuration of a training, whose data is taken")
@@ -49,15 +48,15 @@ def export(options: Namespace, data: ImageData) -> Path:
     Raises:
         QsdError: for a file that exists, a checkpoint that cannot be read, and what cannot be exported.
     """
-    checkpoint = Path(options.checkpoint)
-    target = Path(options.out) if options.out else checkpoint.with_suffix(ENDINGS[options.format])
+    checkpoint, form = Path(options.checkpoint), FORMATS[options.format]
+    target = Path(options.out) if options.out else checkpoint.with_suffix(form.ending)
     if target.exists() and not options.force:
         raise QsdError(f"{target} exists; pass --force to replace it, or another --out.")
     if options.images < 1:
         raise QsdError(f"--images={options.images} is not positive.")
     trained, _ = load_trained(checkpoint)
-    if options.format == "nir":
-        return export_part(trained.eval(), options.part, target, data)
+    if form.parts:
+        return export_part(trained.eval(), options.part, target, data, form)
     if options.part:
         raise QsdError(f"--part={options.part} is for --format nir; other formats hold whole networks.")
     spiking = to_spike_driven(trained.eval(), merged_bits=options.merged_bits)
@@ -65,24 +64,22 @@ def export(options: Namespace, data: ImageData) -> Path:
     images = [batch for batch, _ in batches]
     energy = measure_energy(spiking, images)
     notes = {**image_notes(data), "energy_mj": energy.total_mj, "energy_images": energy.images}
-    if options.format == "packed":
-        save_packed(spiking, target, notes)
-    else:
-        to_onnx(spiking, target, options.format == "onnx-int8", images, notes, INNER[options.round_inner])
+    form.write(spiking, target, ExportOptions(images, notes, INNER[options.round_inner]))
     return target
 
 
-def export_part(trained: Any, part: str, target: Path, data: ImageData) -> Path:
-    """Write a part without products of activations as a NIR graph.
+def export_part(trained: Any, part: str, target: Path, data: ImageData, form: Format) -> Path:
+    """Write a part of a network, in a format that holds parts.
 
     Args:
         trained: the network.
         part: dotted name of a module, or nothing for the whole network.
         target: file to write.
         data: whose first validation image tells the size.
+        form: format of the file.
 
     Raises:
-        QsdError: for an unknown part, and for what NIR cannot express.
+        QsdError: for an unknown part, and for what the format cannot express.
     """
     modules = dict(trained.named_modules())
     if part not in modules:
@@ -90,7 +87,7 @@ def export_part(trained: Any, part: str, target: Path, data: ImageData) -> Path:
             f"--part={part} is no module of the network, such as {', '.join(dict(trained.named_children()))}."
         )
     images, _ = next(iter(data.whole_part("val")))
-    to_nir(to_spike_driven(modules[part], example=images[:1]), target, notes=image_notes(data))
+    form.write(to_spike_driven(modules[part], example=images[:1]), target, ExportOptions(notes=image_notes(data)))
     return target
 
 
@@ -101,7 +98,7 @@ def main(args: list[str] | None = None) -> int:
     except (QsdError, ArgumentError, OSError) as error:
         print(f"export: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    use = f"tools/predict.py IMAGE --model {target}" if options.format != "nir" else f"the schedule {target}.json"
+    use = FORMATS[options.format].use.format(path=target)
     print(f"{target}: {target.stat().st_size / 1e6:.2f} MB; use it with {use}")
     return 0
 

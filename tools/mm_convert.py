@@ -6,7 +6,6 @@ python tools/mm_convert.py runs/digits_det/best_coco_segm_mAP_50_iter_500.pth --
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.config import DictAction
@@ -17,12 +16,11 @@ from qsd import QsdError, report
 try:
     from qsd.mm import command
     from qsd.mm.loading import load_model
-    from qsd.mm.recording import FILES, STAGES, Scenes, load_scenes, write_model
+    from qsd.mm.spiking import STAGES, ImageSubset, load_part, write_model
 except QsdError as error:
     print(f"mm_convert: error: {error}", file=sys.stderr)
     sys.exit(2)
 
-MERGE: dict[str, Any] = {"all": True, "none": False, "rep": "rep", "sep": "sep"}
 PARTS = {"val": "validation", "test": "test"}
 
 
@@ -34,7 +32,9 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier conversion")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE",
                         help="override settings of the checkpoint's configuration, such as data_root")  # fmt: skip
-    parser.add_argument("--merge", choices=tuple(MERGE), default="all", help="chains to turn into one convolution each")
+    parser.add_argument(
+        "--merge", choices=report.MERGES, default="all", help="chains to turn into one convolution each"
+    )
     parser.add_argument("--merged-bits", type=int, help="quantize merged kernels to so many bits; not lossless")
     parser.add_argument("--delay", type=int, help="of every neuron; the default T - 1 is lossless")
     parser.add_argument("--preset", default="fp32", help="prices of operations: fp32 (the papers'), fp16, int8")
@@ -46,37 +46,22 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    existing = [options.out / name for name in FILES if (options.out / name).exists()]
+    existing = [options.out / name for name in report.FILES if (options.out / name).exists()]
     if existing and not options.force:
         raise QsdError(f"{existing[0]} exists; pass --force to replace it, or another --out.")
-    report.check_options(
-        MERGE[options.merge],
-        options.merged_bits,
-        options.delay,
-        options.preset,
-        options.max_images,
-        options.step_images,
-        None,
-        (),
-    )
-    model, config = load_model(options.checkpoint, options.device, options.cfg_options)
-    dataset, evaluator = load_scenes(config, options.part)
-    record = write_model(
-        model,
-        Scenes(dataset, options.max_images),
-        options.out,
-        config.pretty_text,
-        evaluator=evaluator,
-        name=type(model).__name__,
-        checkpoint=str(options.checkpoint),
-        source=f"{PARTS[options.part]} images",
-        delay=options.delay,
-        merge=MERGE[options.merge],
+    chosen = report.ConversionOptions(
+        merge=options.merge,
         merged_bits=options.merged_bits,
+        delay=options.delay,
         preset=options.preset,
+        max_images=options.max_images,
         step_images=options.step_images,
         stages=[stage for stage in STAGES if stage not in options.leave_out],
     )
+    model, config = load_model(options.checkpoint, options.device, options.cfg_options)
+    dataset, evaluator = load_part(config, options.part)
+    origin = report.Origin(type(model).__name__, str(options.checkpoint), f"{PARTS[options.part]} images")
+    record = write_model(model, ImageSubset(dataset), options.out, chosen, origin, config.pretty_text, evaluator)
     Console().print(report.summary(record))
     print(f"report: {options.out / 'report.html'}")
 

@@ -4,7 +4,6 @@ python tools/predict.py IMAGE... --model FILE
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from torch import Tensor
 from qsd import QsdError, load_packed, measure_energy, to_spike_driven
 from qsd.data import BadImage, load_image
 from qsd.data.transforms import eval_transform
+from qsd.export import read_note
 from qsd.packing import read_notes
 from qsd.spiking import SpikingNetwork
 
@@ -77,10 +77,7 @@ class Predictor:
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # of a type of its own
             raise QsdError(f"{path} cannot be read: it is damaged, or no ONNX file.") from error
-        metadata = session.get_modelmeta().custom_metadata_map
-        if "qsd" not in metadata:
-            raise QsdError(f"{path} was not written by qsd.export; write it with tools/export.py.")
-        header = json.loads(metadata["qsd"])
+        header = read_note(session.get_modelmeta().custom_metadata_map, path)
         self.notes = {**header["notes"], "img_size": header["image"][1:]}
         self.logits = lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         # Spikes of an integer network are not seen from outside: what the export measured.

@@ -1,6 +1,7 @@
 """Writing predictions to a table."""
 
 import csv
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute instead of showing it
+from qsd.errors import QsdError
+from qsd.files import replacing
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # Beginnings of texts that a spreadsheet would compute.
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -25,12 +29,14 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.filename = filename
         self._partial: Path | None = None
+        self._file = ExitStack()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a fresh file under a temporary name."""
         path = self._path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = path.with_suffix(".part")
+        self._file = ExitStack()
+        self._partial = self._file.enter_context(replacing(path))
         with self._open("w") as file:
             csv.writer(file).writerow(["image", "class", "probability"])
 
@@ -57,14 +63,13 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the complete file its name."""
-        assert self._partial is not None
-        path = self._partial.replace(self._path(trainer))
-        rank_zero_info(f"predictions: {path}")
+        self._file.close()
+        rank_zero_info(f"predictions: {self._path(trainer)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing half-written behind."""
-        if self._partial is not None:
-            self._partial.unlink(missing_ok=True)
+        with suppress(QsdError):  # The exception that ended the run is reported, not that this file is incomplete.
+            self._file.__exit__(type(exception), exception, exception.__traceback__)
 
     def _open(self, mode: str) -> Any:
         assert self._partial is not None

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
+from qsd.export.graph import DOMAIN
 from qsd.export.requantization import IntegerWeights, Requantization
-from qsd.export.tracing import DOMAIN
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.layers import Convolution, SpikingChain, SpikingDense, SpikingMaxPool
@@ -141,7 +141,7 @@ def _key_after(spiking: SpikingNetwork, name: str, after: Convolution) -> str:
 
 @dataclass
 class IntegerGraph:
-    """Writes the nodes of a traced network (`qsd.export.tracing.trace`) out as ONNX's own.
+    """Writes the nodes of a traced network (`qsd.export.graph.trace`) out as ONNX's own.
 
     Args:
         spiking: the network.

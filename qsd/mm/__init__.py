@@ -19,15 +19,17 @@ from qsd.mm import checkpoints  # noqa: E402
 checkpoints.install()
 
 from qsd.mm.backbone import SpikeTransformerBackbone  # noqa: E402
-from qsd.mm.conversion import SpikingModel, convert_model  # noqa: E402
-from qsd.mm.conversion_hook import ConvertToSpikeDrivenHook  # noqa: E402
 from qsd.mm.distillation_hook import DistillationHook  # noqa: E402
-from qsd.mm.hooks import SpikeStatisticsHook, StepSizeHook  # noqa: E402
+from qsd.mm.hooks import ConvertToSpikeDrivenHook, SpikeStatisticsHook, StepSizeHook  # noqa: E402
 from qsd.mm.layers import SpikeConv2d, SpikeSettings  # noqa: E402
 from qsd.mm.optim import StepSizeOptimWrapperConstructor  # noqa: E402
+from qsd.mm.spiking import ConvertedModel, convert_model  # noqa: E402
+
+SpikingModel = ConvertedModel  # its name in version 0.1.0
 
 __all__ = [
     "ConvertToSpikeDrivenHook",
+    "ConvertedModel",
     "DistillationHook",
     "SpikeConv2d",
     "SpikeSettings",

@@ -7,7 +7,10 @@ thousand boxes take seconds.
 import json
 import logging
 import math
+import os
+import stat
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -37,12 +40,14 @@ class Use:
         boxes: Whether annotations are read; test sets of official files have none.
         masks: Whether outlines (``segmentation``) are read.
         all_masks: Whether outlines of annotations without area are read, too, as COCO's metric does.
+        folder: Local folder of the images, which must exist and have contents, or ``None`` not to look.
     """
 
     classes: Sequence[str] | None
     boxes: bool = True
     masks: bool = False
     all_masks: bool = False
+    folder: str | None = None
 
 
 class _File:
@@ -118,7 +123,8 @@ def check_annotations(path: str | Path, use: Use) -> dict[str, int]:
         if images and not all(value >= 1 for value in sizes[field]):  # NaN fails, too
             index = next(i for i, value in enumerate(sizes[field]) if not value >= 1)
             raise file.error("images", index, images, f"has {field}={_short(sizes[field][index])}, which is no size")
-    del names
+    if use.folder is not None:
+        check_images([os.path.join(use.folder, name) for name in names])
     categories = _check_categories(file, content, use)
     counts = {"images": len(images), "annotations": 0}
     if not use.boxes or ("annotations" not in content and use.classes is None):
@@ -133,6 +139,32 @@ def check_annotations(path: str | Path, use: Use) -> dict[str, int]:
             _check_masks(file, annotations, read if use.all_masks else used, places, shapes, progress)
     _report(path, counts)
     return counts
+
+
+def check_images(paths: Sequence[str]) -> None:
+    """Refuse image files that are missing, empty, or no files.
+
+    Args:
+        paths: Paths of local files.
+
+    Raises:
+        QsdError: With the first of them.
+    """
+
+    def look(path: str) -> str | None:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            return f"image {shown(path)} cannot be read: {error.strerror}; correct data_root or data_prefix."
+        if not stat.S_ISREG(status.st_mode):
+            return f"image {shown(path)} is no file, but a folder, pipe or device."
+        return None if status.st_size else f"image {shown(path)} is an empty file; restore or remove it."
+
+    with ThreadPoolExecutor(8) as pool:  # on a network's file system each look is a wait
+        for problem in pool.map(look, paths, chunksize=1):
+            if problem is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise QsdError(problem)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -92,7 +92,6 @@ def _size_problem(image: str, path: str, size: tuple[int, ...]) -> str | None:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"image {shown(image)} cannot be read: {reason}."
     if found != size:
-        return (
-            f"label map {shown(path)} is {size[0]}x{size[1]} pixels, its image {found[0]}x{found[1]}; they must be equal."
-        )
+        sizes = f"is {size[0]}x{size[1]} pixels, its image {found[0]}x{found[1]}"
+        return f"label map {shown(path)} {sizes}; they must be equal."
     return None

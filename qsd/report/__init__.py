@@ -1,14 +1,22 @@
-"""What a conversion did to a network and what it costs: the record, its page, and the files of both."""
+"""The report of a conversion: what it changed in a network, what the network costs, and the files of both."""
 
-from qsd.report.files import FILES, summary, write_conversion
-from qsd.report.page import findings, html
-from qsd.report.recording import STAGES, Record, check_options, metrics, record_conversion
+from qsd.report.classifier import record_conversion, write_conversion
+from qsd.report.files import FILES, PAGE, summary
+from qsd.report.findings import findings
+from qsd.report.measuring import Origin, convert_after_training, metrics
+from qsd.report.options import MERGES, STAGES, ConversionOptions
+from qsd.report.page import html
+from qsd.report.record import Record
 
 __all__ = [
     "FILES",
+    "MERGES",
+    "PAGE",
     "STAGES",
+    "ConversionOptions",
+    "Origin",
     "Record",
-    "check_options",
+    "convert_after_training",
     "findings",
     "html",
     "metrics",

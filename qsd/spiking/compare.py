@@ -1,38 +1,14 @@
 """How far two forms of one network agree: counts, classes, and why a count differs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from qsd.precision import full_float32
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.network import SpikingNetwork, named_calls, watch_neurons
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Let float32 be float32 while this context, or the function that it decorates, runs.
-
-    On CUDA PyTorch computes convolutions of float32 in TF32 unless it is told otherwise: operands keep 10 bits behind
-    the point, and a sum some 1e-3 of a step from a threshold can tip. (Ours.)
-    """
-    backends: Any = torch.backends
-    if hasattr(backends.cudnn, "conv"):  # PyTorch 2.9
-        places = [backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul]
-        settings: list[tuple[Any, str, Any]] = [(place, "fp32_precision", "ieee") for place in places]
-    else:
-        settings = [(place, "allow_tf32", False) for place in (backends.cudnn, backends.cuda.matmul)]
-    before = [getattr(place, name) for place, name, _ in settings]
-    try:
-        for setting in settings:
-            setattr(*setting)
-        yield
-    finally:
-        for (place, name, _), value in zip(settings, before, strict=True):
-            setattr(place, name, value)
 
 
 @dataclass

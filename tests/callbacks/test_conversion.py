@@ -90,10 +90,10 @@ def test_the_best_averaged_weights_are_converted_verified_and_logged(tmp_path, c
 
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     logged = {name: float(row[name]) for row in rows for name in row if name.startswith("spiking/") and row[name]}
-    assert logged == pytest.approx(report.metrics(record), rel=1e-5)
+    assert logged == pytest.approx(report.metrics(report.Record.read(run / "conversion.json")), rel=1e-5)
     assert list(run.glob("events*"))
     assert "report: " in capsys.readouterr().out
-    assert not list(tmp_path.rglob(".conversion-*"))
+    assert not list(tmp_path.rglob(".unfinished-*"))
 
 
 def digits(*more):
@@ -109,14 +109,14 @@ def test_a_conversion_that_fails_loses_nothing_and_says_so(monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("out of something")
 
-    monkeypatch.setattr("qsd.report.files.save_packed", fail)
+    monkeypatch.setattr("qsd.report.classifier.save_packed", fail)
     assert cli.main(digits()) == 2
     run = Path("runs/digits/version_0")
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith(f"qsd: error: the trained network is safe in {run / 'checkpoints/best.ckpt'}")
     assert "its conversion failed: RuntimeError: out of something" in message
     assert {file.name for file in run.iterdir()} >= {"checkpoints", "metrics.csv"}
-    assert not {*report.FILES, *(f.name for f in run.glob(".conversion*"))} & {file.name for file in run.iterdir()}
+    assert not {*report.FILES, *(f.name for f in run.glob(".unfinished*"))} & {file.name for file in run.iterdir()}
     for name in ("best", "last"):
         assert load_task(next(Path().rglob(f"{name}.ckpt"))).model is not None
 
@@ -223,7 +223,7 @@ def test_a_checkpoint_is_converted_with_a_table_of_delays(convert, checkpoint, c
     again = ["converted/spiking.safetensors", *DATA, *FEW, "--out=again", "--merge=none", "--delay=0"]
     assert convert([*again, "--leave-out", *report.STAGES]) == 0
     other = json.loads(Path("again/conversion.json").read_text())
-    assert other["conversion"] == {"merge": False, "merged_bits": None, "delay": 0}
+    assert other["conversion"] == {"merge": "none", "merged_bits": None, "delay": 0}
     assert other["model"]["name"] == record["model"]["name"] == "qsd_tiny"
     assert other["accuracy"]["quantized"] <= 1
 

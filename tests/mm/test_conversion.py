@@ -12,13 +12,11 @@ from torch import nn
 
 import qsd.mm
 from qsd import QsdError
-from qsd.mm.comparison import compare_model
-from qsd.mm.conversion import predict, total_energy
-from qsd.mm.recording import Scenes, write_model
-from qsd.mm.segments import DENSE
+from qsd.mm.spiking import DENSE, ImageSubset, compare_model, predict, total_energy, write_model
+from qsd.mm.spiking.measuring import DEFAULTS
 from qsd.neurons import SpikeNeuron
 from qsd.packing import load_packed
-from qsd.report import FILES
+from qsd.report import FILES, ConversionOptions, Origin, Record
 from tests.helpers import CONFIGS
 from tests.helpers.mm import SMALL
 
@@ -85,7 +83,7 @@ def batches(scenes):
     config = Config.fromfile(CONFIGS / "digits_det.py")
     init_default_scope("mmdet")
     dataset = {**config.val_dataloader.dataset, "data_root": str(scenes)}
-    return list(Scenes(DATASETS.build(dataset), 2))
+    return list(ImageSubset(DATASETS.build(dataset), 2))
 
 
 @pytest.fixture(scope="module")
@@ -351,10 +349,19 @@ def test_the_record_and_its_page_say_what_was_measured(trained, tmp_path):
     model, scenes = trained("coco_qsd")
     model = copy.deepcopy(model).float()
     dataset = [{key: value[0] for key, value in batch.items()} for batch in scenes]
-    record = write_model(model, Scenes(dataset), tmp_path, "config text", step_images=1, progress=False, name="Digits")
-    packed, *written = ("quantized.safetensors", *FILES[1:])
-    assert {path.name for path in tmp_path.iterdir()} == {packed, *written}
-    assert json.loads((tmp_path / "conversion.json").read_text()) == json.loads(json.dumps(record))
+    record = write_model(
+        model,
+        ImageSubset(dataset),
+        tmp_path,
+        ConversionOptions(**{**DEFAULTS, "step_images": 1}),
+        Origin("Digits"),
+        "config text",
+        progress=False,
+    )
+    packed = FILES[0]
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert Record.read(tmp_path / "conversion.json") == record
+    record = json.loads((tmp_path / "conversion.json").read_text())
     exact = [c for c in record["comparison"] if c["dtype"] == "float64"]
     assert [(c["way"], c["images"], c["changed_images"]) for c in exact] == [("count", 2, 0), ("simulate", 1, 0)]
     assert record["audit"]["spike_driven"]

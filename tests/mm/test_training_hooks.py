@@ -21,7 +21,7 @@ from qsd.report import FILES
 from tests.helpers import CONFIGS
 
 SMALL = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2}
-WRITTEN = {"quantized.safetensors", *FILES[1:]}
+WRITTEN = set(FILES)
 
 
 def config(scenes, folder, *hooks, **options):
@@ -115,7 +115,7 @@ def test_a_conversion_that_fails_names_the_safe_checkpoint_and_leaves_no_files(r
     with pytest.raises(QsdError, match=rf"safe in {best}, but its conversion failed: RuntimeError: out of ideas"):
         hook.after_train(runner)
     assert not WRITTEN & {path.name for path in tmp_path.iterdir()}
-    assert not list(tmp_path.glob(".conversion-*"))
+    assert not list(tmp_path.glob(".unfinished-*"))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_float_twin_is_left_as_it_is(caplog):
         (dict(stages=["delays"]), "stage 'delays' is unknown"),
         (dict(delay=-1), "delay=-1 is negative"),
         (dict(preset="fp8"), "preset='fp8' is unknown"),
-        (dict(merge="all"), "merge='all' is unknown"),
+        (dict(merge="half"), "merge='half' is unknown"),
         (dict(step_images=0), "step_images=0 is not positive"),
     ],
 )

@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import qsd.report.files
+import qsd.report.classifier
 from qsd import QsdError
 from qsd.callbacks import ConvertToSpikeDriven
 from qsd.data import DigitsData
@@ -26,7 +26,7 @@ def fail(*_):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if "fail" in sys.argv:
-        qsd.report.files.save_packed = fail
+        qsd.report.classifier.save_packed = fail
     sizes = {"embed_dims": (8, 8, 8, 8), "num_heads": 2, "depth": 2, "strides": (1, 2, 2, 2, 1)}
     trainer = L.Trainer(
         accelerator="cpu",

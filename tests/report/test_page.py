@@ -2,14 +2,13 @@
 
 import base64
 import itertools
-import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 
 from qsd import plots
-from qsd.report import html
+from qsd.report import Record, html
 
 
 class Page(HTMLParser):
@@ -106,31 +105,32 @@ def test_every_figure_says_what_it_was_measured_on(made_up_record):
      (3.0, "Cheaper than an integer network, 1.50 times", "good")],
 )  # fmt: skip
 def test_the_rival_is_named_where_it_is_cheaper_and_where_it_is_not(made_up_record, integer, title, kind):
-    record = made_up_record()
-    record["energy"]["total_mj"].update(merged=2.0, unmerged=1.5, integer=integer)
-    text = html(record)
+    content = made_up_record().to_dict()
+    content["energy"]["total_mj"].update(merged=2.0, unmerged=1.5, integer=integer)
+    text = html(Record.model_validate(content))
     assert re.search(rf'<li class="{kind}"><b>{title}', text)
     assert "as converted (merged) needs 2 mJ per image; unmerged it would be 1.5 mJ" in text
 
 
 def test_losses_are_named(made_up_record):
-    record = made_up_record()
-    record["comparison"][1].update(changed_images=2)
-    record["audit"]["operations"][3].update(spike_driven=False, status="analog", note="a functional ReLU")
-    record["audit"]["spike_driven"] = False
-    text = html(record)
+    content = made_up_record().to_dict()
+    content["comparison"][1].update(changed_images=2)
+    content["audit"]["operations"][3].update(spike_driven=False, status="analog", note="a functional ReLU")
+    content["audit"]["spike_driven"] = False
+    text = html(Record.model_validate(content))
     assert "Not lossless." in text
     assert "2 of 200 images" in text
     assert "Not spike-driven." in text
     assert "a functional ReLU" in text
-    record["audit"]["operations"][3].update(status="unproven")
-    assert "Spike-driven as far as there were spikes." in html(record)
+    content["audit"]["operations"][3].update(status="unproven")
+    assert "Spike-driven as far as there were spikes." in html(Record.model_validate(content))
 
 
 def test_all_layers_of_a_deep_network_are_named_on_figures_that_fit_a_page(made_up_record):
     record = made_up_record("qsd_75m", layers=None)
-    assert len(record["neurons"]) > 80
-    drawn = [*plots.firing_rates(record["neurons"]), *plots.energy_by_layer(record["energy"]["layers"])]
+    neurons, layers = record.to_dict()["neurons"], record.to_dict()["energy"]["layers"]
+    assert len(neurons) > 80
+    drawn = [*plots.firing_rates(neurons), *plots.energy_by_layer(layers)]
     for figure in drawn:
         width, height = figure.get_size_inches()
         assert width <= 4.2  # a phone's width: text is not scaled down there
@@ -141,38 +141,40 @@ def test_all_layers_of_a_deep_network_are_named_on_figures_that_fit_a_page(made_
         boxes = sorted((label.get_window_extent() for label in labels if label.get_text()), key=lambda box: box.y0)
         assert all(above.y0 >= below.y0 + below.height * 0.8 for below, above in itertools.pairwise(boxes))
         assert min(box.x0 for box in boxes) >= 0  # names are not cut off
-    rates = plots.firing_rates(record["neurons"])
-    assert sum(len(f.axes[0].texts) for f in rates) == len(record["neurons"])
+    rates = plots.firing_rates(neurons)
+    assert sum(len(f.axes[0].texts) for f in rates) == len(neurons)
 
 
 @pytest.mark.parametrize(("time_steps", "layers"), [(1, 1), (8, None)])
 def test_other_networks(made_up_record, time_steps, layers):
     record = made_up_record(time_steps=time_steps, layers=layers)
     page = Page(html(record))
-    assert all(neuron["name"] in page.text for neuron in record["neurons"])
+    assert all(neuron.name in page.text for neuron in record.neurons)
     assert f"T = {time_steps}" in page.text
     assert len(page.all("img")) >= 7
 
 
 def test_what_was_left_out_is_said_and_not_drawn(made_up_record):
     record = made_up_record()
-    record.update(left_out=["compare", "delays", "activity", "audit", "energy"], comparison=[], delays=None, neurons=[],
-                  raster=None, audit=None, energy=None)  # fmt: skip
-    page = Page(html(record))
+    left_out = {
+        "left_out": ["compare", "delays", "activity", "audit", "energy"], "comparison": [], "delays": None,
+        "neurons": [], "raster": None, "audit": None, "energy": None,
+    }  # fmt: skip
+    page = Page(html(record.model_copy(update=left_out)))
     assert "Left out on request: compare, delays, activity, audit, energy" in page.text
     assert len(page.all("img")) == 1  # sizes
     assert "97.50 %" in page.text
 
 
 def test_names_are_text_and_not_markup(made_up_record):
-    record = made_up_record()
-    record["model"]["name"] = "<script>alert(1)</script>"
-    record["audit"]["operations"][2]["note"] = '"><img src=http://x>'
-    page = Page(html(record))
+    content = made_up_record().to_dict()
+    content["model"]["name"] = "<script>alert(1)</script>"
+    content["audit"]["operations"][2]["note"] = '"><img src=http://x>'
+    page = Page(html(Record.model_validate(content)))
     assert not page.all("script")
     assert all(image["src"].startswith("data:") for image in page.all("img"))
 
 
 def test_the_page_of_a_record_from_disk_is_the_same_byte_for_byte(made_up_record):
     record = made_up_record()
-    assert html(json.loads(json.dumps(record))) == html(record)
+    assert html(Record.from_json(record.to_json())) == html(record)

@@ -1,19 +1,18 @@
 """Writing a converted network as an ONNX file."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qsd._version import __version__
 from qsd.errors import QsdError
+from qsd.export.graph import check_target, trace
 from qsd.export.integers import IntegerGraph, calibrate
-from qsd.export.tracing import check_target, trace
+from qsd.export.notes import check_notes, write_note
+from qsd.files import replacing
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.rules import Merge
-
-KEY = "qsd"  # of the metadata
 
 
 def to_onnx(
@@ -56,29 +55,15 @@ def to_onnx(
     check_target(spiking, path)
     if round_inner not in (True, False, "rep", "sep"):
         raise QsdError(f"round_inner={round_inner!r} is unknown; use True, False, 'rep' or 'sep'.")
-    try:
-        noted = json.dumps(dict(notes or {}))
-    except (TypeError, ValueError) as error:
-        raise QsdError(f"what is to be kept beside the weights is no JSON: {error}.") from error
+    facts = check_notes(notes)
     grids = calibrate(spiking, images, round_inner) if integer else {}
     example = spiking.example if images is None else next(image_batches(images, spiking, max_images=1))[0]
     model = trace(spiking, example, whole_layers=integer)
     if integer:
         IntegerGraph(spiking, model, grids).write_out()
-    header = {
-        "kind": "integer" if integer else "float",
-        "time_steps": spiking.time_steps,
-        "image": list(example.shape[1:]),
-        "inner": {name: [float(g.unit.min()), float(g.unit.max()), g.zero_point] for name, g in grids.items()},
-        "notes": json.loads(noted),
-    }
     model.producer_name, model.producer_version = "qsd", __version__
-    model.metadata_props.add(key=KEY, value=json.dumps(header))
-    partial = path.with_name(f"{path.name}.part")
-    try:
+    kind = "integer" if integer else "float"
+    for key, value in write_note(kind, spiking.time_steps, example.shape[1:], grids, facts).items():
+        model.metadata_props.add(key=key, value=value)
+    with replacing(path) as partial:
         partial.write_bytes(model.SerializeToString())
-        partial.replace(path)
-    except OSError as error:
-        raise QsdError(f"{path} cannot be written: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)

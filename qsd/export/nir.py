@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from qsd.errors import QsdError
-from qsd.export.tracing import check_target, trace
+from qsd.export.graph import check_target, trace
+from qsd.files import replacing
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.layers import DelayedNeuron, SpikingChain, SpikingDense, SpikingMaxPool
 
@@ -261,15 +262,7 @@ def to_nir(
     graph, length = writer.write()
     schedule = {"time_steps": spiking.time_steps, "steps": length, "clocks": writer.clocks, "notes": dict(notes or {})}
     plan = path.with_name(f"{path.name}.json")
-    partial, partial_plan = (target.with_name(f"{target.name}.part") for target in (path, plan))
-    try:
+    with replacing(path) as partial, replacing(plan) as partial_plan:
         nir.write(partial, graph)
         partial_plan.write_text(json.dumps(schedule))
-        partial.replace(path)
-        partial_plan.replace(plan)
-    except OSError as error:
-        raise QsdError(f"{path} cannot be written: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_plan.unlink(missing_ok=True)
     return plan

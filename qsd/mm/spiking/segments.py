@@ -1,4 +1,4 @@
-"""Where a detector or segmenter is cut into segments, and what each of them is."""
+"""The split of a detector or segmenter into segments, and the module of each segment."""
 
 import copy
 from typing import Any
@@ -11,12 +11,12 @@ from qsd.layers import QuantConv2d, QuantLinear
 from qsd.neurons import FloatNeuron
 
 DENSE = "dense"
-_SIDE = 64  # of the random image that a conversion is checked with
+_SIDE = 64  # pixels: height and width of the random image on which a conversion is checked
 _HEADS = ("rpn_head", "bbox_head", "decode_head")
 
 
 class _Dense(nn.Module):
-    """Images to the pyramid's currents and the raw output of the head behind it; names are those of the model."""
+    """Images to the pyramid's currents and the raw output of the head; names are those of the model."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class _RegionHead(nn.Module):
 
 
 def dense_head(model: Any) -> str:
-    """Name of the head that sees the whole pyramid.
+    """Name of the head that runs on the whole pyramid.
 
     Args:
-        model: of mmdet or mmseg.
+        model: Model of mmdet or mmseg.
 
     Raises:
-        QsdError: if there is none, or several.
+        QsdError: If there is none, or several.
     """
     found = [name for name in _HEADS if isinstance(getattr(model, name, None), nn.Module)]
     if not found or isinstance(getattr(model, found[0]), nn.ModuleList):
@@ -74,13 +74,13 @@ def _without_losses(head: nn.Module) -> nn.Module:
 
 
 def cut(model: Any) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Segments by name, before their conversion, in the order in which they run, and a random input for each.
+    """Segments by name, before their conversion, in the order in which they run, with a random input for each.
 
     Args:
-        model: of mmdet or mmseg.
+        model: Model of mmdet or mmseg.
 
     Raises:
-        QsdError: for a model of another structure, or with a layer that does not spike.
+        QsdError: For a model of another structure, or with a layer that does not spike.
     """
     regions = []
     for kind in ("bbox_head", "mask_head"):

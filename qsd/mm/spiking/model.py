@@ -1,10 +1,10 @@
 """Whole detectors and segmenters on binary spikes.
 
-What runs between two decisions that are not spiking is a segment: a `SpikingNetwork` of its own. A one-stage detector
-or a segmenter has one, ``"dense"``: backbone, neck and head. A two-stage detector chooses regions by the final sums of
-its first segment (backbone, neck, RPN head); RoIAlign cuts them out of the neck's currents, summed over time, and each
-RoI head is a segment that takes these currents. Decoding of boxes, NMS and RoIAlign are mmdet's own and no part of a
-segment.
+The network is split at non-spiking decisions (proposals, NMS). Each part is a *segment*: a `SpikingNetwork` of its own.
+A one-stage detector or a segmenter has one segment, ``"dense"``: backbone, neck and head. A two-stage detector chooses
+regions by the final sums of its first segment (backbone, neck, RPN head). RoIAlign cuts them out of the neck's
+currents, summed over time, and each RoI head is a segment whose input is these currents. Decoding of boxes, NMS and
+RoIAlign are mmdet's own and belong to no segment.
 """
 
 import copy
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qsd.energy import Energy, OperationCounter, Preset
 from qsd.errors import QsdError
-from qsd.mm.segments import DENSE, cut, dense_head
+from qsd.mm.spiking.segments import DENSE, cut, dense_head
 from qsd.spiking import Audit, SpikingNetwork, Trace, to_spike_driven
 from qsd.spiking.audit import Auditor
 from qsd.spiking.network import Delay
@@ -31,23 +31,23 @@ Batch = dict[str, Any]
 
 @dataclass
 class Simulation:
-    """What a detector or segmenter did on binary spikes.
+    """Result of simulating a detector or segmenter on binary spikes.
 
     Attributes:
-        samples: the predictions, as the trained model gives them.
-        traces: by segment, one for each time that it ran.
+        samples: Predictions in the form of the trained model's.
+        traces: Traces by segment, one for each run of the segment.
     """
 
     samples: list[Any]
     traces: dict[str, list[Trace]] = field(default_factory=dict)
 
 
-class SpikingModel(nn.Module):
+class ConvertedModel(nn.Module):
     """A converted detector or segmenter.
 
     Args:
-        model: the trained one, of which everything but the networks is used; it is taken over.
-        segments: its networks by name, ``"dense"`` first.
+        model: The trained model. Its networks are replaced and everything else is used; the object is taken over.
+        segments: Spiking networks by name, ``"dense"`` first.
     """
 
     def __init__(self, model: Any, segments: dict[str, SpikingNetwork]) -> None:
@@ -61,7 +61,7 @@ class SpikingModel(nn.Module):
         getattr(model, dense_head(model)).forward = self._dense_head
         for name in self.names[1:]:
             model.get_submodule(name).forward = partial(self._segment, name)
-        # The networks hold their weights.
+        # The spiking networks hold these weights already.
         model.backbone, model.neck = nn.Identity(), nn.Identity()
         self.eval()
 
@@ -89,21 +89,21 @@ class SpikingModel(nn.Module):
 
     @property
     def lossless(self) -> bool:
-        """Whether every neuron waits for T - 1 steps at least."""
+        """Whether every neuron waits for at least T - 1 time steps."""
         neurons = [neuron for network in self.segments.values() for neuron in network.neurons().values()]
         return all(neuron.delay >= self.time_steps - 1 for neuron in neurons)
 
-    def train(self, mode: bool = True) -> "SpikingModel":
-        """Stays in evaluation: a converted model is not trained."""
+    def train(self, mode: bool = True) -> "ConvertedModel":
+        """Stay in evaluation: a converted model is not trained."""
         del mode
         return super().train(False)
 
     @contextmanager
     def running(self, run: Callable[[str, Tensor], Any]) -> Iterator[None]:
-        """Let something else than the count domain run the segments.
+        """Run the segments by a function instead of in the count domain.
 
         Args:
-            run: gets a segment's name and its input, and returns its output.
+            run: Receives a segment's name and its input, and returns its output.
         """
         before, self._run = self._run, run
         try:
@@ -115,10 +115,10 @@ class SpikingModel(nn.Module):
         """Predictions in the count domain, where all delays are lossless.
 
         Args:
-            batch: of a data loader of mmdet or mmseg: ``inputs`` and ``data_samples``.
+            batch: Batch of a data loader of mmdet or mmseg: ``inputs`` and ``data_samples``.
 
         Raises:
-            QsdError: if a stored delay is below T - 1; use `simulate`.
+            QsdError: If a stored delay is below T - 1; use `simulate`.
         """
         return predict(self.model, batch)
 
@@ -126,12 +126,12 @@ class SpikingModel(nn.Module):
         """Predictions on binary spikes, segment by segment.
 
         Args:
-            batch: see `predict`.
-            delay: as in `SpikingNetwork.simulate`.
-            record: names or globs of neurons, as in `SpikingNetwork.simulate`.
+            batch: See `predict`.
+            delay: As in `SpikingNetwork.simulate`.
+            record: Names or globs of neurons, as in `SpikingNetwork.simulate`.
 
         Raises:
-            QsdError: for a name that no segment has.
+            QsdError: For a name that no segment has.
         """
         patterns = (record,) if isinstance(record, str) else tuple(record)
         for pattern in patterns:
@@ -151,45 +151,45 @@ class SpikingModel(nn.Module):
         return simulation
 
     @contextmanager
-    def counting(self, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Hand every neuron's counts of what runs to a function.
+    def counting(self, count: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Pass the spike counts of every neuron layer that runs to a function.
 
         Args:
-            keep: gets a neuron's name (``name@level`` in a head that levels share) and its counts ``[B, ...]``, or by
-                region.
+            count: Receives a neuron layer's name (``name@level`` in a head that pyramid levels share) and its spike
+                counts ``[B, ...]``; in a region head the batch dimension is the regions.
         """
         with ExitStack() as stack:
             for network in self.segments.values():
-                stack.enter_context(network.runtime.counting(keep))
+                stack.enter_context(network.runtime.counting(count))
             yield
 
     def latency(self, delay: Delay = None) -> int:
-        """Steps from the first of an image to the last of the prediction, decisions between segments not counted.
+        """Time steps from the first input of an image to the last output, without the decisions between segments.
 
-        The segments follow one another; mask heads of a cascade see the same regions, at the same time.
+        The segments follow one another; the mask heads of a cascade run on the same regions at the same time.
 
         Args:
-            delay: as in `SpikingNetwork.simulate`.
+            delay: As in `SpikingNetwork.simulate`.
         """
         steps = {name: network.latency(delay) for name, network in self.segments.items()}
         masks = [latency for name, latency in steps.items() if ".mask_head" in name]
         return sum(latency for name, latency in steps.items() if ".mask_head" not in name) + max(masks, default=0)
 
     def interval(self, delay: Delay = None) -> int:
-        """Least steps between two images (or two sets of regions) that follow one another.
+        """Smallest number of time steps between two images, or two sets of regions, that follow one another.
 
         Args:
-            delay: as in `SpikingNetwork.simulate`.
+            delay: As in `SpikingNetwork.simulate`.
         """
         return max(network.interval(delay) for network in self.segments.values())
 
     def audit(self, batches: Iterable[Batch], delay: Delay = None, progress: bool = False) -> Audit:
-        """Step through all segments and look at the input of every synaptic operation, as `audit_spike_driven` does.
+        """Simulate all segments and check the input of every synaptic operation, as `audit_spike_driven` does.
 
         Args:
-            batches: see `predict`.
-            delay: as in `SpikingNetwork.simulate`.
-            progress: show a progress bar.
+            batches: See `predict`.
+            delay: As in `SpikingNetwork.simulate`.
+            progress: Whether to show a progress bar.
         """
         auditors = {name: Auditor(network, delay) for name, network in self.segments.items()}
         with self.running(lambda name, x: auditors[name].run(x)):
@@ -200,15 +200,15 @@ class SpikingModel(nn.Module):
     def energy(self, batches: Iterable[Batch], preset: Preset = "fp32", progress: bool = False) -> dict[str, Energy]:
         """Count the operations of every segment and price them per image, as `measure_energy` does.
 
-        RoIAlign, NMS and the decoding of boxes are not in it.
+        RoIAlign, NMS and the decoding of boxes are not included.
 
         Args:
-            batches: see `predict`.
-            preset: as in `measure_energy`.
-            progress: show a progress bar.
+            batches: See `predict`.
+            preset: As in `measure_energy`.
+            progress: Whether to show a progress bar.
 
         Returns:
-            By segment; `total_energy` puts them together.
+            Energy by segment; `total_energy` adds them up.
         """
         counters = {name: OperationCounter(network) for name, network in self.segments.items()}
         with self.running(lambda name, x: counters[name].run(x)):
@@ -225,10 +225,10 @@ class SpikingModel(nn.Module):
 
 
 def total_energy(energies: dict[str, Energy]) -> Energy:
-    """One table of all segments.
+    """The energy of all segments in one table.
 
     Args:
-        energies: by segment, of the same images.
+        energies: Energy by segment, measured on the same images.
     """
     first = next(iter(energies.values()))
     layers = [layer for energy in energies.values() for layer in energy.layers]
@@ -238,11 +238,11 @@ def total_energy(energies: dict[str, Energy]) -> Energy:
 
 @torch.no_grad()
 def predict(model: Any, batch: Batch) -> list[Any]:
-    """What a detector or segmenter makes of a batch, in the number format of its weights.
+    """Predictions of a detector or segmenter for a batch, in the floating-point type of its weights.
 
     Args:
-        model: in evaluation, trained or the one of a `SpikingModel`.
-        batch: of a data loader; it is not changed.
+        model: Model in evaluation: a trained one, or the ``model`` of a `ConvertedModel`.
+        batch: Batch of a data loader; it is not changed.
     """
     data = model.data_preprocessor(copy.deepcopy(batch), False)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
@@ -252,20 +252,20 @@ def predict(model: Any, batch: Batch) -> list[Any]:
 @torch.no_grad()
 def convert_model(
     model: nn.Module, delay: Delay = None, merge: Merge = True, merged_bits: int | None = None
-) -> SpikingModel:
+) -> ConvertedModel:
     """Convert a trained detector or segmenter into one whose networks exchange binary spikes.
 
     Each segment is converted by `qsd.to_spike_driven`, which compares all counts on random input before it returns.
     Neurons keep their dotted names in the model.
 
     Args:
-        model: of mmdet or mmseg, with this package's backbone, neck and heads; it is not changed.
-        delay: as in `qsd.to_spike_driven`.
-        merge: as in `qsd.to_spike_driven`.
-        merged_bits: as in `qsd.to_spike_driven`.
+        model: Model of mmdet or mmseg, with this package's backbone, neck and heads; it is not changed.
+        delay: As in `qsd.to_spike_driven`.
+        merge: As in `qsd.to_spike_driven`.
+        merged_bits: As in `qsd.to_spike_driven`.
 
     Raises:
-        QsdError: for a model of another structure, or with a layer that does not spike.
+        QsdError: For a model of another structure, or with a layer that does not spike.
     """
     model = copy.deepcopy(model).eval()
     segments = {}
@@ -274,4 +274,4 @@ def convert_model(
     if len(steps := {network.time_steps for network in segments.values()}) > 1:
         found = ", ".join(map(str, sorted(steps)))
         raise QsdError(f"all neurons need one number of time steps; found: {found}.")
-    return SpikingModel(model, segments)
+    return ConvertedModel(model, segments)

@@ -1,4 +1,4 @@
-"""How far a trained detector or segmenter and its spiking form agree, scene by scene."""
+"""Agreement of a trained detector or segmenter and its spiking form, image by image."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,24 +9,25 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from qsd.mm.conversion import Batch, SpikingModel, predict
-from qsd.spiking.compare import Comparison, distance_to_threshold, full_float32
+from qsd.mm.spiking.model import Batch, ConvertedModel, predict
+from qsd.precision import full_float32
+from qsd.spiking.compare import Comparison, distance_to_threshold
 from qsd.spiking.network import watch_neurons
 
-# What a prediction holds, and is compared by: the first are equal or not, of the others the largest difference counts.
+# Parts of a prediction that are equal or not; for all other parts the largest difference counts.
 _LABELS = ("labels", "masks", "sem_seg")
-_ROUNDING = 1e-4  # steps from a threshold, up to which float32 can be the cause
+_ROUNDING = 1e-4  # steps: the largest distance from a threshold that rounding in float32 explains
 
 
 @dataclass
-class SceneComparison(Comparison):
-    """Agreement on scenes. Of equal classes are those with the same classes, masks or segments everywhere.
+class DetectionComparison(Comparison):
+    """Agreement on images; ``equal_classes`` counts those with the same classes, masks or segments everywhere.
 
     Attributes:
-        largest_difference: of coordinates of boxes (in pixels), of scores, or of a segmenter's logits; ``None`` if a
-            scene has another number of objects.
-        other_regions: scenes whose first change lies behind the choice of regions: sums that differ by rounding alone
-            led to other regions, or to another order. They are not in ``farthest_first_difference``.
+        largest_difference: Largest difference of box coordinates (in pixels), of scores, or of a segmenter's logits;
+            ``None`` if an image has another number of objects.
+        other_regions: Images whose spike counts first differ after the choice of regions: sums that differ by rounding
+            alone led to other regions, or to another order. ``farthest_first_difference`` leaves them out.
     """
 
     largest_difference: float | None = 0.0
@@ -37,46 +38,55 @@ class SceneComparison(Comparison):
 @full_float32()
 def compare_model(
     trained: Any,
-    spiking: SpikingModel,
+    spiking: ConvertedModel,
     batches: Iterable[Batch],
     way: Literal["count", "simulate"] = "count",
     progress: bool = False,
-) -> SceneComparison:
-    """Run a trained model and its spiking form on scenes and compare every neuron's count and every prediction.
+) -> DetectionComparison:
+    """Run a trained model and its spiking form on images and compare every spike count and every prediction.
 
     Args:
-        trained: in evaluation; compared in the number format of its parameters.
-        spiking: converted from it, in the same format.
-        batches: of one scene each, so that each is judged alone.
-        way: count domain, or simulation at delay T - 1.
-        progress: show a progress bar.
+        trained: Trained model in evaluation; compared in the floating-point type of its parameters.
+        spiking: Converted from it, in the same type.
+        batches: Batches of one image each, so that images are judged one by one.
+        way: Count domain, or simulation with delay T - 1.
+        progress: Whether to show a progress bar.
     """
-    comparison = SceneComparison(str(next(trained.parameters()).dtype).removeprefix("torch."), way)
+    comparison = DetectionComparison(str(next(trained.parameters()).dtype).removeprefix("torch."), way)
     title = f"compare ({comparison.dtype}, {way})"
     for batch in batches if not progress else track(batches, title, transient=True):
         counts: dict[str, list[Tensor]] = {}
         with watch_neurons(trained, lambda neuron, *inputs: neuron.drive(*inputs)) as drives:
             (expected,) = predict(trained, batch)
-        with spiking.counting(partial(_keep, counts)):
+        with spiking.counting(partial(_append, counts)):
             if way == "count":
                 (found,) = spiking.predict(batch)
             else:
                 (found,) = spiking.simulate(batch, spiking.time_steps - 1).samples
         comparison.images += 1
         _compare_counts(comparison, drives, counts, spiking.time_steps)
-        _compare_predictions(comparison, dict(_contents(expected)), dict(_contents(found)))
+        _compare_predictions(comparison, contents(expected), contents(found))
     return comparison
 
 
-def _keep(found: dict[str, list[Tensor]], call: str, counts: Tensor) -> None:
-    """Counts by neuron, in the order of its calls."""
+def contents(sample: Any) -> dict[str, Tensor]:
+    """Tensors of a prediction, by name.
+
+    Args:
+        sample: Data sample of mmdet or mmseg.
+    """
+    return dict(_contents(sample))
+
+
+def _append(found: dict[str, list[Tensor]], call: str, counts: Tensor) -> None:
+    """Collect spike counts by neuron layer, in the order of its calls."""
     found.setdefault(call.partition("@")[0], []).append(counts)
 
 
 def _compare_counts(
-    comparison: SceneComparison, drives: list[tuple[str, Tensor]], counts: dict[str, list[Tensor]], time_steps: int
+    comparison: DetectionComparison, drives: list[tuple[str, Tensor]], counts: dict[str, list[Tensor]], time_steps: int
 ) -> None:
-    """Find the scene's first neuron (in the order of the trained model's execution) that differs, if any."""
+    """Find the first neuron layer of the image, in the order of the trained model's execution, that differs."""
     calls = {name: iter(found) for name, found in counts.items()}
     for name, drive in drives:
         count = next(calls.get(name, iter(())), None)
@@ -93,7 +103,6 @@ def _compare_counts(
 
 
 def _contents(sample: Any) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a prediction, by name."""
     for part in ("pred_instances", "pred_sem_seg", "seg_logits"):
         data = getattr(sample, part, None)
         for key, value in () if data is None else data.items():
@@ -101,7 +110,7 @@ def _contents(sample: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _compare_predictions(
-    comparison: SceneComparison, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+    comparison: DetectionComparison, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
 ) -> None:
     same = True
     for key, value in expected.items():

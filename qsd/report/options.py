@@ -1,0 +1,94 @@
+"""The options of a conversion and of the measurements that its report shows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from qsd.energy import PRESETS, Preset
+from qsd.errors import QsdError
+from qsd.spiking.rules import Merge, check_merge
+
+Stage = Literal["compare", "delays", "activity", "audit", "energy"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+MergeWord = Literal["all", "none", "rep", "sep"]
+MERGES: tuple[MergeWord, ...] = get_args(MergeWord)
+_WORDS: dict[Any, MergeWord] = {True: "all", False: "none"}
+_FLAGS: dict[MergeWord, Merge] = {"all": True, "none": False}
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """How a trained network is converted and what is measured.
+
+    Attributes:
+        merge: Chains of convolutions that become one convolution each: ``"all"``, ``"none"``, ``"rep"`` (RepConv) or
+            ``"sep"`` (SepConv). True and False stand for ``"all"`` and ``"none"``.
+        merged_bits: Bits to which merged kernels are quantized; ``None`` leaves them as they are, which is lossless.
+        delay: Time steps that neurons wait before they may fire, or a delay by name or glob of neurons; ``None`` for
+            the lossless T - 1.
+        preset: Energy-price table: ``"fp32"`` (the papers'), ``"fp16"`` or ``"int8"``.
+        max_images: Largest number of images to measure on; ``None`` for all.
+        step_images: Number of images that are also simulated time step by time step, which takes T times as long.
+        float_accuracy: Accuracy of the float twin as a share, for the report; it is not measured.
+        raster: Name of the neuron whose spikes are drawn; ``None`` for the query of the last attention.
+        stages: Measurements beside the accuracy: ``"compare"``, ``"delays"``, ``"activity"``, ``"audit"``,
+            ``"energy"``.
+    """
+
+    merge: bool | MergeWord = "all"
+    merged_bits: int | None = None
+    delay: int | dict[str, int] | None = None
+    preset: Preset = "fp32"
+    max_images: int | None = None
+    step_images: int = 100
+    float_accuracy: float | None = None
+    raster: str | None = None
+    stages: Sequence[str] = STAGES
+
+    def __post_init__(self) -> None:
+        """Check all values, so that a mistake is named before a long training and not after it.
+
+        Raises:
+            QsdError: For the first value that is wrong.
+        """
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if self.merge not in (True, False, *MERGES):
+            raise QsdError(f"merge={self.merge!r} is unknown; use one of {', '.join(MERGES)}.")
+        object.__setattr__(self, "merge", _WORDS.get(self.merge, self.merge))
+        check_merge(self.merge_rule, self.merged_bits)
+        delays = self.delay.values() if isinstance(self.delay, Mapping) else [self.delay]
+        for delay in delays:
+            if delay is not None and delay < 0:
+                raise QsdError(f"delay={delay} is negative; leave it out for T - 1, which is lossless.")
+        if self.preset not in PRESETS:
+            raise QsdError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}.")
+        for key in ("max_images", "step_images"):
+            number = getattr(self, key)
+            if number is not None and number < 1:
+                raise QsdError(f"{key}={number} is not positive; leave it out for the default.")
+        if self.float_accuracy is not None and not 0 <= self.float_accuracy <= 1:
+            raise QsdError(f"float_accuracy={self.float_accuracy} is no share from 0 to 1.")
+        self.check_stages(STAGES)
+
+    def check_stages(self, known: Sequence[str]) -> None:
+        """Refuse stages that a kind of network does not have.
+
+        Args:
+            known: The stages that it has.
+
+        Raises:
+            QsdError: For the first stage that is unknown.
+        """
+        unknown = [stage for stage in self.stages if stage not in known]
+        if unknown:
+            raise QsdError(f"stage {unknown[0]!r} is unknown; choose from {', '.join(known)}.")
+
+    @property
+    def merge_rule(self) -> Merge:
+        """``merge`` as the conversion engine takes it."""
+        return _FLAGS.get(self.merge, self.merge)  # type: ignore[arg-type]
+
+    @property
+    def stepped_images(self) -> int:
+        """Number of images that are simulated time step by time step."""
+        return self.step_images if self.max_images is None else min(self.step_images, self.max_images)
