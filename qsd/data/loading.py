@@ -82,9 +82,9 @@ class BadImagePolicy:
         if not new:
             return
         self._reported = len(self.reasons)
-        shown = ", ".join(f"{shown(path)} ({reason})" for path, reason in new[:3])
+        examples = ", ".join(f"{shown(path)} ({reason})" for path, reason in new[:3])
         more = f" and {len(new) - 3} more" if len(new) > 3 else ""
-        logger.warning("skipped %d image(s) that cannot be read: %s%s", len(new), shown, more)
+        logger.warning("skipped %d image(s) that cannot be read: %s%s", len(new), examples, more)
 
     def all_bad(self) -> NoReturn:
         """Raise because no readable image was found."""

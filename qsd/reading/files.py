@@ -4,7 +4,7 @@ import os
 import stat
 from pathlib import Path
 
-from qsd.errors import QsdError
+from qsd.errors import QsdError, printable
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -73,13 +73,12 @@ def regular_file(path: str | Path, noun: str = "file") -> Path:
 
 
 def shown(path: object) -> str:
-    """A path or name as one printable line: line breaks, control characters and bytes that are no UTF-8 are escaped.
+    """A path or name as one printable line, see `qsd.errors.printable`.
 
     Args:
         path: A path, or any name out of a file.
     """
-    text = os.fspath(path) if isinstance(path, os.PathLike) else str(path)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return printable(os.fspath(path) if isinstance(path, os.PathLike) else str(path))
 
 
 def read_head(path: Path, count: int = _HEAD) -> bytes:

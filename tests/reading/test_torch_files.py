@@ -259,7 +259,7 @@ def test_the_watch_sees_other_files(tmp_path):
         (tmp_path / "other").write_text("x")
 
 
-FUZZ = settings(max_examples=sample(15, 500), deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=sample(10, 500), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @FUZZ
