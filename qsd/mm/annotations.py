@@ -154,8 +154,12 @@ def check_images(paths: Sequence[str]) -> None:
     def look(path: str) -> str | None:
         try:
             status = os.stat(path)
-        except OSError as error:
-            return f"image {shown(path)} cannot be read: {error.strerror}; correct data_root or data_prefix."
+        except FileNotFoundError:
+            return (
+                f"the data need {shown(path)}, which does not exist; correct data_root, or the data set's data_prefix."
+            )
+        except (OSError, ValueError) as error:
+            return f"image {shown(path)} cannot be read: {error}."
         if not stat.S_ISREG(status.st_mode):
             return f"image {shown(path)} is no file, but a folder, pipe or device."
         return None if status.st_size else f"image {shown(path)} is an empty file; restore or remove it."

@@ -14,9 +14,9 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader, load_checkpoint
 
 from qsd import QsdError
+from qsd.mm import DistillationHook
 from qsd.mm.checkpoints import read_mm_checkpoint, stored_config
 from qsd.mm.checks import check_weights
-from qsd.mm import DistillationHook
 from qsd.mm.loading import load_model
 from qsd.reading import CodeError, FileError
 from tests.helpers import CONFIGS, sample
