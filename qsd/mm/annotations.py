@@ -90,8 +90,8 @@ class _File:
     def unique(self, part: str, entries: Sequence[dict[str, Any]], field: str, kinds: frozenset[type]) -> list[Any]:
         values = self.column(part, entries, field, kinds)
         if len(set(values)) < len(values):
-            seen: set[Any] = set()
-            index = next(i for i, value in enumerate(values) if value in seen or seen.add(value))
+            first: dict[Any, int] = {}
+            index = next(i for i, value in enumerate(values) if first.setdefault(value, i) != i)
             raise self.error(part, index, entries, f"repeats {field}={_short(values[index])} of an earlier entry")
         return values
 

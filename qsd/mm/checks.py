@@ -3,8 +3,9 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from mmcv.transforms import LoadAnnotations
@@ -37,12 +38,12 @@ def check_data(runner: Runner, parts: tuple[str, ...]) -> None:
     Raises:
         QsdError: for the first thing that does not fit.
     """
-    _in_first_process(runner, lambda: [_check_files(runner.cfg, part) for part in parts])
+    for part in parts:
+        _in_first_process(runner, partial(_check_files, runner.cfg, part))
     for part in parts:
         loop = _loop(runner, part)
         if loop is not None:
-            dataset = loop.dataloader.dataset
-            _in_first_process(runner, lambda: _check_dataset(dataset, part, runner.cfg))  # noqa: B023 - called at once
+            _in_first_process(runner, partial(_check_dataset, loop.dataloader.dataset, part, runner.cfg))
 
 
 def _in_first_process(runner: Runner, check: Callable[[], Any]) -> None:
@@ -85,7 +86,7 @@ def _check_files(config: Config, part: str) -> None:
                 check_annotations(path, use)
 
 
-def _is_coco(kind: Any) -> TypeGuard[Any]:
+def _is_coco(kind: Any) -> bool:
     """Whether a class reads COCO's files as mmdet's own does."""
     try:
         from mmdet.datasets import CocoDataset
@@ -93,7 +94,8 @@ def _is_coco(kind: Any) -> TypeGuard[Any]:
         return False
     if not isinstance(kind, type) or not issubclass(kind, CocoDataset):
         return False
-    return kind.load_data_list is CocoDataset.load_data_list and kind.parse_data_info is CocoDataset.parse_data_info
+    ways = ("load_data_list", "parse_data_info")
+    return all(getattr(kind, way) is getattr(CocoDataset, way) for way in ways)
 
 
 def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:

@@ -50,7 +50,7 @@ def check_maps(dataset: Any, classes: int, indices: Sequence[int], ignore: int =
 
 def _legal_labels(dataset: Any, classes: int, ignore: int) -> np.ndarray[Any, Any]:
     """Which of the numbers 0 to 255 mmseg turns into a class or into the label of pixels that do not count."""
-    labels = np.arange(256)
+    labels: np.ndarray[Any, Any] = np.arange(256)
     if dataset.reduce_zero_label:
         labels = np.where(labels == 0, 255, labels) - 1
         labels[labels == 254] = 255

@@ -115,7 +115,11 @@ def describe(path: Path) -> str | None:
     # A safetensors file begins with the length of its header (8 bytes) and the header, a JSON object.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return "a safetensors file"
-    if head[:1] == b"\x08" and 1 <= head[1] < 32 and (b"pytorch" in head or b"qsd" in head or b"onnx" in head):
+    if (
+        head[:1] == b"\x08"
+        and b"\x00" < head[1:2] < b"\x20"
+        and (b"pytorch" in head or b"qsd" in head or b"onnx" in head)
+    ):
         return "an ONNX file"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "a pickle"

