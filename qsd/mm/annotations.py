@@ -4,7 +4,6 @@ Lists of one field are checked at once, and single entries are only looked at to
 thousand boxes take seconds.
 """
 
-import json
 import logging
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json
 from rich.progress import Progress
 
 from qsd.errors import QsdError
@@ -173,7 +173,8 @@ def check_images(paths: Sequence[str]) -> None:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        # Python's own parser takes several times as long as all checks together.
+        content = from_json(path.read_bytes(), allow_inf_nan=True)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{shown(path)} is no JSON, or is cut off ({' '.join(str(error).split())[:200]}).") from error
     except OSError as error:

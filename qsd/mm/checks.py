@@ -68,7 +68,7 @@ def _check_files(config: Config, part: str) -> None:
     segments = any("segm" in str(metric.get("metric", "")) for metric in metrics)
     checked = set()
     for data in _dictionaries(loader.get("dataset")):
-        kind = DATASETS.get(data["type"]) if isinstance(data.get("type"), str) and "ann_file" in data else None
+        kind: Any = DATASETS.get(data["type"]) if isinstance(data.get("type"), str) and "ann_file" in data else None
         if not _is_coco(kind):
             continue
         classes = (data.get("metainfo") or {}).get("classes") or kind.METAINFO.get("classes")
