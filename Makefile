@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-detection demo-segmentation test check test-long test-cuda lint clean
+.PHONY: demo demo-detection demo-segmentation test check test-long test-cuda docs lint clean
 
 # Train configs/digits.yaml, test it, print a table.
 demo: $(VENV)/.installed
@@ -34,6 +34,10 @@ test-long: $(VENV)/.installed-dev
 # What only a CUDA device can show.
 test-cuda: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/test_cuda.py tests/mm/test_cuda.py
+
+# The documentation site; docs/_build/html/index.html is its first page.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

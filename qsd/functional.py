@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qsd.spike_codes import Kept, Layout, NormOrigin, Spikes, attach, code_bits, encode, norm_of, spikes_of, viewed
-
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
     """``x`` where the mask holds, else 0. `torch.where` and `masked_fill` branch: eight times slower on a CPU."""
@@ -42,8 +40,8 @@ class _SpikeCount(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (inside,) = ctx.saved_tensors
-        return _masked(grad, inside), None
+        (mask,) = ctx.saved_tensors
+        return _masked(grad, mask), None
 
 
 def spike_count(drive: Tensor, time_steps: int) -> Tensor:
@@ -65,73 +63,34 @@ def spike_count(drive: Tensor, time_steps: int) -> Tensor:
     return _SpikeCount.apply(drive, time_steps)
 
 
-class _FixedSpikes(torch.autograd.Function):
-    """`_SpikeCount` between two factors; half a byte per element, shared with the layer behind, is all that is kept."""
+def fixed_drive(x: Tensor, time_steps: int, threshold: float | None) -> Tensor:
+    """Input in units of a fixed threshold.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, time_steps: int, threshold: float | None, amplitude: float
-    ) -> tuple[Tensor, Tensor, Layout]:
-        drive = _drive(x, time_steps, threshold)
-        counts = _count(drive, time_steps)
-        codes, layout = encode(counts, *_flags_(drive, time_steps))
-        ctx.time_steps, ctx.threshold, ctx.amplitude, ctx.layout = time_steps, threshold, amplitude, layout
-        ctx.save_for_backward(codes)
-        ctx.mark_non_differentiable(codes)
-        ctx.set_materialize_grads(False)
-        return (counts if amplitude == 1 else counts.mul_(amplitude)), codes, layout
+    ``T * x`` and ``x / (1 / T)`` differ in the last bit where 1/T is no binary fraction, and ties are decided by that
+    bit. An integer divided by the attention's threshold is correctly rounded.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
-        if grad is None:
-            return None, None, None, None
-        (codes,) = ctx.saved_tensors
-        passed = ctx.layout.inside(codes).mul_(grad)
-        if ctx.amplitude != 1:
-            passed.mul_(ctx.amplitude)
-        passed = passed.mul_(ctx.time_steps) if ctx.threshold is None else passed.div_(ctx.threshold)
-        return passed, None, None, None
-
-
-def _drive(x: Tensor, time_steps: int, threshold: float | None) -> Tensor:
+    Args:
+        x: Accumulated input, any shape.
+        time_steps: T, the most spikes that a neuron can fire.
+        threshold: Threshold in units of the input; ``None`` for ``1 / T``, as a product with T.
+    """
     return x * time_steps if threshold is None else x / threshold
 
 
-def _flags_(drive: Tensor, time_steps: int) -> tuple[Tensor, int]:
-    """The codes' highest bit where ``0 < drive < T``, strictly, else 0, in place of the drive; and the codes' bits.
-
-    A hard tanh's gradient is that in one pass over floats; comparisons are slow on a CPU.
-    """
-    bits = code_bits(time_steps)
-    highest = drive.new_full((), 2 ** (bits - 1))
-    return torch.ops.aten.hardtanh_backward.grad_input(highest, drive, 0, time_steps, grad_input=drive), bits
-
-
-def fixed_spikes(x: Tensor, time_steps: int, threshold: float | None, amplitude: float, lean: bool = True) -> Tensor:
+def fixed_spikes(x: Tensor, time_steps: int, threshold: float | None, amplitude: float) -> Tensor:
     """Spike counts of a neuron with a fixed threshold, times an amplitude; see `spike_count`.
 
     Args:
-        x: accumulated input, any shape.
+        x: Accumulated input, any shape.
         time_steps: T, the most spikes that a neuron can fire.
-        threshold: what one spike is worth in units of the input; ``None`` for ``1 / T``, as a product with T.
-        amplitude: what one spike adds to the output.
-        lean: keep codes of half a byte for the backward pass, and leave them to the layer behind, which would else
-            keep floats. Gradients are the same bits. T above 127 has no codes.
+        threshold: Threshold in units of the input; ``None`` for ``1 / T``, as a product with T.
+        amplitude: Factor of the counts.
 
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
-    if not (lean and _keeps(time_steps)):
-        counts = spike_count(_drive(x, time_steps, threshold), time_steps)
-        return counts if amplitude == 1 else counts * amplitude
-    output, codes, layout = _FixedSpikes.apply(x, time_steps, threshold, amplitude)
-    return attach(output, codes, amplitude, layout)
-
-
-def _keeps(time_steps: int) -> bool:
-    """Whether codes pay: not without a backward pass, nor under a compiler, which decides itself what is kept."""
-    return torch.is_grad_enabled() and time_steps <= 127 and not torch.compiler.is_compiling()
+    counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps)
+    return counts if amplitude == 1 else counts * amplitude
 
 
 class _LsqQuantize(torch.autograd.Function):
@@ -155,13 +114,13 @@ class _LsqQuantize(torch.autograd.Function):
 
 
 def lsq_grid(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`lsq_quantize` without a gradient, and what `lsq_gradients` needs.
+    """`lsq_quantize` without a gradient, with the intermediate results that `lsq_gradients` needs.
 
     Args:
-        weight: see there.
-        step: see there.
-        q_min: see there.
-        q_max: see there.
+        weight: Float weights ``[C_out, ...]``.
+        step: Step sizes ``[C_out]``.
+        q_min: Smallest integer of the grid.
+        q_max: Largest integer of the grid.
 
     Returns:
         The weights in steps, the integers on the grid, and the quantized weights.
@@ -176,11 +135,11 @@ def lsq_gradients(grad: Tensor, scaled: Tensor, integers: Tensor, q_min: int, q_
     """The gradients of `lsq_quantize` for float weights and steps.
 
     Args:
-        grad: of the quantized weights.
-        scaled: see `lsq_grid`.
-        integers: see there; overwritten.
-        q_min: see `lsq_quantize`.
-        q_max: see there.
+        grad: Gradient of the quantized weights.
+        scaled: Weights in steps, from `lsq_grid`.
+        integers: Integers on the grid, from `lsq_grid`; overwritten.
+        q_min: Smallest integer of the grid.
+        q_max: Largest integer of the grid.
     """
     # Both ends of the grid pass the gradient; a hard tanh, which masks in one pass, would stop it there.
     kind = np.float64 if scaled.dtype == torch.float64 else np.float32
@@ -211,112 +170,82 @@ def lsq_quantize(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor
 
 
 class _LearnedSpikes(torch.autograd.Function):
-    """One fused pass each way: the drive is all that is kept beside the output, which the next layer keeps anyway."""
+    """One fused pass each way; the drive is all that is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
         drive = x / threshold
-        output = _count(drive, time_steps)
-        if amplitude is not None:
-            output = output * amplitude  # not in place, see `_count`
-        ctx.time_steps = time_steps
-        ctx.save_for_backward(drive, threshold, amplitude, None if amplitude is None else output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        drive, threshold, amplitude, output = ctx.saved_tensors
-        # In one pass: the gradient strictly between 0 and T, zero outside.
-        inside = torch.ops.aten.hardtanh_backward(grad, drive, 0, ctx.time_steps)
-        slope = (1 if amplitude is None else amplitude) / threshold
-        threshold_gradient = -_dot(inside, drive) * slope if ctx.needs_input_grad[1] else None
-        amplitude_gradient = _dot(grad, output) / amplitude if ctx.needs_input_grad[2] else None
-        return inside.mul_(slope), threshold_gradient, amplitude_gradient, None
-
-
-class _LeanLearnedSpikes(torch.autograd.Function):
-    r"""The same from codes of half a byte.
-
-    The threshold's gradient is ``-sum(g x)`` over its square, times the amplitude, with the gradient g inside. Where x
-    is a batch norm's output, ``x = gamma xhat + beta``, the sum is that of ``gamma * dgamma + beta * dbeta``, the
-    norm's own parameter gradients for g: they follow from what the norm keeps. Elsewhere x itself has to be kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int, origin: NormOrigin | None
-    ) -> tuple[Tensor, Tensor, Layout]:
-        drive = x / threshold
         counts = _count(drive, time_steps)
-        codes, ctx.layout = encode(counts, *_flags_(drive, time_steps))
-        kept = (x,) if origin is None else origin.tensors
-        ctx.eps = None if origin is None else origin.eps
-        ctx.save_for_backward(codes, threshold, amplitude, *(kept if ctx.needs_input_grad[1] else ()))
-        ctx.mark_non_differentiable(codes)
-        ctx.set_materialize_grads(False)
-        return (counts if amplitude is None else counts.mul_(amplitude)), codes, ctx.layout
+        ctx.time_steps = time_steps
+        # Copies of the step sizes, which a later change of the parameters does not reach.
+        ctx.save_for_backward(drive, threshold.clone(), None if amplitude is None else amplitude.clone())
+        return counts if amplitude is None else counts * amplitude  # not in place, see `_count`
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None, None
-        codes, threshold, amplitude, *kept = ctx.saved_tensors
-        amplitude_gradient = _dot(grad, ctx.layout.counts(codes)) if ctx.needs_input_grad[2] else None
-        inside = ctx.layout.inside(codes).mul_(grad)
-        slope = (1 if amplitude is None else amplitude) / threshold
-        threshold_gradient = None
-        if kept:
-            total = _dot(inside, kept[0]) if len(kept) == 1 else _dot_with_norm(inside, ctx.eps, *kept)
-            threshold_gradient = -total / threshold * slope
-        return inside.mul_(slope), threshold_gradient, amplitude_gradient, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        drive, threshold, amplitude = ctx.saved_tensors
+        return *learned_gradients(grad, drive, threshold, amplitude, ctx.time_steps, ctx.needs_input_grad), None
 
 
-def _dot_with_norm(
-    grad: Tensor, eps: float, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
-) -> Tensor:
-    """The sum of a gradient times a batch norm's output, by the tensors of its origin."""
-    _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, None, None, mean, inverse, True, eps, [False, True, True]
-    )
-    return (weight_gradient * weight + bias_gradient * bias).sum()
+def learned_gradients(
+    grad: Tensor,
+    drive: Tensor,
+    threshold: Tensor,
+    amplitude: Tensor | None,
+    time_steps: int,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of `learned_spikes` for input, threshold and amplitude.
+
+    Args:
+        grad: Gradient of the output.
+        drive: Input over threshold.
+        threshold: Threshold of the forward pass.
+        amplitude: Amplitude of the forward pass, or ``None``.
+        time_steps: T.
+        needed: Whether the gradients of input, threshold and amplitude are needed.
+    """
+    # In one pass: the gradient strictly between 0 and T, zero elsewhere.
+    passed = torch.ops.aten.hardtanh_backward(grad, drive, 0, time_steps)
+    slope = (1 if amplitude is None else amplitude) / threshold
+    threshold_gradient = -dot(passed, drive) * slope if needed[1] else None
+    amplitude_gradient = dot(grad, _count(drive, time_steps)) if needed[2] else None
+    return passed.mul_(slope), threshold_gradient, amplitude_gradient
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """``(a * b).sum()`` in float32 or better, without the product's memory where that can be avoided."""
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """``(a * b).sum()`` in float32 or better, without the product's memory where that can be avoided.
+
+    Args:
+        a: Dense tensor.
+        b: Dense tensor of the same shape.
+    """
     if torch.compiler.is_compiling() or a.dtype in (torch.float16, torch.bfloat16):
         return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum()
     order = sorted(range(a.dim()), key=a.stride, reverse=True)  # a view of dense tensors of one memory format
     return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1))
 
 
-def learned_spikes(
-    x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int, lean: bool = True
-) -> Tensor:
+def learned_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
     """Spike counts for a learned threshold, times a learned amplitude: ``a * clip(floor(x / theta + 1/2), 0, T)``.
 
     With the amplitude equal to the threshold this is LSQ for activations (Esser et al., 2020, with ``Q_n = 0`` and
     ``Q_p = T``), rounding halves up as an integrate-and-fire neuron does: the gradient of the step is
     ``floor(v + 1/2) - v`` where ``0 < v < T``, strictly, T above and 0 below, ``v = x / step``; that of the input is 1
-    inside and 0 outside. The factor of the step's gradient is `scale_gradient`'s. In general the rounding is passed
-    straight through, and the derivatives follow.
+    in the same range and 0 elsewhere. The factor of the step's gradient is `scale_gradient`'s. In general the rounding
+    is passed straight through, and the derivatives follow.
 
     Args:
-        x: accumulated input, any shape.
-        threshold: positive, without dimensions.
-        amplitude: without dimensions; equal to the threshold for LSQ; ``None`` for bare counts.
+        x: Accumulated input, any shape.
+        threshold: Positive, without dimensions.
+        amplitude: Without dimensions; equal to the threshold for LSQ; ``None`` for bare counts.
         time_steps: T, the most spikes that a neuron can fire.
-        lean: see `fixed_spikes`. Gradients are the same bits but for those of threshold and amplitude, whose sums run
-            in another order.
 
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
-    if not (lean and _keeps(time_steps)):
-        return _LearnedSpikes.apply(x, threshold, amplitude, time_steps)
-    output, codes, layout = _LeanLearnedSpikes.apply(x, threshold, amplitude, time_steps, norm_of(x))
-    return attach(output, codes, 1.0 if amplitude is None else amplitude.detach(), layout)
+    return _LearnedSpikes.apply(x, threshold, amplitude, time_steps)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -337,8 +266,8 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """``x`` itself, to the bit, with its gradient multiplied by a factor.
 
     Args:
-        x: any tensor.
-        factor: of the gradient.
+        x: Any tensor.
+        factor: Factor of the gradient.
     """
     return _ScaleGradient.apply(x, factor)
 
@@ -352,56 +281,35 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Args:
         query: ``[B, heads, d_h, N]``, and so are key and value.
-        key: see ``query``.
-        value: see ``query``.
+        key: See ``query``.
+        value: See ``query``.
 
     Returns:
         ``[B, heads, d_h, N]``, in float32 or better.
     """
-    return exact_matmul(exact_matmul(value, viewed(key, _transposed)), query)
+    return exact_matmul(exact_matmul(value, key.transpose(-1, -2)), query)
 
 
-def _transposed(x: Tensor) -> Tensor:
-    return x.transpose(-1, -2)
+def product_dtype(left: Tensor, right: Tensor) -> torch.dtype:
+    """The type in which two tensors of counts are multiplied: float32 or better.
 
-
-class _LeanProduct(torch.autograd.Function):
-    """Keeps the codes of operands that have some."""
-
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, of_left: Spikes | None, of_right: Spikes | None) -> Tensor:
-        ctx.kept, saved = [], []
-        for operand, spikes in ((left, of_left), (right, of_right)):
-            kept, tensor, amplitude = Kept.of(operand, spikes)
-            ctx.kept.append(kept)
-            saved += [tensor, amplitude]
-        ctx.save_for_backward(*saved)
-        return left @ right
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        left, of_left, right, of_right = ctx.saved_tensors
-        gradients = (
-            grad @ ctx.kept[1].operand(right, of_right).transpose(-1, -2) if ctx.needs_input_grad[0] else None,
-            ctx.kept[0].operand(left, of_left).transpose(-1, -2) @ grad if ctx.needs_input_grad[1] else None,
-        )
-        return *gradients, None, None
+    Args:
+        left: Any tensor.
+        right: Any tensor.
+    """
+    return torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
 
 
 def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in float32 or better, so that integers up to 2**24 stay exact, whatever autocast wishes.
+    """``left @ right`` in float32 or better, so that integers up to 2**24 stay exact, even under autocast.
 
     Args:
         left: ``[..., I, C]``.
         right: ``[..., C, J]``.
     """
-    of_left, of_right = spikes_of(left), spikes_of(right)
-    lean = torch.is_grad_enabled() and (of_left or of_right) is not None and left.shape[:-2] == right.shape[:-2]
     with torch.autocast(left.device.type, enabled=False):
-        dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-        left, right = left.to(dtype), right.to(dtype)
-        return _LeanProduct.apply(left, right, of_left, of_right) if lean else left @ right
+        dtype = product_dtype(left, right)
+        return left.to(dtype) @ right.to(dtype)
 
 
 def pad_frame(x: Tensor, frame: Tensor) -> Tensor:
@@ -414,8 +322,8 @@ def pad_frame(x: Tensor, frame: Tensor) -> Tensor:
     Returns:
         ``[B, C, H + 2, W + 2]``.
     """
-    inside = F.pad(x.new_ones(x.shape[-2:], dtype=torch.bool), [1, 1, 1, 1])
-    return torch.where(inside, F.pad(x, [1, 1, 1, 1]), frame.to(x.dtype).view(1, -1, 1, 1))
+    is_image = F.pad(x.new_ones(x.shape[-2:], dtype=torch.bool), [1, 1, 1, 1])
+    return torch.where(is_image, F.pad(x, [1, 1, 1, 1]), frame.to(x.dtype).view(1, -1, 1, 1))
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:

@@ -10,15 +10,18 @@ threshold :math:`\theta = a = 1/T`; CSDformer's activation (2025) that of a lear
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qsd import functional, lean
 from qsd.errors import QsdError
-from qsd.functional import fixed_spikes, learned_spikes, scale_gradient, spike_count
+from qsd.functional import fixed_drive, scale_gradient, spike_count
 
-NeuronKind = Literal["fixed", "lsq", "qcfs"]
+# The name of a kind of neuron, see `register_neuron`.
+NeuronKind = str
 # One number, or a tensor without dimensions that gradients flow through.
 Factor = float | Tensor
 
@@ -32,15 +35,15 @@ class SpikeNeuron(nn.Module):
     """Integer spike counts over a window of ``time_steps``, times an amplitude (IE-LIF by default).
 
     It has no state and needs no reset call: a sample's spikes depend on nothing but its own input. For the backward
-    pass it keeps half a byte per element, see `qsd.spike_codes`; `qsd.set_lean` switches that off.
+    pass it keeps half a byte per element, see `qsd.lean`; `qsd.set_lean` switches that off.
 
     Args:
         time_steps: T, the most spikes per window, 1 to 255. T = 1 is a binary neuron.
-        threshold: input that one spike is worth, in units of the input; ``None`` means ``1 / T``.
-        amplitude: what one spike adds to the output; ``None`` means the threshold.
+        threshold: Accumulated input for each spike, in units of the input; ``None`` means ``1 / T``.
+        amplitude: Contribution of a spike to the output; ``None`` means the threshold.
 
     Raises:
-        QsdError: if ``time_steps`` is out of range or the threshold is not positive.
+        QsdError: If ``time_steps`` is out of range or the threshold is not positive.
     """
 
     lean = True
@@ -55,21 +58,17 @@ class SpikeNeuron(nn.Module):
 
     @property
     def threshold(self) -> float:
-        """What one spike is worth: the input for one more of them, in units of the input."""
+        """Accumulated input for each spike, in units of the input."""
         return 1 / self.time_steps if self._threshold is None else self._threshold
 
     @property
     def amplitude(self) -> float:
-        """What one spike adds to the output."""
+        """Contribution of a spike to the output."""
         return self.threshold if self._amplitude is None else self._amplitude
 
     def drive(self, x: Tensor) -> Tensor:
-        """Input in units of the threshold.
-
-        ``T * x`` and ``x / (1 / T)`` differ in the last bit where 1/T is no binary fraction, and ties are decided by
-        that bit; so is an integer divided by the attention's threshold, whose quotient is correctly rounded.
-        """
-        return x * self.time_steps if self._threshold is None else x / self._threshold
+        """Input in units of the threshold, see `qsd.functional.fixed_drive`."""
+        return fixed_drive(x, self.time_steps, self._threshold)
 
     def counts(self, x: Tensor) -> Tensor:
         """Spike counts ``0..T`` for the accumulated input ``x``, in its shape and dtype."""
@@ -77,7 +76,8 @@ class SpikeNeuron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
-        return fixed_spikes(x, self.time_steps, self._threshold, self.amplitude, self.lean)
+        spikes = lean.fixed_spikes if self.lean else functional.fixed_spikes
+        return spikes(x, self.time_steps, self._threshold, self.amplitude)
 
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, threshold={self.threshold:g}, amplitude={self.amplitude:g}"
@@ -88,58 +88,59 @@ class LearnedStepNeuron(SpikeNeuron):
 
     The step exists and has a value when the constructor returns.
 
-    A neuron behind a product of spikes is handed the product of their counts, an integer, and what one unit of it is
-    worth (``scale``). Its threshold takes the scale up: ``step / scale``, in units of counts. So ties are decided on
-    integers, as binary spikes decide them.
+    A neuron behind a product of spikes receives the product of their counts, an integer, and the value of one unit of
+    that integer (``scale``). Its threshold absorbs the scale: ``step / scale``, in units of counts. So ties are decided
+    on integers, as binary spikes decide them.
 
     Args:
         time_steps: T, 1 to 255.
         amplitude: ``None`` for the step; 1 for bare counts, as operands of a product.
 
     Raises:
-        QsdError: if ``time_steps`` is out of range.
+        QsdError: If ``time_steps`` is out of range.
     """
 
     def __init__(self, time_steps: int = 4, amplitude: float | None = None) -> None:
         super().__init__(time_steps, amplitude=amplitude)
 
-    def worth(self, features: int) -> Tensor:
-        """The step, for computing with: what one spike stands for. A tensor without dimensions.
+    def step_size(self, features: int) -> Tensor:
+        """The step size as a tensor without dimensions that receives gradients.
 
         Args:
-            features: size of the neuron's layer, for one image.
+            features: Number of neurons in the layer, for one image.
         """
         raise NotImplementedError
 
     def change_time_steps(self, time_steps: int) -> None:
-        """Give the window another length and keep what it can represent: ``step * T`` stays.
+        """Give the window another length and keep the largest output: ``step * T`` stays.
 
-        The values between change: another network, which has to be trained or at least measured anew.
+        The values between zero and the largest output change. The result is another network, which has to be trained
+        or at least measured anew.
 
         Args:
             time_steps: T, 1 to 255.
 
         Raises:
-            QsdError: if it is out of range.
+            QsdError: If it is out of range.
         """
         _check_time_steps(time_steps)
         self.time_steps = time_steps
 
     @property
     def threshold(self) -> float:
-        """The step, as a number: what one spike is worth in units of the input (or of the scaled product)."""
-        return float(self.worth(1).detach())
+        """The step size as a number, in units of the input (or of the scaled product)."""
+        return float(self.step_size(1).detach())
 
     def _scaled_threshold(self, x: Tensor, scale: Factor | None) -> Tensor:
-        worth = self.worth(x[0].numel())
-        return worth if scale is None else worth / scale
+        step_size = self.step_size(x[0].numel())
+        return step_size if scale is None else step_size / scale
 
     def drive(self, x: Tensor, scale: Factor | None = None) -> Tensor:
         """Input in units of the threshold.
 
         Args:
-            x: accumulated input ``[B, ...]``.
-            scale: what a unit of the input is worth, if it is a product of counts.
+            x: Accumulated input ``[B, ...]``.
+            scale: Value of a unit of the input, if that is a product of counts.
         """
         return x / self._scaled_threshold(x, scale)
 
@@ -147,18 +148,21 @@ class LearnedStepNeuron(SpikeNeuron):
         """Spike counts ``0..T``.
 
         Args:
-            x: see `drive`.
-            scale: see `drive`.
+            x: Accumulated input ``[B, ...]``.
+            scale: Value of a unit of the input, if that is a product of counts.
         """
-        return learned_spikes(x, self._scaled_threshold(x, scale), None, self.time_steps, self.lean)
+        return self._spikes(x, scale, None)
+
+    def _spikes(self, x: Tensor, scale: Factor | None, amplitude: Tensor | None) -> Tensor:
+        spikes = lean.learned_spikes if self.lean else functional.learned_spikes
+        return spikes(x, self._scaled_threshold(x, scale), amplitude, self.time_steps)
 
     def forward(self, x: Tensor, scale: Factor | None = None) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``[B, ...]``."""
         if self._amplitude is not None:
             counts = self.counts(x, scale)
             return counts if self._amplitude == 1 else counts * self._amplitude
-        worth = self.worth(x[0].numel())
-        return learned_spikes(x, self._scaled_threshold(x, scale), worth, self.time_steps, self.lean)
+        return self._spikes(x, scale, self.step_size(x[0].numel()))
 
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, amplitude={'step' if self._amplitude is None else self._amplitude}"
@@ -167,15 +171,14 @@ class LearnedStepNeuron(SpikeNeuron):
 class LsqNeuron(LearnedStepNeuron):
     """The step learned by LSQ, CSDformer's choice: its gradient has the factor ``1 / sqrt(features * T)``.
 
-    It starts at what `initialize` would give it for a standard normal input. Set it from data by one call,
-    `qsd.initialize_neurons`.
+    Its initial value is that of `initialize` for a standard normal input. `qsd.initialize_neurons` sets it from data.
     """
 
     def __init__(self, time_steps: int = 4, amplitude: float | None = None) -> None:
         super().__init__(time_steps, amplitude)
         self.step = nn.Parameter(torch.tensor(2 * math.sqrt(2 / math.pi) / math.sqrt(time_steps)))
 
-    def worth(self, features: int) -> Tensor:
+    def step_size(self, features: int) -> Tensor:
         return scale_gradient(self.step, (features * self.time_steps) ** -0.5)
 
     @torch.no_grad()
@@ -189,8 +192,8 @@ class LsqNeuron(LearnedStepNeuron):
         """Set the step to ``2 * mean|x| / sqrt(T)`` of a batch's input; nothing but zeros leaves it as it is.
 
         Args:
-            x: accumulated input ``[B, ...]``.
-            scale: what a unit of the input is worth, if it is a product of counts.
+            x: Accumulated input ``[B, ...]``.
+            scale: Value of a unit of the input, if that is a product of counts.
         """
         mean = x.abs().mean(dtype=self.step.dtype)
         mean = mean if scale is None else mean * scale
@@ -208,15 +211,15 @@ class QcfsNeuron(LearnedStepNeuron):
         super().__init__(time_steps, amplitude)
         self.ceiling = nn.Parameter(torch.tensor(8.0))
 
-    def worth(self, features: int) -> Tensor:
+    def step_size(self, features: int) -> Tensor:
         del features
         return self.ceiling / self.time_steps
 
 
 class FloatNeuron(nn.ReLU):
-    """What stands for a neuron in a float twin: a ReLU that may be handed a scale, as `LearnedStepNeuron` is."""
+    """The ReLU of a float twin in a neuron's place; it accepts a scale, as `LearnedStepNeuron` does."""
 
-    def worth(self, features: int) -> float:
+    def step_size(self, features: int) -> float:
         """One: values stand for themselves."""
         del features
         return 1.0
@@ -224,6 +227,31 @@ class FloatNeuron(nn.ReLU):
     def forward(self, x: Tensor, scale: Factor | None = None) -> Tensor:
         """``[B, ...]`` to the same shape."""
         return super().forward(x if scale is None else x * scale)
+
+
+# A neuron's constructor: T, the fixed threshold and the amplitude, the latter two ``None`` for its own choice.
+NeuronFactory = Callable[[int, float | None, float | None], nn.Module]
+_NEURONS: dict[str, NeuronFactory] = {
+    "fixed": SpikeNeuron,
+    "lsq": lambda time_steps, _threshold, amplitude: LsqNeuron(time_steps, amplitude),
+    "qcfs": lambda time_steps, _threshold, amplitude: QcfsNeuron(time_steps, amplitude),
+}
+
+
+def register_neuron(kind: str, factory: NeuronFactory) -> None:
+    """Give a kind of neuron a name, so that models can be built with it (``neurons="..."``).
+
+    Args:
+        kind: Name of the kind.
+        factory: Called with T, the fixed threshold and the amplitude; the latter two are ``None`` where the model
+            leaves them to the neuron. It returns a `SpikeNeuron`, or a `LearnedStepNeuron` for models that need one.
+
+    Raises:
+        QsdError: If the name is taken.
+    """
+    if kind in _NEURONS:
+        raise QsdError(f"A kind of neuron named {kind!r} is registered already; choose another name.")
+    _NEURONS[kind] = factory
 
 
 def build_neuron(
@@ -235,18 +263,15 @@ def build_neuron(
     """The neuron of a spiking network, or its float twin's ReLU if ``time_steps`` is ``None``.
 
     Args:
-        time_steps: see `SpikeNeuron`.
-        threshold: see `SpikeNeuron`; a ReLU or a learned step has none.
-        amplitude: see `SpikeNeuron`; a ReLU has none.
-        kind: ``"fixed"`` threshold, or a learned one: ``"lsq"``, ``"qcfs"``.
+        time_steps: T, or ``None`` for a ReLU.
+        threshold: Fixed threshold, see `SpikeNeuron`; a ReLU or a learned step has none.
+        amplitude: Contribution of a spike to the output, see `SpikeNeuron`; a ReLU has none.
+        kind: ``"fixed"`` threshold, or a learned one: ``"lsq"``, ``"qcfs"``, or a name given to `register_neuron`.
 
     Raises:
-        QsdError: for a kind that does not exist.
+        QsdError: For a kind that is not registered.
     """
-    if kind not in ("fixed", "lsq", "qcfs"):
-        raise QsdError(f"neurons {kind!r} are unknown; use 'fixed', 'lsq' or 'qcfs'.")
-    if time_steps is None:
-        return FloatNeuron()
-    if kind == "fixed":
-        return SpikeNeuron(time_steps, threshold, amplitude)
-    return (LsqNeuron if kind == "lsq" else QcfsNeuron)(time_steps, amplitude)
+    if kind not in _NEURONS:
+        *others, last = (repr(name) for name in _NEURONS)
+        raise QsdError(f"neurons {kind!r} are unknown; use {', '.join(others)} or {last}.")
+    return FloatNeuron() if time_steps is None else _NEURONS[kind](time_steps, threshold, amplitude)

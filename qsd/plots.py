@@ -1,9 +1,9 @@
 """Figures of a conversion record, for its report and for papers.
 
-Every function takes plain data, as `qsd.report.record` makes it, and returns figures of matplotlib that no backend or
-global state is needed for. They are as wide as a phone, so that text stays legible there; layers that would make a
-figure longer than a printed page are spread over several. Colours are those of Okabe and Ito, and cividis: they can be
-told apart by colour-blind readers and in grey.
+Every function takes plain data, as `qsd.report` records them, and returns figures of matplotlib, without a backend and
+without global state. Figures have the width of a phone's screen, so that their text stays legible there. If the layers
+of a network need more rows than a printed page has, they are spread over several figures. The colours are those of
+Okabe and Ito, and the map cividis: colour-blind readers can tell them apart, and they differ in grey.
 """
 
 import base64
@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-WIDTH = 4.2  # inches, about 400 pixels on a screen
-_ROW = 0.165  # inches for the row of a layer
-_MOST_ROWS = 46  # a printed page holds about so many
+WIDTH = 4.2  # Inches, about 400 pixels on a screen.
+_ROW = 0.165  # Inches for the row of a layer.
+_MOST_ROWS = 46  # Rows that fit on a printed page.
 STYLE: Any = {
     "font.size": 8,
     "font.family": "sans-serif",
@@ -30,7 +30,7 @@ STYLE: Any = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "legend.frameon": False,
-    "svg.hashsalt": "qsd",  # the same record gives the same file
+    "svg.hashsalt": "qsd",  # The same record gives the same file.
 }
 BLUE, ORANGE, GREEN, PURPLE, GREY, BLACK = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#8c8c8c", "#222222"
 
@@ -44,10 +44,10 @@ ENERGY_COLUMNS = (
 
 
 def data_uri(figure: Figure) -> str:
-    """A figure as ``data:`` address of an SVG image, in which text is drawn as paths.
+    """A figure as the ``data:`` address of an SVG image, in which text is drawn as paths.
 
     Args:
-        figure: any.
+        figure: Any figure.
     """
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
@@ -56,10 +56,10 @@ def data_uri(figure: Figure) -> str:
 
 
 def firing_rates(neurons: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Firing rate of every neuron layer, spikes per neuron and time step, as bars.
+    """Bars of the firing rate of every neuron layer, in spikes per neuron and time step.
 
     Args:
-        neurons: records with ``name`` and ``rate``, in the network's order.
+        neurons: Records with ``name`` and ``rate``, in the network's order.
     """
     most = max((neuron["rate"] for neuron in neurons), default=0.0)
 
@@ -75,10 +75,12 @@ def firing_rates(neurons: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 def count_histograms(neurons: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """How often a neuron fires 1, 2, ... T spikes per image, by layer, as stacked bars; what is missing fires none.
+    """Stacked bars of the shares of neurons with spike counts 1, 2, ... T per image, by layer.
+
+    The share that is missing to 1 fires no spike.
 
     Args:
-        neurons: records with ``name`` and ``histogram``, the shares of the counts 0 to T.
+        neurons: Records with ``name`` and ``histogram``, the shares of the spike counts 0 to T.
     """
     most = max((1 - neuron["histogram"][0] for neuron in neurons), default=1.0)
 
@@ -104,7 +106,7 @@ def spike_raster(raster: Mapping[str, Any]) -> Figure:
     """Binary spikes of some neurons of a layer over the windows of several images, one image after the other.
 
     Args:
-        raster: ``spikes`` as lists of 0/1 ``[images, T, neurons]``.
+        raster: Record with ``spikes``, nested lists of 0 and 1 ``[images, T, neurons]``.
     """
     spikes = np.asarray(raster["spikes"], dtype=bool)
     images, steps, neurons = spikes.shape
@@ -129,10 +131,10 @@ def spike_raster(raster: Mapping[str, Any]) -> Figure:
 
 
 def energy_by_layer(layers: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Energy of every operation in microjoules per image, the columns of the measurement side by side.
+    """Bars of the energy of every layer in microjoules per image, with the columns of the measurement side by side.
 
     Args:
-        layers: records with ``name`` and ``energy_mj`` by column.
+        layers: Records with ``name`` and ``energy_mj`` by column.
     """
     columns = [column for column in ENERGY_COLUMNS if any(column[0] in layer["energy_mj"] for layer in layers)]
     most = max((1e3 * (layer["energy_mj"].get(c[0]) or 0.0) for layer in layers for c in columns), default=0.0)
@@ -155,30 +157,30 @@ def energy_by_layer(layers: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 def energy_totals(totals: Mapping[str, float]) -> Figure:
-    """Total energy per image in millijoules, by column.
+    """Bars of the total energy per image in millijoules, by column.
 
     Args:
-        totals: millijoules by column.
+        totals: Millijoules by column.
     """
     named = [(title, totals[key], colour) for key, title, colour in ENERGY_COLUMNS]
     return _totals(named, "mJ per image")
 
 
 def sizes(entries: Sequence[tuple[str, float]]) -> Figure:
-    """Sizes in megabytes, as bars.
+    """Bars of sizes in megabytes.
 
     Args:
-        entries: name and bytes.
+        entries: Name and number of bytes of each bar.
     """
     return _totals([(name, size / 1e6, BLUE) for name, size in entries], "MB (10⁶ bytes)")
 
 
 def delay_curve(rows: Sequence[Mapping[str, Any]], quantized_accuracy: float | None = None) -> Figure:
-    """Accuracy and class agreement over the delay.
+    """Accuracy and class agreement as functions of the delay.
 
     Args:
-        rows: records with ``delay``, ``accuracy`` and ``class_agreement`` (shares).
-        quantized_accuracy: of the trained network on the same images, as a line.
+        rows: Records with ``delay``, ``accuracy`` and ``class_agreement`` (shares).
+        quantized_accuracy: Accuracy of the trained network on the same images, drawn as a line; ``None`` for no line.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
@@ -224,13 +226,13 @@ def _totals(entries: Sequence[tuple[str, float, str]], unit: str) -> Figure:
 def layer_figure(
     chunk: Sequence[Mapping[str, Any]], drawers: Sequence[Any], top: float = 0.0, xlabel: str | None = None
 ) -> Figure:
-    """Panels side by side over one axis of layers, whose names are grouped under their stage.
+    """Panels side by side over one axis of layers, whose names are grouped by stage.
 
     Args:
-        chunk: records with ``name``.
-        drawers: one per panel, called with its axes, the records and their rows.
-        top: inches kept free above.
-        xlabel: below all panels.
+        chunk: Records with ``name``.
+        drawers: One function per panel, which gets its axes, the records and their rows.
+        top: Inches kept free above the panels.
+        xlabel: Label below all panels; ``None`` for no label.
     """
     labels, rows, headers = [], [], []
     row = 0
@@ -261,7 +263,7 @@ def layer_figure(
 
 
 def _groups(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """Neighbours of one stage together: ``stages.2.blocks.0...`` belongs to ``stages.2``, ``head`` to none."""
+    """Neighbouring layers of one stage: ``stages.2.blocks.0...`` belongs to ``stages.2``, ``head`` to no stage."""
     group = ""
     members: list[Mapping[str, Any]] = []
     for record in records:
@@ -282,10 +284,10 @@ def _group(name: str) -> str:
 
 
 def chunks(records: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, Any]]]:
-    """Layers in parts that a printed page holds.
+    """Split layers into parts that fit on a printed page.
 
     Args:
-        records: of the layers, with ``name``.
+        records: Records of the layers, with ``name``.
     """
     count = max(1, -(-len(records) // _MOST_ROWS))
     size = -(-len(records) // count)

@@ -22,7 +22,7 @@ class LeakyIntegrateAndFire(nn.Module):
         super().__init__()
         self.time_steps, self.threshold, self.amplitude = time_steps, threshold, amplitude
 
-    def worth(self, features: int) -> float:
+    def step_size(self, features: int) -> float:
         """What a spike stands for, for attention that asks its neurons (CSDformer's)."""
         del features
         return self.threshold

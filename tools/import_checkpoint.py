@@ -12,7 +12,8 @@ import timm
 import torch
 
 from qsd import QsdError, load_reference_weights
-from qsd.models.checkpoints import is_reference, read_state_dict, reference_sizes
+from qsd.models.checkpoints import read_state_dict
+from qsd.models.reference import is_reference, reference_sizes
 from qsd.models.variants import QSD_VARIANTS
 
 

@@ -1,4 +1,4 @@
-"""What all data modules share: the three parts of a data set, their loaders, and the errors of a wrong argument."""
+"""Base of all data modules: the three parts of a data set, their loaders, and the checks of arguments."""
 
 import os
 from abc import ABC, abstractmethod
@@ -14,8 +14,6 @@ from qsd.data.resuming import finish_loaded_epoch
 from qsd.data.sampling import EvalSampler, TrainSampler
 from qsd.errors import QsdError
 from qsd.reading.images import ExifOrientation, check_orientation
-
-__all__ = ["ImageData", "Part"]
 
 Part = Literal["train", "val", "test"]
 
@@ -38,12 +36,12 @@ class ImageData(LightningDataModule, ABC):
     an interruption. Every process sees equally many training images, and every evaluated image is seen exactly once.
 
     Args:
-        img_size: height and width in pixels; one number for a square.
-        batch_size: images per step and process.
-        num_workers: loading processes per training process; 0 loads in the training process, None chooses the number
+        img_size: Height and width in pixels; one number for a square.
+        batch_size: Images per step and process.
+        num_workers: Loading processes per training process; 0 loads in the training process, None chooses the number
             of cores per training process, at most 8.
-        seed: of order and augmentation; None takes that of ``seed_everything``, or 0.
-        predict_path: an image file, or a folder searched recursively, to predict; None predicts the test part.
+        seed: Seed of order and augmentation; None takes that of ``seed_everything``, or 0.
+        predict_path: An image file, or a folder searched recursively, to predict; None predicts the test part.
         on_bad_image: ``"error"`` stops at an image that cannot be read; ``"skip"`` replaces it by the next one in
             training, leaves it out elsewhere, and reports it.
         exif_orientation: ``"upright"`` turns photographs as their camera was held; ``"ignore"`` reads pixels as
@@ -51,9 +49,9 @@ class ImageData(LightningDataModule, ABC):
 
     Attributes:
         img_size: (height, width) in pixels.
-        in_chans: channels of the images, C.
-        mean: of every channel before normalisation, in units of full scale (0 to 1).
-        std: standard deviation of every channel, in the same units.
+        in_chans: Channels of the images, C.
+        mean: Mean of every channel before normalisation, in units of full scale (0 to 1).
+        std: Standard deviation of every channel, in the same units.
     """
 
     in_chans: int
@@ -90,7 +88,7 @@ class ImageData(LightningDataModule, ABC):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """The number of classes."""
         return len(self.class_names)
 
     @property
@@ -115,7 +113,7 @@ class ImageData(LightningDataModule, ABC):
         """From the decoded image to float32 ``[C, H, W]``, without chance."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images of the parts that a stage needs; what is found already is kept.
+        """Find the images of the parts that a stage needs, unless they were found before.
 
         Args:
             stage: "fit", "validate", "test", "predict", or None for all.
@@ -128,7 +126,7 @@ class ImageData(LightningDataModule, ABC):
             if part not in self._sources:
                 self._sources[part] = self.load_part(part)
         if "train" in _PARTS[stage] and self._augmentation is None:
-            self._augmentation = self.train_transform()  # here, so that a wrong argument shows before the first epoch
+            self._augmentation = self.train_transform()  # A wrong argument is reported before the first epoch.
 
     def train_dataloader(self) -> TrainLoader:
         """Augmented images in random order; the last incomplete batch is left out if there is a complete one."""
@@ -187,7 +185,7 @@ class ImageData(LightningDataModule, ABC):
 
 
 def _num_cores() -> int:
-    # the cores of this process, which a cluster's scheduler may have limited; macOS and Windows cannot tell
+    # The cores of this process, which a cluster's scheduler may have limited; macOS and Windows cannot tell.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -195,12 +193,12 @@ def _num_cores() -> int:
 
 def _at_least(name: str, value: int, minimum: int) -> int:
     if value < minimum:
-        raise QsdError(f"{name}={value} is too small; it must be at least {minimum}")
+        raise QsdError(f"{name}={value} is too small; it must be at least {minimum}.")
     return value
 
 
 def _checked_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if min(height, width) < 1:
-        raise QsdError(f"img_size={img_size} is too small; height and width must be at least 1")
+        raise QsdError(f"img_size={img_size} is too small; height and width must be at least 1.")
     return height, width

@@ -13,8 +13,6 @@ from qsd.data.transforms import crop_transform, eval_transform, padded_transform
 from qsd.errors import QsdError
 from qsd.reading.images import ExifOrientation
 
-__all__ = ["CifarData"]
-
 _CLASSES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 _NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
 _MEAN = {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4865, 0.4409)}
@@ -32,19 +30,20 @@ class CifarData(ImageData):
     they are cropped and resized as on ImageNet.
 
     Args:
-        root: folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
-        name: which of the two.
-        img_size: height and width in pixels; one number for a square.
-        batch_size: images per step and process.
-        num_workers: loading processes per training process; 0 loads in the training process, None chooses the number
+        root: Folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
+        name: The data set.
+        img_size: Height and width in pixels; one number for a square.
+        batch_size: Images per step and process.
+        num_workers: Loading processes per training process; 0 loads in the training process, None chooses the number
             of cores per training process, at most 8.
-        download: fetch the files if they are missing.
-        val_size: training images kept for validation; 0 trains on all and validates on the test images.
+        download: Fetch the files if they are missing.
+        val_size: Number of training images that are reserved for validation; 0 trains on all and validates on the
+            test images.
         auto_augment: timm's name of a policy of distortions; None for none.
-        random_erasing: probability that a rectangle is replaced by noise.
-        hflip: probability of the horizontal flip.
-        seed: of order and augmentation, not of the split; None takes that of ``seed_everything``, or 0.
-        predict_path: an image file, or a folder searched recursively, to predict; None predicts the test part.
+        random_erasing: Probability that a rectangle is replaced by noise.
+        hflip: Probability of the horizontal flip.
+        seed: Seed of order and augmentation, not of the split; None takes that of ``seed_everything``, or 0.
+        predict_path: An image file, or a folder searched recursively, to predict; None predicts the test part.
         on_bad_image: ``"error"`` stops at an image of ``predict_path`` that cannot be read; ``"skip"`` leaves it out.
         exif_orientation: of the images of ``predict_path``: ``"upright"`` turns photographs as their camera was held;
             ``"ignore"`` reads pixels as they are stored.
@@ -71,9 +70,9 @@ class CifarData(ImageData):
     ) -> None:
         super().__init__(img_size, batch_size, num_workers, seed, predict_path, on_bad_image, exif_orientation)
         if name not in _CLASSES:
-            raise QsdError(f"name={name!r} is unknown; choose 'cifar10' or 'cifar100'")
+            raise QsdError(f"name={name!r} is unknown; choose 'cifar10' or 'cifar100'.")
         if val_size < 0:
-            raise QsdError(f"val_size={val_size} is negative; 0 validates on the test images")
+            raise QsdError(f"val_size={val_size} is negative; 0 validates on the test images.")
         self.root = Path(root)
         self._name = name
         self.mean, self.std = _MEAN[name], _STD[name]
@@ -83,7 +82,7 @@ class CifarData(ImageData):
             "auto_augment": auto_augment,
             "re_prob": random_erasing,
             "hflip": hflip,
-            "color_jitter": None,  # else timm adds it where there is no policy
+            "color_jitter": None,  # Otherwise timm adds it where there is no policy.
         }
         self._class_names: list[str] | None = None
 
@@ -104,10 +103,10 @@ class CifarData(ImageData):
         dataset = _CLASSES[self._name]
         try:
             dataset(str(self.root), download=True)
-        except (OSError, RuntimeError) as error:  # no network, a damaged archive
+        except (OSError, RuntimeError) as error:  # No network, a damaged archive.
             raise QsdError(
                 f"cannot download {self._name} from {dataset.url} ({error}); fetch it another way and extract it in"
-                f" {self.root}"
+                f" {self.root}."
             ) from error
 
     def load_part(self, part: Part) -> ImageArray:
@@ -122,7 +121,7 @@ class CifarData(ImageData):
         indices = np.arange(len(labels))
         if not from_test and self._val_size > 0:
             if self._val_size >= len(labels):
-                raise QsdError(f"val_size={self._val_size} leaves none of the {len(labels)} images for training")
+                raise QsdError(f"val_size={self._val_size} leaves none of the {len(labels)} images for training.")
             val, train = stratified_split(labels, (self._val_size, len(labels) - self._val_size))
             indices = val if part == "val" else train
         names = [f"{'test' if from_test else 'training'} image {index}" for index in indices]
@@ -143,10 +142,10 @@ class CifarData(ImageData):
         dataset = _CLASSES[self._name]
         try:
             read = dataset(str(self.root), train=train)
-        except RuntimeError as error:  # torchvision does not tell a missing file from a damaged one
+        except RuntimeError as error:  # torchvision does not tell a missing file from a damaged one.
             raise QsdError(
                 f"{self._name} is missing or damaged in {self.root / dataset.base_folder}; extract"
-                f" {dataset.filename} in {self.root}, or --data.download true"
+                f" {dataset.filename} in {self.root}, or --data.download true."
             ) from error
         self._class_names = list(read.classes)
         return read

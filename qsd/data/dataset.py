@@ -1,4 +1,4 @@
-"""Where images come from, and the map-style data set that decodes, augments and normalises them."""
+"""Sources of images, and the map-style data set that decodes, augments and normalises them."""
 
 import os
 import random
@@ -14,9 +14,7 @@ from torch.utils.data import Dataset
 
 from qsd.reading.images import BadImage, ExifOrientation, load_image
 
-__all__ = ["ImageArray", "ImageDataset", "ImageFiles", "ImageSource", "Sample"]
-
-# without an end, a data set of a million broken files would be read through once per sample before anyone is told
+# Without an end, a data set of a million broken files would be read through once per sample before anyone is told.
 _MAX_ATTEMPTS = 1000
 
 Transform = Callable[[Image.Image], Tensor]
@@ -37,7 +35,7 @@ class ImageSource(Protocol):
         """
 
     def name(self, index: int) -> str:
-        """What to call one image in a table of predictions.
+        """The name of one image in a table of predictions.
 
         Args:
             index: ``0..len - 1``.
@@ -48,9 +46,9 @@ class ImageFiles:
     """Image files on disk.
 
     Args:
-        paths: the files.
-        labels: their classes; None where they are unknown.
-        exif_orientation: see `load_image`.
+        paths: The files.
+        labels: Their classes; None if they are unknown.
+        exif_orientation: The rule of `qsd.data.load_image`.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class ImageFiles:
         exif_orientation: ExifOrientation = "upright",
     ) -> None:
         self._orientation = exif_orientation
-        # one block of bytes: workers that touch the reference counts of a million strings would each copy them all
+        # One block of bytes: workers that touch the reference counts of a million strings would each copy them all.
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.asarray(labels if labels is not None else [-1] * len(paths), dtype=np.int64)
 
@@ -81,8 +79,8 @@ class ImageArray:
 
     Args:
         images: uint8 ``[N, H, W]`` (grey) or ``[N, H, W, 3]`` (RGB).
-        labels: their classes ``[N]``.
-        names: what to call them.
+        labels: Their classes ``[N]``.
+        names: Their names.
     """
 
     def __init__(
@@ -109,8 +107,8 @@ class Sample(NamedTuple):
 
     Attributes:
         image: float32 ``[C, H, W]``; None where the image could not be read.
-        target: the label or the name.
-        bad: images that could not be read on the way to this one.
+        target: The label or the name.
+        bad: Images that could not be read on the way to this one.
     """
 
     image: Tensor | None
@@ -126,11 +124,12 @@ class ImageDataset(Dataset[Sample]):
     epoch 0.
 
     Args:
-        source: the images.
-        transform: from the decoded image to float32 ``[C, H, W]``.
-        seed: of the augmentation; None for evaluation, where the transform is deterministic and the key a bare index.
-        named: the target is the name instead of the label.
-        replace_bad: an image that cannot be read is replaced by the next one that can, so that the number of samples
+        source: Its images.
+        transform: Function from the decoded image to float32 ``[C, H, W]``.
+        seed: Seed of the augmentation; None for evaluation, where the transform is deterministic and
+            the key a bare index.
+        named: The target is the name instead of the label.
+        replace_bad: An image that cannot be read is replaced by the next one that can, so that the number of samples
             stays what it is.
     """
 
@@ -163,7 +162,7 @@ class ImageDataset(Dataset[Sample]):
             if self.seed is None:
                 image = self.transform(loaded)
             else:
-                # the index asked for, not the candidate: else a replacement would equal the image that it repeats
+                # The index asked for, not the candidate: else a replacement would equal the image that it repeats.
                 with _seeded(self.seed, epoch, index):
                     image = self.transform(loaded)
             return Sample(image, self._target(candidate), bad)
@@ -175,17 +174,13 @@ class ImageDataset(Dataset[Sample]):
 
 @contextmanager
 def _seeded(*key: int) -> Iterator[None]:
-    """Seed the generators that transforms draw from, and put them back: with no workers they are the training loop's.
-
-    Args:
-        *key: non-negative numbers.
-    """
-    # timm draws from all three, numpy's legacy one included
+    """Seed the generators that transforms draw from, and restore them: without workers the training loop uses them."""
+    # timm draws from all three, numpy's legacy one included.
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     words = np.random.SeedSequence(key).generate_state(4)
     random.seed(words.tobytes())
     np.random.seed(words)  # noqa: NPY002
-    # not `torch.manual_seed`, which also seeds every GPU
+    # Not `torch.manual_seed`, which also seeds every GPU.
     torch.default_generator.manual_seed(int.from_bytes(words[:2].tobytes(), "little") >> 1)
     try:
         yield

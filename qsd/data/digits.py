@@ -12,10 +12,8 @@ from qsd.data.dataset import ImageArray, Transform
 from qsd.data.sampling import stratified_split
 from qsd.errors import QsdError
 
-__all__ = ["DigitsData"]
-
 _SIZES: dict[Part, int] = {"train": 1197, "val": 200, "test": 400}
-_FULL_SCALE = 16  # the digits' grey levels are 0..16
+_FULL_SCALE = 16  # The digits' grey levels are 0..16.
 
 
 class DigitsData(ImageData):
@@ -28,15 +26,15 @@ class DigitsData(ImageData):
     Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
 
     Args:
-        img_size: height and width in pixels; one number for a square.
-        batch_size: images per step and process.
-        num_workers: loading processes per training process; 0 loads in the training process, None chooses the number
+        img_size: Height and width in pixels; one number for a square.
+        batch_size: Images per step and process.
+        num_workers: Loading processes per training process; 0 loads in the training process, None chooses the number
             of cores per training process, at most 8.
         in_chans: 1, or 3 equal channels for a model of colour images.
-        seed: of order and augmentation, not of the split; None takes that of ``seed_everything``, or 0.
-        train_images: use only so many of the training images, every class in proportion; None uses all. Validation and
+        seed: Seed of order and augmentation, not of the split; None takes that of ``seed_everything``, or 0.
+        train_images: Use only so many of the training images, every class in proportion; None uses all. Validation and
             test stay as they are.
-        train_subset: which of the possible choices of ``train_images``; another number gives another one.
+        train_subset: Which of the possible choices of ``train_images``; another number gives another one.
     """
 
     def __init__(
@@ -51,10 +49,10 @@ class DigitsData(ImageData):
     ) -> None:
         super().__init__(img_size, batch_size, num_workers, seed)
         if train_images is not None and not 1 <= train_images <= _SIZES["train"]:
-            raise QsdError(f"train_images={train_images} is not from 1 to {_SIZES['train']}")
+            raise QsdError(f"train_images={train_images} is not from 1 to {_SIZES['train']}.")
         self.train_images, self.train_subset = train_images, train_subset
         if in_chans not in (1, 3):
-            raise QsdError(f"in_chans={in_chans} is unknown; choose 1 (grey) or 3 (three equal channels)")
+            raise QsdError(f"in_chans={in_chans} is unknown; choose 1 (grey) or 3 (three equal channels).")
         self.in_chans = in_chans
         self._parts: dict[Part, ImageArray] = {}
 
@@ -70,7 +68,7 @@ class DigitsData(ImageData):
             part: "train", "val" or "test".
         """
         if not self._parts:
-            # here, because importing scikit-learn takes a second that other data should not cost
+            # Here, because importing scikit-learn takes a second that other data should not cost.
             from sklearn.datasets import load_digits
 
             digits = load_digits()
@@ -88,7 +86,7 @@ class DigitsData(ImageData):
 
     def train_transform(self) -> Transform:
         """See `ImageData`."""
-        # no flip: a mirrored digit is another sign or none
+        # No flip: a mirrored digit is another sign or no digit.
         affine = transforms.RandomAffine(
             degrees=10, translate=(0.06, 0.06), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR
         )
@@ -100,14 +98,7 @@ class DigitsData(ImageData):
         return transforms.Compose([channels, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)])
 
     def _enlarge(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Scale one digit to the image size.
-
-        Args:
-            image: grey levels 0..16 ``[8, 8]``.
-
-        Returns:
-            uint8 ``[H, W]``.
-        """
+        """Scale a digit, grey levels 0..16 ``[8, 8]``, to uint8 ``[H, W]``."""
         height, width = self.img_size
         grey = Image.fromarray((image * (255 / _FULL_SCALE)).astype(np.float32))
         return np.rint(np.asarray(grey.resize((width, height), Image.Resampling.BILINEAR))).astype(np.uint8)

@@ -13,8 +13,6 @@ from qsd.errors import QsdError
 from qsd.reading.files import shown
 from qsd.reading.images import ExifOrientation
 
-__all__ = ["ImageFolderData"]
-
 _FOLDERS: dict[Part, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
 
 
@@ -26,24 +24,24 @@ class ImageFolderData(ImageData):
     for the labels to be right. Without a test folder the validation part is the test part.
 
     Args:
-        root: folder that holds ``train`` and ``val``.
-        img_size: height and width in pixels; one number for a square.
-        batch_size: images per step and process.
-        num_workers: loading processes per training process; 0 loads in the training process, None chooses the number
+        root: Folder that holds ``train`` and ``val``.
+        img_size: Height and width in pixels; one number for a square.
+        batch_size: Images per step and process.
+        num_workers: Loading processes per training process; 0 loads in the training process, None chooses the number
             of cores per training process, at most 8.
         auto_augment: timm's name of a policy of distortions; None for none.
-        random_erasing: probability that a rectangle is replaced by noise.
-        color_jitter: strength of brightness, contrast and saturation jitter; timm applies it only without
+        random_erasing: Probability that a rectangle is replaced by noise.
+        color_jitter: Strength of brightness, contrast and saturation jitter; timm applies it only without
             ``auto_augment``.
-        hflip: probability of the horizontal flip.
-        scale: smallest and largest part of the image's area that a training crop covers.
-        ratio: smallest and largest aspect ratio of a training crop.
-        interpolation: of every resizing.
-        crop_pct: the part of the resized image's side that evaluation keeps: 0.875 resizes to 256 and keeps 224.
-        mean: of the red, green and blue channel, in units of full scale (0 to 1).
-        std: standard deviation of these, in the same units.
-        seed: of order and augmentation; None takes that of ``seed_everything``, or 0.
-        predict_path: an image file, or a folder searched recursively, to predict; None predicts the test part.
+        hflip: Probability of the horizontal flip.
+        scale: Smallest and largest part of the image's area that a training crop covers.
+        ratio: Smallest and largest aspect ratio of a training crop.
+        interpolation: Interpolation of every resizing.
+        crop_pct: The part of the resized image's side that evaluation keeps: 0.875 resizes to 256 and keeps 224.
+        mean: Mean of the red, green and blue channel, in units of full scale (0 to 1).
+        std: Standard deviation of these channels, in the same units.
+        seed: Seed of order and augmentation; None takes that of ``seed_everything``, or 0.
+        predict_path: An image file, or a folder searched recursively, to predict; None predicts the test part.
         on_bad_image: ``"error"`` stops at an image that cannot be read; ``"skip"`` replaces it by the next one in
             training, leaves it out elsewhere, and reports it.
         exif_orientation: ``"upright"`` turns photographs as their camera was held; ``"ignore"`` reads pixels as
@@ -75,10 +73,10 @@ class ImageFolderData(ImageData):
     ) -> None:
         super().__init__(img_size, batch_size, num_workers, seed, predict_path, on_bad_image, exif_orientation)
         if min(std) <= 0:
-            raise QsdError(f"std={tuple(std)} is not positive")
+            raise QsdError(f"std={tuple(std)} is not positive.")
         for name, (low, high) in (("scale", scale), ("ratio", ratio)):
             if not 0 < low <= high:
-                raise QsdError(f"{name}=({low}, {high}) is not a range of positive numbers; give the smaller one first")
+                raise QsdError(f"{name}=({low}, {high}) is not a range of positive numbers; give the smaller first.")
         self.root = Path(root)
         self.mean, self.std = tuple(mean), tuple(std)
         self._class_names: list[str] | None = None
@@ -109,13 +107,13 @@ class ImageFolderData(ImageData):
         label = {name: index for index, name in enumerate(self.class_names)}
         folder = self._folder(part) or (self._folder("val") if part == "test" else None)
         if folder is None:
-            raise QsdError(f"{self.root} has no folder {part}; expected {part}/<class>/<image> in it")
+            raise QsdError(f"{self.root} has no folder {part}; expected {part}/<class>/<image> in it.")
         found = class_folders(folder)
         if not found:
-            raise QsdError(f"{folder} has no class folders; expected {folder}/<class>/<image>")
+            raise QsdError(f"{folder} has no class folders; expected {folder}/<class>/<image>.")
         if unknown := [name for name in found if name not in label]:
             raise QsdError(
-                f"{folder} has {_listed(unknown, 'class folder')} missing in {self.root / 'train'}; remove or rename"
+                f"{folder} has {_listed(unknown, 'class folder')} missing in {self.root / 'train'}; remove or rename."
             )
         paths: list[str] = []
         labels: list[int] = []
@@ -130,7 +128,7 @@ class ImageFolderData(ImageData):
         if empty:
             finder.report(folder)  # which may tell why
             raise QsdError(
-                f"{folder} has {_listed(empty, 'class folder')} without images; add some or remove the folder"
+                f"{folder} has {_listed(empty, 'class folder')} without images; add some or remove the folder."
             )
         finder.report(folder)
         return ImageFiles(paths, labels, self.exif_orientation)
@@ -149,25 +147,20 @@ class ImageFolderData(ImageData):
 
     def _find_classes(self) -> list[str]:
         if not self.root.is_dir():
-            raise QsdError(f"root {self.root} is not a folder; give the one that holds train/<class> and val/<class>")
+            raise QsdError(f"root {self.root} is not a folder; give the one that holds train/<class> and val/<class>.")
         train = self._folder("train")
         folders = [train] if train else [folder for part in ("val", "test") if (folder := self._folder(part))]
         if not folders:
             found = sorted(entry.name for entry in self.root.iterdir())
             holds = f"it holds {_listed(found, 'entry', 'entries')}" if found else "it is empty"
             raise QsdError(
-                f"root {self.root} has no train or val; expected train/<class>/<image> and val/<class>/<image>, {holds}"
+                f"root {self.root} has no train or val; expected train/<class>/<image> and val/<class>/<image>, "
+                f"{holds}."
             )
         return sorted({name for folder in folders for name in class_folders(folder)})
 
 
 def _listed(names: list[str], singular: str, plural: str | None = None) -> str:
-    """For example "2 class folders (cat, dog)".
-
-    Args:
-        names: at least one; a few are shown.
-        singular: what one of them is.
-        plural: what several are, if not with an s.
-    """
+    """Number, noun and first names, such as "2 class folders (cat, dog)"."""
     noun = singular if len(names) == 1 else plural or singular + "s"
     return f"{len(names)} {noun} ({', '.join(map(shown, names[:5]))}{', ...' if len(names) > 5 else ''})"

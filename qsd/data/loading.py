@@ -14,8 +14,6 @@ from qsd.errors import QsdError
 from qsd.reading.files import shown
 from qsd.reading.images import BadImage
 
-__all__ = ["BadImagePolicy", "Batch", "ImageLoader", "TrainLoader"]
-
 logger = logging.getLogger(__name__)
 
 WORKER_ENDED = (
@@ -33,7 +31,7 @@ def collate(samples: list[Sample]) -> _CollatedBatch:
     """Stack the images that could be read, and gather the others.
 
     Args:
-        samples: at least one.
+        samples: At least one.
 
     Returns:
         Images ``[B, C, H, W]`` or None where none could be read, labels ``[B]`` or names, and what could not be read.
@@ -47,32 +45,32 @@ def collate(samples: list[Sample]) -> _CollatedBatch:
 
 
 class BadImagePolicy:
-    """What to do about images that cannot be read, and which ones were met.
+    """Treatment of images that cannot be read, and a list of them.
 
     Args:
         action: ``"error"`` raises at the first one; ``"skip"`` goes on and reports.
 
     Attributes:
-        reasons: reason by path, of the images skipped so far.
+        reasons: Reasons by path of the images that were skipped so far.
     """
 
     def __init__(self, action: Literal["error", "skip"] = "error") -> None:
         if action not in ("error", "skip"):
-            raise QsdError(f"on_bad_image={action!r} is unknown; choose 'error' or 'skip'")
+            raise QsdError(f"on_bad_image={action!r} is unknown; choose 'error' or 'skip'.")
         self.action = action
         self.reasons: dict[str, str] = {}
         self._reported = 0
 
     def meet(self, bad: list[BadImage]) -> None:
-        """Raise, or remember.
+        """Raise an error, or remember the images.
 
         Args:
-            bad: images that could not be read.
+            bad: Images that could not be read.
         """
         if bad and self.action == "error":
             path, reason = bad[0]
             raise QsdError(
-                f"cannot read the image {shown(path)}: {reason}; repair or remove it, or --data.on_bad_image skip"
+                f"cannot read the image {shown(path)}: {reason}; repair or remove it, or --data.on_bad_image skip."
             )
         self.reasons.update(bad)
 
@@ -87,10 +85,10 @@ class BadImagePolicy:
         logger.warning("skipped %d image(s) that cannot be read: %s%s", len(new), examples, more)
 
     def all_bad(self) -> NoReturn:
-        """Raise because no readable image was found."""
+        """Raise an error because no image can be read."""
         self._reported = len(self.reasons)
         path, reason = next(iter(self.reasons.items()))
-        raise QsdError(f"none of {len(self.reasons)} images can be read; the first is {shown(path)}: {reason}")
+        raise QsdError(f"none of {len(self.reasons)} images can be read; the first is {shown(path)}: {reason}.")
 
 
 class ImageLoader(DataLoader[Sample]):
@@ -100,15 +98,15 @@ class ImageLoader(DataLoader[Sample]):
     draws its workers' seeds from a generator of its own: making an iterator leaves torch's global generator alone.
 
     Args:
-        dataset: the images.
-        bad_images: what to do about images that cannot be read; shared by the loaders of one data module.
-        **kwargs: as for `torch.utils.data.DataLoader`.
+        dataset: The images.
+        bad_images: Treatment of images that cannot be read, shared by the loaders of one data module.
+        **kwargs: As for `torch.utils.data.DataLoader`.
     """
 
     dataset: ImageDataset
 
     def __init__(self, dataset: ImageDataset, *, bad_images: BadImagePolicy, **kwargs: Any) -> None:
-        # defaults and not fixed, because Lightning copies a loader from all of its attributes
+        # Defaults and not fixed, because Lightning copies a loader from all of its attributes.
         kwargs.setdefault("collate_fn", collate)
         kwargs.setdefault("generator", torch.Generator())
         super().__init__(dataset, **kwargs)
@@ -124,12 +122,12 @@ class ImageLoader(DataLoader[Sample]):
             for number, (images, targets, bad) in enumerate(super().__iter__(), start=done + 1):
                 self.bad_images.meet(bad)
                 if number == len(self):
-                    self.bad_images.report()  # now, because Lightning never asks for more than the last batch
+                    self.bad_images.report()  # Now, because Lightning never asks for more than the last batch.
                 if images is not None:
                     any_read = True
                     yield images, targets
                 elif self.dataset.replace_bad:
-                    self.bad_images.all_bad()  # there was no readable image to put in place of any
+                    self.bad_images.all_bad()  # There was no readable image to put in place of any.
             if not any_read:
                 self.bad_images.all_bad()
         except RuntimeError as error:
@@ -146,9 +144,9 @@ class TrainLoader(ImageLoader):
     Lightning stores `state_dict` in its checkpoints, and restores it before the first batch.
 
     Args:
-        dataset: the images.
-        bad_images: what to do about images that cannot be read.
-        **kwargs: as for `torch.utils.data.DataLoader`; ``sampler`` is a `TrainSampler`.
+        dataset: The images.
+        bad_images: Treatment of images that cannot be read.
+        **kwargs: As for `torch.utils.data.DataLoader`; ``sampler`` is a `TrainSampler`.
     """
 
     def __init__(self, dataset: ImageDataset, *, bad_images: BadImagePolicy, **kwargs: Any) -> None:
@@ -164,7 +162,7 @@ class TrainLoader(ImageLoader):
         """Let the next iteration continue the epoch of the state, if it is of that epoch and batches are left.
 
         Args:
-            state: from `state_dict`.
+            state: From `state_dict`.
         """
         self._state = dict(state)
         self._resuming = True
@@ -178,10 +176,10 @@ class TrainLoader(ImageLoader):
     def _begin_epoch(self) -> int:
         sampler = self.sampler
         if not isinstance(sampler, TrainSampler):
-            return 0  # Lightning's `overfit_batches` has put a sampler without epochs here
+            return 0  # Lightning's `overfit_batches` has put a sampler without epochs here.
         done = self._state["batches"] if self._resuming and self._state["epoch"] == sampler.epoch else 0
         if done >= len(self):
-            done = 0  # the checkpoint was written after the last batch
+            done = 0  # The checkpoint was written after the last batch.
         self._resuming = False
         self._state = {"epoch": sampler.epoch, "batches": done}
         sampler.skip = done * (self.batch_size or 1)

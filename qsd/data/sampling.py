@@ -1,4 +1,4 @@
-"""Which image comes when: samplers whose order depends on nothing but the seed and the epoch.
+"""Samplers whose order depends on the seed and the epoch alone.
 
 Both derive from `torch.utils.data.DistributedSampler`, so that Lightning neither wraps nor replaces them, and tells the
 training sampler the epoch.
@@ -13,8 +13,6 @@ from torch.utils.data import DistributedSampler
 
 from qsd.errors import QsdError
 
-__all__ = ["EvalSampler", "TrainSampler", "stratified_split"]
-
 
 def _world(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
     running = dist.is_available() and dist.is_initialized()
@@ -28,18 +26,19 @@ def _world(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
 class TrainSampler(DistributedSampler[Any]):
     """A new random order every epoch, a pure function of the seed and the epoch.
 
-    Every process gets the same number of images. What does not divide evenly is left out, other images in every epoch;
-    only a data set smaller than the number of processes is repeated instead. The k-th batches of all processes together
-    are a contiguous piece of the order: two processes with batch size 8 see the same images per step as one with 16.
+    Every process gets the same number of images. The remainder of an uneven division is left out, with other images in
+    every epoch; only a data set smaller than the number of processes is repeated instead. The k-th batches of all
+    processes together are a contiguous piece of the order: two processes with batch size 8 see the same images per step
+    as one with 16.
 
     Args:
-        dataset: anything with a length.
-        seed: at least 0.
-        num_replicas: number of processes; None asks torch.distributed (1 where that is not running).
-        rank: this process; None asks torch.distributed.
+        dataset: Any object with a length.
+        seed: At least 0.
+        num_replicas: Number of processes; None asks torch.distributed (1 where that is not running).
+        rank: This process; None asks torch.distributed.
 
     Attributes:
-        skip: images that the next iteration leaves out at the start of the epoch, to resume in the middle of it.
+        skip: Images that the next iteration leaves out at the start of the epoch, to resume in the middle of it.
     """
 
     def __init__(self, dataset: Sized, seed: int = 0, num_replicas: int | None = None, rank: int | None = None) -> None:
@@ -53,7 +52,7 @@ class TrainSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield ``(epoch, index)``: the augmentation of an image depends on both."""
         epoch = self.epoch
-        # RandomState's stream is frozen by numpy's compatibility policy; SeedSequence keeps (0, 1) apart from (1, 0)
+        # RandomState's stream is frozen by numpy's compatibility policy; SeedSequence keeps (0, 1) apart from (1, 0).
         words = np.random.SeedSequence((self.seed, epoch)).generate_state(4)
         order = np.random.RandomState(words).permutation(self.length)
         shard = np.resize(order, self.total_size)[self.rank :: self.num_replicas]
@@ -67,19 +66,19 @@ class EvalSampler(DistributedSampler[Any]):
     not depend on the number of processes.
 
     Args:
-        dataset: anything with a length.
-        num_replicas: number of processes; None asks torch.distributed (1 where that is not running).
-        rank: this process; None asks torch.distributed.
+        dataset: Any object with a length.
+        num_replicas: Number of processes; None asks torch.distributed (1 where that is not running).
+        rank: This process; None asks torch.distributed.
     """
 
     def __init__(self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None) -> None:
         num_replicas, rank = _world(num_replicas, rank)
         super().__init__(dataset, num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
         if len(dataset) < num_replicas:
-            # a process without a batch would miss the collective calls of the others, which then wait for ever
+            # A process without a batch would miss the collective calls of the others, which then wait for ever.
             raise QsdError(
                 f"{len(dataset)} image(s) cannot be evaluated by {num_replicas} processes, each needs at least one;"
-                f" use --trainer.devices {max(1, len(dataset))} or more images"
+                f" use --trainer.devices {max(1, len(dataset))} or more images."
             )
         self.indices = range(rank, len(dataset), num_replicas)
         self.num_samples = len(self.indices)
@@ -93,14 +92,14 @@ class EvalSampler(DistributedSampler[Any]):
 def stratified_split(
     labels: Sequence[int] | np.ndarray[Any, Any], sizes: Sequence[int], seed: int = 0
 ) -> list[np.ndarray[Any, Any]]:
-    """Split indices into parts that hold every class in the same proportion.
+    """Split indices into parts with every class in the same proportion.
 
     The split is fixed: it depends on the arguments alone.
 
     Args:
-        labels: the class of every image ``[N]``.
-        sizes: images per part; together at most N.
-        seed: another one gives another split.
+        labels: The class of every image ``[N]``.
+        sizes: Images per part; together at most N.
+        seed: Seed of the split.
 
     Returns:
         The sorted indices of every part, disjoint. The number of images of a class in a part differs from its exact
@@ -112,7 +111,7 @@ def stratified_split(
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
         position[members] = (np.arange(len(members)) + 0.5) / len(members)
-    # in this order every contiguous piece holds all classes in proportion
+    # In this order every contiguous piece holds all classes in proportion.
     order = np.lexsort((labels, position))
     bounds = np.cumsum(sizes)
     return [np.sort(part) for part in np.split(order, bounds)[: len(sizes)]]

@@ -10,8 +10,6 @@ from torchvision import transforms
 from qsd.data.dataset import Transform
 from qsd.errors import QsdError
 
-__all__ = ["Interpolation", "crop_transform", "eval_transform", "padded_transform"]
-
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
@@ -19,9 +17,9 @@ def crop_transform(img_size: tuple[int, int], interpolation: Interpolation, **op
     """ImageNet's augmentation: a random crop resized, a flip, a policy of distortions, erasing.
 
     Args:
-        img_size: height and width in pixels.
-        interpolation: of every resizing.
-        **options: for `timm.data.create_transform`.
+        img_size: Height and width in pixels.
+        interpolation: Interpolation of every resizing.
+        **options: For `timm.data.create_transform`.
 
     Returns:
         From an RGB image to float32 ``[3, H, W]``.
@@ -35,11 +33,11 @@ def padded_transform(
     """CIFAR's augmentation: a shift into black padding, a flip, a policy of distortions, erasing.
 
     Args:
-        img_size: height and width of the images in pixels.
-        interpolation: of the distortions.
-        padding: greatest shift in pixels.
-        hflip: probability of the horizontal flip.
-        **options: for `timm.data.create_transform`.
+        img_size: Height and width of the images in pixels.
+        interpolation: Interpolation of the distortions.
+        padding: Greatest shift in pixels.
+        hflip: Probability of the horizontal flip.
+        **options: For `timm.data.create_transform`.
 
     Returns:
         From an RGB image to float32 ``[3, H, W]``.
@@ -63,16 +61,16 @@ def eval_transform(
     """Resize and cut out the centre.
 
     Args:
-        img_size: height and width in pixels.
-        interpolation: of every resizing.
-        crop_pct: the part of the resized image's side that is kept: 0.875 resizes to 256 and keeps 224.
-        **options: for `timm.data.create_transform`.
+        img_size: Height and width in pixels.
+        interpolation: Interpolation of every resizing.
+        crop_pct: The part of the resized image's side that is kept: 0.875 resizes to 256 and keeps 224.
+        **options: For `timm.data.create_transform`.
 
     Returns:
         From an RGB image to float32 ``[3, H, W]``.
     """
     if not 0 < crop_pct <= 1:
-        raise QsdError(f"crop_pct={crop_pct} is not a part of the image; choose above 0 and up to 1")
+        raise QsdError(f"crop_pct={crop_pct} is not a part of the image; choose above 0 and up to 1.")
     return _checked_transform(interpolation, input_size=(3, *img_size), crop_pct=crop_pct, **options)
 
 
@@ -80,13 +78,13 @@ def _checked_transform(interpolation: Interpolation, **options: Any) -> Any:
     for name in ("hflip", "re_prob"):
         if not 0 <= options.get(name, 0) <= 1:
             label = "random_erasing" if name == "re_prob" else name
-            raise QsdError(f"{label}={options[name]} is not a probability; choose from 0 to 1")
+            raise QsdError(f"{label}={options[name]} is not a probability; choose from 0 to 1.")
     if interpolation not in get_args(Interpolation):
         known = ", ".join(get_args(Interpolation))
-        raise QsdError(f"interpolation={interpolation!r} is unknown; choose one of {known}")
+        raise QsdError(f"interpolation={interpolation!r} is unknown; choose one of {known}.")
     policy = options.get("auto_augment")
     try:
-        # timm passes over a section without a number, such as a mistyped "m-9"
+        # timm passes over a section without a number, such as a mistyped "m-9".
         if policy and not all(
             section[:1] == "t" or any(map(str.isdigit, section)) for section in policy.split("-")[1:]
         ):
@@ -95,14 +93,14 @@ def _checked_transform(interpolation: Interpolation, **options: Any) -> Any:
     except (AssertionError, KeyError, ValueError) as error:
         reason = error or type(error).__name__
         raise QsdError(
-            f"auto_augment={policy!r} is not understood by timm ({reason}); for example 'rand-m9-mstd0.5-inc1'"
+            f"auto_augment={policy!r} is not understood by timm ({reason}); for example 'rand-m9-mstd0.5-inc1'."
         ) from error
     _mend_posterize(built)
     return built
 
 
 def _mend_posterize(transform: Any) -> None:
-    """Put our posterization into the policies of a transform, at any depth."""
+    """Replace timm's posterization by `_posterize` in the policies of a transform, at any depth."""
     if isinstance(transform, list | tuple):
         for part in transform:
             _mend_posterize(part)
@@ -114,7 +112,7 @@ def _mend_posterize(transform: Any) -> None:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    # timm's policies ask for 0 bits at their greatest magnitude: black up to Pillow 12, an error from 13 on
+    # timm's policies ask for 0 bits at their greatest magnitude: black up to Pillow 12, an error from 13 on.
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

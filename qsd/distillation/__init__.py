@@ -1,4 +1,4 @@
-"""Fine-grained distillation: a student's attention and logits are drawn towards a teacher's."""
+"""Fine-grained distillation: a loss aligns a student's attention and logits with those of a teacher."""
 
 from qsd.distillation.attention import PROJECTIONS, AttentionMaps, AttentionRecorder, attention_layers
 from qsd.distillation.losses import (
@@ -11,11 +11,14 @@ from qsd.distillation.losses import (
 )
 from qsd.distillation.similarity import similarity_distance, token_similarity
 from qsd.distillation.teacher import Teacher, build_teacher
+from qsd.distillation.terms import DistillationOptions, DistillationTerms
 
 __all__ = [
     "PROJECTIONS",
     "AttentionMaps",
     "AttentionRecorder",
+    "DistillationOptions",
+    "DistillationTerms",
     "LogitsKind",
     "Teacher",
     "attention_distances",

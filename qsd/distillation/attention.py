@@ -1,4 +1,4 @@
-"""Looking at the queries, keys and values of a network's attention while it runs."""
+"""Recording the queries, keys and values of a network's attention in a forward pass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class AttentionMaps:
 
     Attributes:
         query: ``[B, heads, d, H, W]``: spike counts of a spiking network, real values of any other.
-        key: the same.
-        value: the same.
+        key: The same.
+        value: The same.
     """
 
     query: Tensor
@@ -30,26 +30,27 @@ class AttentionMaps:
 
 
 def attention_layers(model: nn.Module) -> dict[str, Any]:
-    """The attention layers that can be tapped by name, in the order of registration.
+    """The attention layers whose parts can be recorded by name, in the order of registration.
 
     They have ``num_heads`` and the modules ``q_neuron``, ``k_neuron`` and ``v_neuron``, whose outputs
-    ``[B, C, H, W]`` are queries, keys and values with head-major channels: all of ours, and their float twins.
+    ``[B, C, H, W]`` are queries, keys and values with head-major channels. All attention layers of this
+    package have them, and those of their float twins.
 
     Args:
-        model: any module.
+        model: Any module.
     """
     taps = ("num_heads", "q_neuron", "k_neuron", "v_neuron")
     return {name: m for name, m in model.named_modules() if all(hasattr(m, tap) for tap in taps)}
 
 
 class AttentionRecorder:
-    """Keep the maps of a network's attention layers from one forward pass, with their gradients' graph.
+    """Record the maps of a network's attention layers in one forward pass, with their gradients' graph.
 
-    It records what runs between `start` and `take`, and nothing else: validation passes by, and so does the second
-    forward pass of gradient checkpointing.
+    It records forward passes between `start` and `take` only: neither validation nor the second forward pass of
+    gradient checkpointing.
 
     Args:
-        model: a network with `attention_layers`.
+        model: A network with `attention_layers`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,15 +74,15 @@ class AttentionRecorder:
         return hook
 
     def start(self) -> None:
-        """Record from here on."""
+        """Start to record."""
         self._maps.clear()
         self._recording = True
 
     def take(self) -> list[AttentionMaps]:
-        """What was recorded, layer by layer; recording ends, and the recorder keeps nothing.
+        """End the recording and return the maps, layer by layer.
 
         Raises:
-            QsdError: if a layer did not run.
+            QsdError: If a layer did not run.
         """
         maps, self._recording = dict(self._maps), False
         self._maps.clear()
@@ -91,17 +92,17 @@ class AttentionRecorder:
         return [AttentionMaps(**{p: maps[name, p] for p in PROJECTIONS}) for name in self.layers]
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._maps.clear()
 
 
 class ProductRecorder(TorchFunctionMode):
-    """Keep query, key and value of every scaled dot product attention that runs while it is entered.
+    """Record query, key and value of every scaled dot product attention in this context.
 
-    That is how the vision transformers of timm attend, whatever their layers are called; queries and keys are seen as
-    they are multiplied, behind their norms and rotary embeddings.
+    The vision transformers of timm compute attention by this function. Queries and keys are recorded as they are
+    multiplied, after their norms and rotary embeddings.
     """
 
     def __init__(self) -> None:
@@ -118,14 +119,14 @@ class ProductRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def take(self, images: Tensor, prefix_tokens: int) -> list[AttentionMaps]:
-        """What was recorded, in the order of execution. Layers whose queries and keys differ in number are left out.
+        """The recorded maps, in the order of execution. Layers with different numbers of queries and keys are left out.
 
         Args:
-            images: what the network was given, ``[B, C, H, W]``: tokens form a grid of their proportions.
-            prefix_tokens: class and register tokens in front of the grid, which are cut off.
+            images: Input of the network ``[B, C, H, W]``; the tokens form a grid of the same proportions.
+            prefix_tokens: Number of class and register tokens before the grid, which are cut off.
 
         Raises:
-            QsdError: if the tokens form no grid, or are those of windows.
+            QsdError: If the tokens form no grid, or are those of windows.
         """
         products, self._products = self._products, []
         maps = []
@@ -144,9 +145,9 @@ class ProductRecorder(TorchFunctionMode):
 
 
 def _grid(tokens: int, prefix_tokens: int, image_size: torch.Size) -> tuple[int, tuple[int, int]]:
-    """How many tokens to cut off, and the height and width of the rest."""
+    """The number of tokens to cut off, and the height and width of the grid."""
     height, width = image_size
-    for cut in (prefix_tokens, 0):  # some models append their class token later on
+    for cut in (prefix_tokens, 0):  # Some models append their class token later on.
         rows = round(((tokens - cut) * height / width) ** 0.5)
         if rows > 0 and (tokens - cut) % rows == 0 and round(rows * width / height) == (tokens - cut) // rows:
             return cut, (rows, (tokens - cut) // rows)

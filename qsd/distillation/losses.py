@@ -15,20 +15,20 @@ LogitsKind = Literal["soft", "hard"]
 
 
 def match_layers(students: int, teachers: int) -> list[int]:
-    """Which of the teacher's layers each of the student's is compared with.
+    """The teacher's layer that each of the student's layers is compared with.
 
     Layers are matched evenly, the last with the last: 4 of 12 are the layers 2, 5, 8, 11. Where the student is
     deeper, several of its layers share a teacher's.
 
     Args:
-        students: layers of the student.
-        teachers: layers of the teacher.
+        students: Number of layers of the student.
+        teachers: Number of layers of the teacher.
     """
     return [-(-(layer + 1) * teachers // students) - 1 for layer in range(students)]
 
 
 def match_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring two maps to as many heads and tokens.
+    """Bring two maps to the same number of heads and tokens.
 
     - Heads that differ in number are joined, neighbours with neighbours, into as many groups as divide both numbers
       (8 and 12 heads become 4 groups; 8 and 3 a single one). A group's similarity is the sum of its heads'.
@@ -42,16 +42,16 @@ def match_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         Both as ``[B, groups, channels, N]``.
 
     Raises:
-        QsdError: if the grids have other proportions, or a single token is left, which resembles itself.
+        QsdError: If the grids have other proportions, or a single token is left, which resembles itself.
     """
     groups = gcd(student.shape[1], teacher.shape[1])
     grids = [(student.shape[-2], student.shape[-1]), (teacher.shape[-2], teacher.shape[-1])]
     coarse, fine = sorted(grids)
-    what = f"token grids of {grids[0][0]}x{grids[0][1]} (student) and {grids[1][0]}x{grids[1][1]} (teacher)"
+    described = f"token grids of {grids[0][0]}x{grids[0][1]} (student) and {grids[1][0]}x{grids[1][1]} (teacher)"
     if coarse[1] > fine[1] or abs(coarse[0] * fine[1] - coarse[1] * fine[0]) >= fine[1]:
-        raise QsdError(f"{what} have different proportions; the teacher must see the same part of the image.")
+        raise QsdError(f"{described} have different proportions; the teacher must see the same part of the image.")
     if coarse == (1, 1):
-        raise QsdError(f"{what}: a single token resembles only itself; use larger images or smaller strides.")
+        raise QsdError(f"{described}: a single token resembles only itself; use larger images or smaller strides.")
     pair = []
     for x, grid in zip((student, teacher), grids):
         if grid != coarse:
@@ -61,11 +61,11 @@ def match_maps(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_distances(students: list[AttentionMaps], teachers: list[AttentionMaps]) -> dict[str, list[Tensor]]:
-    """How far the student's token similarities are from the teacher's.
+    """Distances between the token similarities of the student and the teacher.
 
     Args:
-        students: maps of the student's layers.
-        teachers: maps of the teacher's; their number, heads and grids may differ.
+        students: Maps of the student's layers.
+        teachers: Maps of the teacher's; their number, heads and grids may differ.
 
     Returns:
         For query, key and value and each of the student's layers, `similarity_distance`: ``[B, groups]``.
@@ -84,8 +84,8 @@ def attention_loss(students: list[AttentionMaps], teachers: list[AttentionMaps])
     """Fine-grained distillation: distances of query, key and value, summed over layers and heads, averaged over images.
 
     Args:
-        students: see `attention_distances`.
-        teachers: see `attention_distances`.
+        students: Maps of the student's layers.
+        teachers: Maps of the teacher's layers.
 
     Returns:
         One scalar each for ``"query"``, ``"key"`` and ``"value"``.
@@ -100,12 +100,12 @@ def logits_loss(student: Tensor, teacher: Tensor, kind: LogitsKind = "soft", tem
     """Distillation of the classifier's output.
 
     Args:
-        student: logits ``[B, classes]``.
-        teacher: logits ``[B, classes]``.
+        student: Logits ``[B, classes]``.
+        teacher: Logits ``[B, classes]``.
         kind: ``"soft"``: the Kullback-Leibler divergence of the student's probabilities from the teacher's, times the
             squared temperature (Hinton et al., 2015); ``"hard"``: cross-entropy with the teacher's most likely class
             (Touvron et al., DeiT, 2021).
-        temperature: both logits are divided by it, if soft.
+        temperature: Divisor of both logits, if soft.
 
     Returns:
         A scalar, averaged over images.

@@ -11,11 +11,11 @@ def weight_points(name: str, weight: Weight) -> list[tuple[float, float]]:
     """A weight as a schedule.
 
     Args:
-        name: of the weight, for errors.
-        weight: a number, or points (share of the training from 0 to 1, weight).
+        name: Name of the weight, for messages.
+        weight: A number, or points (share of the training from 0 to 1, weight).
 
     Raises:
-        QsdError: for shares that do not ascend from 0 to 1, and for negative weights.
+        QsdError: For shares that do not ascend from 0 to 1, and for negative weights.
     """
     points = [(0.0, float(weight))] if isinstance(weight, int | float) else [(float(a), float(b)) for a, b in weight]
     shares = [share for share, _ in points]
@@ -27,11 +27,11 @@ def weight_points(name: str, weight: Weight) -> list[tuple[float, float]]:
 
 
 def weight_at(progress: float, points: list[tuple[float, float]]) -> float:
-    """The weight at a point of the training, linear between the schedule's.
+    """The weight at a point of the training, by linear interpolation.
 
     Args:
-        progress: share of the training that is done, 0 to 1.
-        points: of `weight_points`.
+        progress: Share of the training that is done, 0 to 1.
+        points: Schedule from `weight_points`.
     """
     shares, weights = zip(*points)
     return float(np.interp(progress, shares, weights))

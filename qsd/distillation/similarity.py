@@ -1,4 +1,4 @@
-r"""How differently two attention layers see which tokens resemble each other.
+r"""Distance between the token similarities of two attention layers.
 
 A head's token similarity is :math:`G = X X^\top` of its queries, keys or values :math:`X` (tokens by channels), divided
 by its Frobenius norm. The distance between a student's and a teacher's,
@@ -6,7 +6,7 @@ by its Frobenius norm. The distance between a student's and a teacher's,
 .. math:: D = \| \tilde G_S - \tilde G_T \|_F^2 = 2 - 2 \cos(G_S, G_T),
 
 does not change when either side is scaled or its channels are rotated, and needs no equal numbers of channels: only
-the tokens have to correspond. It is a reconstruction of ours, after Q-ViT's distribution-guided distillation (Li et
+the tokens have to correspond. It is a reconstruction after Q-ViT's distribution-guided distillation (Li et
 al., NeurIPS 2022), which does so for queries and keys; the exact loss of QSD-Transformer is not public.
 """
 
@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 
 def token_similarity(x: Tensor) -> Tensor:
-    """Which tokens resemble each other: ``X X^T`` over its Frobenius norm.
+    """Similarity of all pairs of tokens: ``X X^T`` over its Frobenius norm.
 
     Args:
-        x: queries, keys or values ``[..., d, N]``.
+        x: Queries, keys or values ``[..., d, N]``.
 
     Returns:
         ``[..., N, N]``, of norm one; zeros for a silent head.
@@ -33,16 +33,16 @@ def token_similarity(x: Tensor) -> Tensor:
 def similarity_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared Frobenius distance of two normalised token similarities, 0 (the same) to 2, in float32 or better.
 
-    Where tokens outnumber channels no ``N x N`` matrix is built: all that is needed follows from products of
-    ``d x d``. The gradient is computed together with the distance, so that what is kept for the backward pass is one
-    tensor of the student's size. Both forms work on differences, and keep their relative precision where student and
+    Where tokens outnumber channels no ``N x N`` matrix is built: products of ``d x d`` are
+    sufficient. The gradient is computed together with the distance, so that the backward pass needs one tensor
+    of the student's size. Both forms work on differences, and keep their relative precision where student and
     teacher nearly agree; ``2 - 2 cos`` would lose half the digits.
 
     A silent head (zeros everywhere) has the similarity zero, the distance 1 to any other, and no gradient.
 
     Args:
-        student: queries, keys or values ``[B, heads, d, N]``.
-        teacher: of as many heads and tokens, ``[B, heads, d', N]``; it gets no gradient.
+        student: Queries, keys or values ``[B, heads, d, N]``.
+        teacher: The same number of heads and tokens, ``[B, heads, d', N]``; without gradient.
 
     Returns:
         ``[B, heads]``. Twice differentiating is an error.
@@ -80,7 +80,7 @@ def _from_tokens(x: Tensor, y: Tensor, with_gradient: bool) -> tuple[Tensor, Ten
     distance = difference.square().sum(dim=(-1, -2))
     if not with_gradient:
         return distance, None
-    # d distance / d X = 4 / |G| X (difference - distance / 2 similarity): the second term is the norm's own gradient.
+    # D distance / d X = 4 / |G| X (difference - distance / 2 similarity): the second term is the norm's own gradient.
     inner = difference.sub_(similarity.mul_(distance.view(-1, 1, 1) / 2))
     return distance, (x @ inner).mul_(4 * scale * (scale_other > 0))
 
@@ -95,7 +95,7 @@ def _from_channels(x: Tensor, y: Tensor, with_gradient: bool) -> tuple[Tensor, T
     channels = x.shape[-2]
     scale, scale_other = (_normalise(t @ t.transpose(-1, -2))[1] for t in (x, y))
     u, v = x * scale.sqrt(), y * scale_other.sqrt()
-    if u.shape != v.shape:  # channels of zeros leave the similarity as it is
+    if u.shape != v.shape:  # Channels of zeros leave the similarity as it is.
         wide = max(channels, y.shape[-2])
         u, v = (F.pad(t, (0, 0, 0, wide - t.shape[-2])) for t in (u, v))
     p, q = u - v, u + v

@@ -1,4 +1,4 @@
-"""The teacher: a frozen network that sees the student's images in its own way."""
+"""The teacher: a frozen network with its own normalisation and size of the student's images."""
 
 import copy
 from collections import OrderedDict
@@ -23,14 +23,14 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 def both_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> Statistics | None:
-    """What is given as ``teacher_mean`` and ``teacher_std``, or ``None`` for neither.
+    """``teacher_mean`` and ``teacher_std`` as a pair, or ``None`` for neither.
 
     Args:
-        mean: of the images, by channel, in units of full scale.
-        std: their standard deviation.
+        mean: Mean by channel of the images, in units of full scale.
+        std: Their standard deviation.
 
     Raises:
-        QsdError: if only one is given.
+        QsdError: If only one is given.
     """
     if mean is not None and std is not None:
         return mean, std
@@ -40,13 +40,13 @@ def both_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -
 
 
 class Teacher:
-    """A frozen network in evaluation mode. Not a module: none that holds it trains, copies or saves it.
+    """A frozen network in evaluation mode. It is no module, so that its owner neither trains, copies nor saves it.
 
     Args:
-        network: what computes logits from images ``[B, C, H, W]``. It is copied, with the norms of our layers folded
-            into the convolutions before them: a tenth of the time, and equal in evaluation.
-        name: what messages call it.
-        statistics: mean and standard deviation (in units of full scale, by channel) of the images that it expects;
+        network: Network from images ``[B, C, H, W]`` to logits. It is copied, with the norms of this package's layers
+            folded into the convolutions before them, which is faster and equal in evaluation.
+        name: Its name in messages.
+        statistics: Mean and standard deviation (in units of full scale, by channel) of the images that it expects;
             ``None`` for the student's.
     """
 
@@ -55,12 +55,12 @@ class Teacher:
         for chain_name, chain in list(network.named_modules()):
             if isinstance(chain, LinearChain):
                 network.set_submodule(chain_name, nn.Sequential(OrderedDict(fold_norms(chain, chain_name))))
-        self.network = network.eval()  # what was folded anew is in training mode
+        self.network = network.eval()  # Folded layers are new, and in training mode.
         self.name = name
         self.statistics = statistics
         self._recorder = AttentionRecorder(network) if attention_layers(network) else None
         for module in network.modules():
-            if hasattr(module, "fused_attn"):  # timm's switch between one call, which can be seen, and its parts
+            if hasattr(module, "fused_attn"):  # timm's switch between one call, which can be seen, and its parts.
                 setattr(module, "fused_attn", True)  # noqa: B010 - an attribute that no type knows
         self._fixed_size = _fixed_size(network)
         self._channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), None)
@@ -74,14 +74,14 @@ class Teacher:
         """Images as the teacher expects them: normalised, coloured and resized.
 
         Args:
-            images: the student's, ``[B, C, H, W]``.
-            statistics: the mean and standard deviation that they were normalised with.
+            images: The student's, ``[B, C, H, W]``.
+            statistics: The mean and standard deviation that they were normalised with.
 
         Returns:
             ``[B, C', H', W']``.
 
         Raises:
-            QsdError: if they cannot be converted.
+            QsdError: If they cannot be converted.
         """
         if self.statistics is not None and self.statistics != statistics:
             if statistics is None:
@@ -92,7 +92,7 @@ class Teacher:
             mean, std, own_mean, own_std = (
                 images.new_tensor(list(part)).view(1, -1, 1, 1) for part in (*statistics, *self.statistics)
             )
-            if self._channels == 1:  # a grey version of a model of colours
+            if self._channels == 1:  # The grey version of a model for colour images.
                 own_mean, own_std = own_mean.mean(1, keepdim=True), own_std.mean(1, keepdim=True)
             images = (images * std + mean - own_mean) / own_std
         if images.shape[1] == 1 and self._channels is not None:
@@ -113,15 +113,15 @@ class Teacher:
         """Run the teacher.
 
         Args:
-            images: the student's, ``[B, C, H, W]``.
-            statistics: the mean and standard deviation that they were normalised with.
-            attention: whether its maps are wanted.
+            images: The student's, ``[B, C, H, W]``.
+            statistics: The mean and standard deviation that they were normalised with.
+            attention: Whether its maps are wanted.
 
         Returns:
             Logits ``[B, classes]``, and the maps of its attention layers if wanted.
 
         Raises:
-            QsdError: if maps are wanted and it has none.
+            QsdError: If maps are wanted and it has none.
         """
         images = self.prepare(images, statistics)
         if not attention:
@@ -144,7 +144,7 @@ class Teacher:
     def _run(self, images: Tensor) -> Tensor:
         try:
             return self.network(images)
-        except AssertionError as error:  # timm's word for images of a wrong size
+        except AssertionError as error:  # timm's word for images of a wrong size.
             size = "x".join(map(str, images.shape[-2:]))
             raise QsdError(
                 f"teacher {self.name} cannot see images of {size} pixels: {' '.join(str(error).split())} Pass img_size "
@@ -161,16 +161,16 @@ def build_teacher(
     """Build a teacher and load its weights. Random number generators are left as they were.
 
     Args:
-        teacher: a checkpoint of a training of ours, from which the model is rebuilt, or a name known to timm.
-        weights: the weights of a model by name: a checkpoint of ours, a ``.safetensors`` file, a bare state dict;
+        teacher: A checkpoint of a training with qsd, from which the model is rebuilt, or a name known to timm.
+        weights: The weights of a model by name: a checkpoint of qsd, a ``.safetensors`` file, a state dict;
             ``None`` for those that timm distributes.
-        arguments: further arguments of the model.
-        statistics: mean and standard deviation of the images that the teacher expects. By default, a checkpoint of a
-            training of ours and a model of ours expect what the student gets, any other what its timm configuration
+        arguments: Further arguments of the model.
+        statistics: Mean and standard deviation of the images that the teacher expects. By default, a checkpoint of a
+            training with qsd and a model of qsd get the student's images, any other what its timm configuration
             says.
 
     Raises:
-        QsdError: if the model is unknown, or its weights are missing or do not fit.
+        QsdError: If the model is unknown, or its weights are missing or do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         if weights is None and (Path(teacher).suffix == ".ckpt" or Path(teacher).exists()):
@@ -220,7 +220,7 @@ def _create(name: str, **arguments: Any) -> Any:
         return timm.create_model(name, **arguments)
     except QsdError:
         raise
-    except Exception as error:  # timm and its hub raise whatever comes up
+    except Exception as error:  # timm and its hub raise whatever comes up.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise QsdError(
             f"teacher {name} cannot be built with {arguments}: {reason[:300]}; weights from a file are given as "

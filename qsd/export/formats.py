@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qsd.errors import QsdError
 from qsd.export.nir import to_nir
 from qsd.export.onnx import to_onnx
 from qsd.packing import save_packed
@@ -26,7 +25,7 @@ class ExportOptions:
 
     images: Images | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
-    round_inner: Merge = True
+    round_inner: Merge = "all"
 
 
 @dataclass(frozen=True)
@@ -70,17 +69,3 @@ FORMATS: dict[str, Format] = {
     "packed": Format(".packed.safetensors", _write_packed, "packed weights of few bits, for qsd itself"),
     "nir": Format(".nir", _write_nir, "NIR graph of a part without attention", "the schedule {path}.json", parts=True),
 }
-
-
-def find_format(name: str) -> Format:
-    """The format of a name.
-
-    Args:
-        name: Key in `FORMATS`.
-
-    Raises:
-        QsdError: If there is no such format.
-    """
-    if name not in FORMATS:
-        raise QsdError(f"format={name!r} is unknown; formats are {', '.join(FORMATS)}.")
-    return FORMATS[name]

@@ -1,7 +1,14 @@
-"""A converted network as an ONNX graph in the count domain: one pass, no time axis, any number of images."""
+"""A converted network as a graph in the count domain: one pass, no time axis, any number of images.
+
+PyTorch's ONNX exporter makes the graph. Files with floats hold it as it is. For integer ONNX files and for NIR every
+converted layer stays one node, and a writer (`qsd.export.writers`) replaces the node by its operations afterwards. So
+NIR graphs, too, are built from an ONNX graph, which nobody sees.
+"""
 
 import copy
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,58 +16,58 @@ import torch
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
+from qsd.export.writers import Writers
 from qsd.spiking import SpikingNetwork
-from qsd.spiking.layers import (
-    DelayedNeuron,
-    SpikingChain,
-    SpikingDense,
-    SpikingMaxPool,
-    SpikingPooledDense,
-    TimedLayer,
-)
+from qsd.spiking.layers import DelayedNeuron, TimedLayer
 
-DOMAIN = "qsd"  # of nodes that stand for a layer of ours until it is written out
+DOMAIN = "qsd"  # Operator domain of the nodes that stand for a whole layer.
 
 
 def check_target(spiking: SpikingNetwork, path: Path) -> None:
-    """Refuse what cannot be written, before work begins.
+    """Refuse a target or a network that cannot be written, before any work begins.
 
     Args:
-        spiking: the network.
-        path: file to write.
+        spiking: The network.
+        path: File to write.
 
     Raises:
-        QsdError: if the folder is missing, or a neuron's delay is below T - 1.
+        QsdError: If the folder is missing, or if the delay of a neuron is below T - 1.
     """
     if not path.parent.is_dir():
         raise QsdError(f"the folder {path.parent} does not exist; make it first.")
     early = next((name for name, neuron in spiking.neurons().items() if neuron.delay < spiking.time_steps - 1), None)
     if early is not None:
         raise QsdError(
-            f"neuron {early} fires before its input is complete, and no file tells what it does then; convert with the "
-            "lossless delays, delay=None."
+            f"neuron {early} fires before its input is complete, and a file without time steps cannot express that; "
+            "convert with the lossless delays, delay=None."
         )
 
 
-def trace(spiking: SpikingNetwork, example: Tensor, whole_layers: bool) -> Any:
-    """The graph, as an ONNX model with inputs ``images`` and outputs ``logits``.
+def trace(spiking: SpikingNetwork, example: Tensor, writers: Writers | None = None) -> Any:
+    """Trace a network.
 
     Args:
-        spiking: the network; it is not changed.
-        example: images ``[B, C, H, W]``, whose height and width the graph will have.
-        whole_layers: one node of the domain ``qsd`` for every layer of ours, named by the attribute ``layer``.
+        spiking: The network; it is not changed.
+        example: Images ``[B, C, H, W]``; the graph takes images of their height and width.
+        writers: Writers of the layers that stay one node each; ``None`` to write all layers out as ONNX operations.
+
+    Returns:
+        An ONNX ``ModelProto`` with inputs ``images`` and outputs ``logits``.
 
     Raises:
-        QsdError: if the packages for it are missing.
+        QsdError: If packages are missing, if a layer has no writer or runs several times in a pass, and for networks
+            with several outputs.
     """
     try:
-        import onnxscript  # noqa: F401 - what torch writes ONNX with
+        import onnxscript  # noqa: F401 - PyTorch's exporter needs it
     except ImportError as error:
         raise QsdError("writing ONNX files needs more packages: pip install 'qsd[export]'.") from error
     network = copy.deepcopy(spiking).cpu().float().network
-    images = example[:1].cpu().float().expand(2, -1, -1, -1).clone()  # with one image, one is taken for all
-    if whole_layers:
-        _replace_layers(network, _output_shapes(network, images))
+    # PyTorch takes a batch of one image for a constant, and would fix the graph to it.
+    images = example[:1].cpu().float().expand(2, -1, -1, -1).clone()
+    if writers is not None:
+        writers.check(network)
+        _replace_layers(network, writers, _output_shapes(network, images))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -78,87 +85,123 @@ def trace(spiking: SpikingNetwork, example: Tensor, whole_layers: bool) -> Any:
 
 @torch.no_grad()
 def _output_shapes(network: nn.Module, images: Tensor) -> dict[nn.Module, tuple[int, ...]]:
-    """Of every layer of ours, for one image."""
+    """The shape of every layer's output for one image."""
     shapes: dict[nn.Module, tuple[int, ...]] = {}
-    handles = [
-        layer.register_forward_hook(lambda layer, _, output: shapes.__setitem__(layer, output.shape[1:]))
-        for layer in network.modules()
-        if isinstance(layer, TimedLayer)
-    ]
+
+    def keep(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+        if layer in shapes:
+            raise QsdError(
+                f"layer {layer.name} runs several times in a pass, and only a layer that runs once can be written; use "
+                "one layer for each call."
+            )
+        shapes[layer] = tuple(output.shape[1:])
+
+    handles = [layer.register_forward_hook(keep) for layer in network.modules() if isinstance(layer, TimedLayer)]
     output = network(images)
-    if not isinstance(output, Tensor):
-        raise QsdError("only classifiers, which return one tensor, can be written as ONNX files.")
     for handle in handles:
         handle.remove()
+    if not isinstance(output, Tensor):
+        raise QsdError("only classifiers, which return one tensor, can be written as ONNX files.")
     return shapes
 
 
-def _replace_layers(module: nn.Module, shapes: dict[nn.Module, tuple[int, ...]]) -> None:
+def _replace_layers(module: nn.Module, writers: Writers, shapes: Mapping[nn.Module, tuple[int, ...]]) -> None:
+    """Put a stand-in, which is traced as one node, in the place of every layer with a writer."""
     for key, child in list(module.named_children()):
-        kind = next((kind for layer, kind in _KINDS.items() if isinstance(child, layer)), None)
-        if kind is None:
-            _replace_layers(child, shapes)
-        else:
+        if not writers.has_writer(child):
+            _replace_layers(child, writers, shapes)
+        elif child in shapes:  # A layer that never runs has no node.
+            kind = _NeuronNode if isinstance(child, DelayedNeuron) else _LayerNode
             setattr(module, key, kind(child, shapes[child]))
 
 
-class _Layer(nn.Module):
-    """A layer as one node. What it was is kept out of torch's sight, so that its weights do not get into the graph."""
+class _LayerNode(nn.Module):
+    """A layer as one node of the graph.
+
+    Its output are spike counts as unsigned bytes if the layer hands spikes on, else currents as floats.
+
+    Args:
+        layer: The layer. A list hides it from PyTorch, so that its weights do not get into the graph.
+        shape: Shape of its output for one image.
+    """
 
     def __init__(self, layer: Any, shape: tuple[int, ...]) -> None:
         super().__init__()
         self._layer, self._shape = [layer], shape
 
-    def node(self, kind: str, x: Tensor, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor:
-        """The node.
+    @property
+    def layer(self) -> Any:
+        """The layer."""
+        return self._layer[0]
+
+    def node(self, inputs: tuple[Tensor, ...], dtype: torch.dtype, **more: Any) -> Tensor:
+        """The output of the node.
 
         Args:
-            kind: its type.
-            x: its input.
-            dtype: of its output.
-            more: attributes.
+            inputs: Inputs of the node.
+            dtype: Type of the output.
+            more: Attributes of the node.
         """
-        attributes, shape = {"layer": self._layer[0].name, **more}, [x.shape[0], *self._shape]
-        return torch.onnx.ops.symbolic(f"{DOMAIN}::{kind}", (x,), attributes, dtype=dtype, shape=shape, version=1)
+        attributes, shape = {"layer": self.layer.name, **more}, [inputs[0].shape[0], *self._shape]
+        return torch.onnx.ops.symbolic(f"{DOMAIN}::Layer", inputs, attributes, dtype=dtype, shape=shape, version=1)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        spikes = isinstance(self.layer.source(), DelayedNeuron)
+        return self.node(inputs, torch.uint8 if spikes else torch.float32)
 
 
-class _Neuron(_Layer):
-    """Currents to counts, uint8."""
+class _NeuronNode(_LayerNode):
+    """A neuron as one node: currents, and perhaps the value of their unit, to spike counts.
 
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        neuron = self._layer[0]
-        counts = self.node("Neuron", x, torch.uint8, threshold=float(neuron.threshold / scale))
+    Its threshold is an attribute of the node.
+    """
+
+    def forward(self, *inputs: Any) -> Tensor:
+        x, scale = inputs if len(inputs) == 2 else (*inputs, 1.0)
+        neuron = self.layer
+        counts = self.node((x,), torch.uint8, threshold=float(neuron.threshold / scale))
         return counts.float() * neuron.amplitude if neuron.scaled else counts
 
-    def worth(self, features: int) -> float:
+    def step_size(self, features: int) -> float:
         """See `DelayedNeuron`."""
-        return self._layer[0].worth(features)
+        return self.layer.step_size(features)
 
 
-class _Chain(_Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.node("Chain", x)
+@dataclass(frozen=True)
+class LayerCall:
+    """A node of the graph that stands for a layer.
+
+    Attributes:
+        layer: The converted layer.
+        inputs: Names of the values that it gets.
+        output: Name of the value that it gives.
+        threshold: Threshold of a neuron, in units of its input; 0 for other layers.
+    """
+
+    layer: Any
+    inputs: tuple[str, ...]
+    output: str
+    threshold: float = 0.0
 
 
-class _Dense(_Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.node("Dense", x)
+def layer_call(node: Any, layers: Mapping[str, Any]) -> LayerCall | None:
+    """The layer that a node stands for, or ``None`` for an operation of ONNX.
+
+    Args:
+        node: ONNX ``NodeProto`` of a traced graph.
+        layers: Converted layers by name, see `layers_by_name`.
+    """
+    if node.domain != DOMAIN:
+        return None
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    threshold = attributes["threshold"].f if "threshold" in attributes else 0.0
+    return LayerCall(layers[attributes["layer"].s.decode()], tuple(node.input), node.output[0], threshold)
 
 
-class _PooledDense(_Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.node("Dense", x.float().mean(dim=(2, 3)))
+def layers_by_name(spiking: SpikingNetwork) -> dict[str, Any]:
+    """All converted layers by their dotted names in the trained model.
 
-
-class _MaxPool(_Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.node("MaxPool", x, x.dtype)
-
-
-_KINDS: dict[type[nn.Module], type[_Layer]] = {
-    DelayedNeuron: _Neuron,
-    SpikingChain: _Chain,
-    SpikingPooledDense: _PooledDense,  # before what it is a case of
-    SpikingDense: _Dense,
-    SpikingMaxPool: _MaxPool,
-}
+    Args:
+        spiking: The network.
+    """
+    return {module.name: module for module in spiking.network.modules() if isinstance(module, TimedLayer)}

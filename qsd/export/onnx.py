@@ -1,13 +1,15 @@
-"""Writing a converted network as an ONNX file."""
+"""Converted networks as ONNX files, in floats or in integers."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import qsd.export.integer_layers  # noqa: F401 - registers the writers of the engine's layers
 from qsd._version import __version__
 from qsd.errors import QsdError
 from qsd.export.graph import check_target, trace
-from qsd.export.integers import IntegerGraph, calibrate
+from qsd.export.grids import calibrate
+from qsd.export.integers import IntegerGraph, writes
 from qsd.export.notes import check_notes, write_note
 from qsd.files import replacing
 from qsd.spiking import SpikingNetwork
@@ -21,44 +23,47 @@ def to_onnx(
     integer: bool = False,
     images: Images | None = None,
     notes: Mapping[str, Any] | None = None,
-    round_inner: Merge = True,
+    round_inner: Merge = "all",
 ) -> None:
     """Write a converted network as an ONNX file, for any runtime: its count domain, in one pass.
 
     The graph takes ``images`` ``[B, C, H, W]`` (float32, any B) and gives ``logits`` ``[B, classes]``. Its metadata
     have one entry, ``qsd``: JSON with ``kind``, ``time_steps``, ``image`` (``[C, H, W]``), ``inner`` and ``notes``.
 
-    In floats it is the network that `SpikingNetwork` evaluates. In integers (ours) spike counts are unsigned bytes,
-    weights signed bytes with values of their 2 to 8 bits (perhaps times a power of two), and convolutions on spikes are
-    integer ones. Where spikes are all that a layer sees and gives, the same counts come out, for every input. Values
-    between the convolutions of a chain (RepConv, SepConv) are rounded to 8 bits, on a grid from their least to their
-    largest value on the images; biases of such a chain to integers. ``inner`` tells the grids: least and largest step
-    of the channels, and the level of 0. A count that tips so can tip others. ``round_inner=False`` computes these
-    chains in floats, from weights of 8 bits, and with exact counts; with ``merged_bits=8`` in `qsd.to_spike_driven`
-    there are no inner values. The first layer, which sees the image, the sums of currents between blocks and
-    attention's products (of integers) are floats always.
+    A file with floats holds the network that `SpikingNetwork` evaluates. In a file with integers (ours) spike counts
+    are unsigned bytes, weights are signed bytes with values of their 2 to 8 bits (perhaps times a power of two), and
+    convolutions of spikes are integer convolutions. A layer whose input and output are spikes gives the same counts,
+    for every input.
+
+    Values between the convolutions of a chain (RepConv, SepConv) are rounded to 8 bits, on a grid from their least to
+    their largest value on the images, and biases of such a chain are rounded to integers. ``inner`` holds the grids:
+    least and largest unit of the channels, and the level of 0. A count that changes by such a rounding can change
+    counts after it. ``round_inner="none"`` computes these chains in floats, from weights of 8 bits, and with exact
+    counts; with ``merged_bits=8`` in `qsd.to_spike_driven` there are no inner values. The first layer, whose input is
+    the image, the sums of currents between blocks and the products of attention (of integers) are always floats.
 
     Args:
-        spiking: with lossless delays: the file knows no time.
-        path: file to write; one that exists is replaced.
-        integer: write integers, which needs quantized weights.
-        images: whose height and width the file will take, and for integers, whose ranges are measured; a tensor or a
-            data loader. ``None`` for the size of ``spiking.example``.
-        notes: further facts to keep, as JSON: names of classes, normalisation.
-        round_inner: chains whose inner values become integers: True, False, ``"rep"`` (RepConv) or ``"sep"`` (SepConv).
+        spiking: Network with lossless delays, because the file has no time steps.
+        path: File to write; one that exists is replaced.
+        integer: Whether to write integers, which needs quantized weights.
+        images: Images, a tensor or a data loader, of the height and width that the file will take. For integers the
+            ranges of inner values are measured on them. ``None`` for the size of ``spiking.example``.
+        notes: Further facts to keep, as JSON: names of classes, normalisation.
+        round_inner: Chains whose inner values become integers: ``"all"``, ``"none"``, ``"rep"`` (RepConv) or ``"sep"``
+            (SepConv); True and False stand for all and none.
 
     Raises:
-        QsdError: if packages are missing, a delay is below T - 1, weights are floats where integers are asked for, or
-            the file cannot be written.
+        QsdError: If packages are missing, a delay is below T - 1, weights are floats where integers are asked for, a
+            layer has no writer, or the file cannot be written.
     """
     path = Path(path)
     check_target(spiking, path)
-    if round_inner not in (True, False, "rep", "sep"):
-        raise QsdError(f"round_inner={round_inner!r} is unknown; use True, False, 'rep' or 'sep'.")
+    if round_inner not in (True, False, "all", "none", "rep", "sep"):
+        raise QsdError(f"round_inner={round_inner!r} is unknown; use 'all', 'none', 'rep' or 'sep'.")
     facts = check_notes(notes)
     grids = calibrate(spiking, images, round_inner) if integer else {}
     example = spiking.example if images is None else next(image_batches(images, spiking, max_images=1))[0]
-    model = trace(spiking, example, whole_layers=integer)
+    model = trace(spiking, example, writes if integer else None)
     if integer:
         IntegerGraph(spiking, model, grids).write_out()
     model.producer_name, model.producer_version = "qsd", __version__

@@ -1,19 +1,23 @@
 """Layers of quantized spike-driven transformers."""
 
-from qsd.layers.attention import NReluSelfAttention, SpikeDrivenSelfAttention, SpikeProduct
+from qsd.layers.attention import MatrixProduct, NReluSelfAttention, SpikeDrivenSelfAttention, SpikeProduct
 from qsd.layers.blocks import ConvBlock, Downsample, Mlp, SepConv, TransformerBlock, conv_norm
 from qsd.layers.chains import BatchNormPad2d, LinearChain, rep_conv
+from qsd.layers.heads import TokenMeanLinear
 from qsd.layers.initialization import initialize_neurons
-from qsd.layers.lean import set_lean
+from qsd.layers.layer_scale import LayerScale
 from qsd.layers.pooling import SpikeMaxPool2d, TokenMean
 from qsd.layers.quantized import QuantConv2d, QuantLinear, initialize_steps, quantized_weight
 from qsd.layers.recompute import frozen_statistics, recompute
+from qsd.lean import set_lean
 
 __all__ = [
     "BatchNormPad2d",
     "ConvBlock",
     "Downsample",
+    "LayerScale",
     "LinearChain",
+    "MatrixProduct",
     "Mlp",
     "NReluSelfAttention",
     "QuantConv2d",
@@ -23,6 +27,7 @@ __all__ = [
     "SpikeMaxPool2d",
     "SpikeProduct",
     "TokenMean",
+    "TokenMeanLinear",
     "TransformerBlock",
     "conv_norm",
     "frozen_statistics",

@@ -3,19 +3,40 @@
 import math
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.errors import QsdError
-from qsd.functional import exact_matmul, linear_attention
-from qsd.layers.chains import LinearChain, rep_conv, scaled
+from qsd.layers.chains import LinearChain, rep_conv
 from qsd.layers.quantized import QuantConv2d
+from qsd.lean import cast, exact_matmul
 from qsd.neurons import NeuronKind, build_neuron
-from qsd.spike_codes import viewed
 
 AttentionKind = Literal["linear", "softmax"]
 ScoreKind = Literal["nrelu", "softmax"]
+
+
+class SpikeProduct(nn.Module):
+    """Product ``left @ right`` of two tensors of spike counts, exact and never in half precision.
+
+    In the converted network both operands are binary in every time step.
+    """
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """``[..., I, C]`` and ``[..., C, J]`` to ``[..., I, J]``."""
+        return exact_matmul(left, right)
+
+
+class MatrixProduct(nn.Module):
+    """Product ``matrix @ spikes`` of an integer matrix, such as ``k^T v``, and spike counts; exact.
+
+    The matrix is itself a product of spike counts. In the converted network the spikes wait until it is complete, and
+    then add its columns: a product in every time step would multiply integers by integers.
+    """
+
+    def forward(self, matrix: Tensor, spikes: Tensor) -> Tensor:
+        """``[..., I, C]`` and ``[..., C, J]`` to ``[..., I, J]``."""
+        return exact_matmul(matrix, spikes)
 
 
 class SpikeDrivenSelfAttention(nn.Module):
@@ -38,6 +59,7 @@ class SpikeDrivenSelfAttention(nn.Module):
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
         attention: ``"linear"``, or ``"softmax"`` (float twin only).
+        layer_scale: Initial scale of the branch by channel, or ``None`` for none.
 
     Raises:
         QsdError: if the heads do not divide the channels, or softmax attention is asked of a spiking network.
@@ -50,6 +72,7 @@ class SpikeDrivenSelfAttention(nn.Module):
         time_steps: int | None = 4,
         weight_bits: int | None = 4,
         attention: AttentionKind = "linear",
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         _check_heads(dim, num_heads)
@@ -67,14 +90,15 @@ class SpikeDrivenSelfAttention(nn.Module):
             return nn.Identity() if self.softmax else build_neuron(time_steps, threshold, amplitude)
 
         self.q_neuron, self.k_neuron, self.v_neuron = (tap(None, 1.0) for _ in range(3))
+        self.key_value, self.query = SpikeProduct(), MatrixProduct()
         self.attn_neuron = tap(4.0 * steps**2, 2.0 / steps)
         # Between its thresholds the spiking attention has the slope 1/2 of the product of the values; the float
         # twin, which has no amplitudes, gets it here.
         self.product_scale = 0.5 if time_steps is None else None
-        self.proj = rep_conv(dim, weight_bits)
+        self.proj = rep_conv(dim, weight_bits, layer_scale)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The residual stream ``[B, C, H, W]`` to the branch that is added to it, times ``scale`` by channel."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The residual stream ``[B, C, H, W]`` to the branch that is added to it, in the same shape."""
         batch, channels, height, width = x.shape
         spikes = self.neuron(x)
         heads = (batch, self.num_heads, channels // self.num_heads, height * width)
@@ -85,19 +109,12 @@ class SpikeDrivenSelfAttention(nn.Module):
             by_token = _transposed(query), _transposed(key), _transposed(value)
             product = _transposed(F.scaled_dot_product_attention(*by_token))
         else:
-            product = linear_attention(query, key, value)
+            # q (k^T v), with the channels in front of the tokens: linear in the number of tokens.
+            product = self.query(self.key_value(value, _transposed(key)), query)
             if self.product_scale is not None:
                 product = product * self.product_scale
         product = product.reshape(x.shape)
-        return scaled(self.proj, _of_dtype(self.attn_neuron(product), spikes.dtype), scale)
-
-
-class SpikeProduct(nn.Module):
-    """Product ``left @ right`` of two tensors of spike counts, exact and never in half precision."""
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """``[..., I, C]`` and ``[..., C, J]`` to ``[..., I, J]``."""
-        return exact_matmul(left, right)
+        return self.proj(cast(self.attn_neuron(product), spikes.dtype))
 
 
 class NReluSelfAttention(nn.Module):
@@ -176,20 +193,16 @@ class NReluSelfAttention(nn.Module):
             mixed = _transposed(F.scaled_dot_product_attention(*by_token))
             return self.proj(self.attn_neuron(mixed.reshape(x.shape)))
         features = channels * tokens
-        scale = self.q_neuron.worth(features) * self.k_neuron.worth(features) / math.sqrt(head_channels)
-        scores = self.score_neuron(self.score_product(viewed(query, _transposed), key), scale)
-        mixed = self.value_product(value, viewed(scores, _transposed))
-        scale = self.score_neuron.worth(self.num_heads * tokens**2) * self.v_neuron.worth(features) / tokens
+        scale = self.q_neuron.step_size(features) * self.k_neuron.step_size(features) / math.sqrt(head_channels)
+        scores = self.score_neuron(self.score_product(_transposed(query), key), scale)
+        mixed = self.value_product(value, _transposed(scores))
+        scale = self.score_neuron.step_size(self.num_heads * tokens**2) * self.v_neuron.step_size(features) / tokens
         mixed = self.attn_neuron(mixed.reshape(x.shape), scale)
-        return self.proj(_of_dtype(mixed, spikes.dtype))
+        return self.proj(cast(mixed, spikes.dtype))
 
 
 def _by_head(x: Tensor, heads: tuple[int, ...]) -> Tensor:
-    return viewed(x, lambda t: t.reshape(heads))
-
-
-def _of_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return viewed(x, lambda t: t.to(dtype))
+    return x.reshape(heads)
 
 
 def _transposed(x: Tensor) -> Tensor:

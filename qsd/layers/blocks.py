@@ -1,17 +1,26 @@
 """Blocks: down-sampling, convolutional block and transformer block of QSD-Transformer; MLP; token mean."""
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from qsd.functional import drop_path
 from qsd.layers.attention import AttentionKind, SpikeDrivenSelfAttention
-from qsd.layers.chains import LinearChain, scaled
+from qsd.layers.chains import LinearChain
+from qsd.layers.layer_scale import LayerScale
 from qsd.layers.quantized import QuantConv2d
+from qsd.layers.renamed import rename_parameters
 from qsd.neurons import NeuronKind, build_neuron
 
 
 def conv_norm(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False, bits: int | None = 4
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    bias: bool = False,
+    bits: int | None = 4,
+    layer_scale: float | None = None,
 ) -> LinearChain:
     """A convolution that keeps the size (at stride 1) and a batch norm.
 
@@ -22,9 +31,13 @@ def conv_norm(
         stride: stride of the kernel.
         bias: whether the convolution has a bias of its own.
         bits: weight bits, 2 to 8, or ``None`` for float weights.
+        layer_scale: Initial scale by channel of a residual branch that ends here, or ``None`` for none.
     """
     conv = QuantConv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias, weight_bits=bits)
-    return LinearChain(conv=conv, norm=nn.BatchNorm2d(out_channels))
+    chain = LinearChain(conv=conv, norm=nn.BatchNorm2d(out_channels))
+    if layer_scale is not None:
+        chain.add_module("layer_scale", LayerScale(out_channels, layer_scale))
+    return chain
 
 
 class Downsample(nn.Module):
@@ -98,6 +111,7 @@ class Mlp(nn.Module):
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
         neurons: ``"fixed"``, ``"lsq"`` or ``"qcfs"``, see `qsd.neurons.build_neuron`.
+        layer_scale: Initial scale of the branch by channel, or ``None`` for none.
     """
 
     def __init__(
@@ -109,16 +123,17 @@ class Mlp(nn.Module):
         time_steps: int | None = 4,
         weight_bits: int | None = 4,
         neurons: NeuronKind = "fixed",
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.neuron1 = build_neuron(time_steps, kind=neurons)
         self.fc1 = conv_norm(dim, hidden, kernel_size, bias=bias, bits=weight_bits)
         self.neuron2 = build_neuron(time_steps, kind=neurons)
-        self.fc2 = conv_norm(hidden, dim, kernel_size, bias=bias, bits=weight_bits)
+        self.fc2 = conv_norm(hidden, dim, kernel_size, bias=bias, bits=weight_bits, layer_scale=layer_scale)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, C, H, W]``, times ``scale`` by channel."""
-        return scaled(self.fc2, self.neuron2(self.fc1(self.neuron1(x))), scale)
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, H, W]``."""
+        return self.fc2(self.neuron2(self.fc1(self.neuron1(x))))
 
 
 class ConvBlock(nn.Module):
@@ -142,6 +157,10 @@ class ConvBlock(nn.Module):
         """``[B, C, H, W]`` to ``[B, C, H, W]``."""
         x = x + self.sep_conv(x)
         return x + self.mlp(x)
+
+
+def _rename_parameters(_block: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    rename_parameters(state, prefix)
 
 
 class TransformerBlock(nn.Module):
@@ -170,13 +189,13 @@ class TransformerBlock(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.attn = SpikeDrivenSelfAttention(dim, num_heads, time_steps, weight_bits, attention)
-        self.layer_scale1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), 1, True, time_steps, weight_bits)
-        self.layer_scale2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.attn = SpikeDrivenSelfAttention(dim, num_heads, time_steps, weight_bits, attention, layer_scale)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), 1, True, time_steps, weight_bits, layer_scale=layer_scale)
         self.drop_path_rate = drop_path_rate
+        # Files of version 0.1.0 hold the layer scales as parameters of the block.
+        self.register_load_state_dict_pre_hook(_rename_parameters)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H, W]``."""
-        x = x + drop_path(self.attn(x, self.layer_scale1), self.drop_path_rate, self.training)
-        return x + drop_path(self.mlp(x, self.layer_scale2), self.drop_path_rate, self.training)
+        x = x + drop_path(self.attn(x), self.drop_path_rate, self.training)
+        return x + drop_path(self.mlp(x), self.drop_path_rate, self.training)

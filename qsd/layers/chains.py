@@ -10,15 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from qsd.functional import pad_frame
-from qsd.layers.lean import has_hooks, working_dtype
-from qsd.layers.norms import framed_convolutions, is_ordinary, norm_in_training, two_norms
+from qsd.layers.layer_scale import LayerScale
 from qsd.layers.quantized import QuantConv2d, is_lean, lean_form
+from qsd.lean import (
+    framed_convolutions,
+    has_hooks,
+    is_ordinary,
+    norm_in_training,
+    two_norms,
+    working_dtype,
+)
 
 
 class LinearChain(nn.Sequential):
     """Convolutions and batch norms in a row, with no neuron between: a linear map of spikes (in evaluation).
 
-    In training, norms run together with what lies beside them (see `qsd.layers.norms`), unless `qsd.set_lean` switches
+    In training, norms run together with what lies beside them (see `qsd.lean.norms`), unless `qsd.set_lean` switches
     that off.
 
     Args:
@@ -30,51 +37,36 @@ class LinearChain(nn.Sequential):
     def __init__(self, **layers: nn.Module) -> None:
         super().__init__(OrderedDict(layers))
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``.
-
-        Args:
-            x: input.
-            scale: factor by channel of the output, ``[C_out]``.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
         if not (self.lean and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            x = super().forward(x)
-            return x if scale is None else x * scale.view(1, -1, 1, 1)
+            return super().forward(x)
         layers = list(self)
         while layers:
-            x, taken, scale = _advance(layers, x, scale)
+            x, taken = _advance(layers, x)
             del layers[:taken]
-        return x if scale is None else x * scale.view(1, -1, 1, 1)
+        return x
 
 
-def scaled(chain: nn.Module, x: Tensor, scale: Tensor | None) -> Tensor:
-    """The output of a chain, or of what was put in its place, times a factor by channel.
-
-    Args:
-        chain: ``[B, C_in, H, W]`` to ``[B, C_out, H', W']``.
-        x: its input.
-        scale: ``[C_out]``, or ``None`` for 1.
-    """
-    if scale is None:
-        return chain(x)
-    return chain(x, scale) if isinstance(chain, LinearChain) else chain(x) * scale.view(1, -1, 1, 1)
-
-
-def _advance(layers: list[nn.Module], x: Tensor, scale: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
-    """Run the first layers of a row: the result, how many they were, and the scale that is left to do."""
+def _advance(layers: list[nn.Module], x: Tensor) -> tuple[Tensor, int]:
+    """Run the first layers of a row: the result, and how many they were."""
     first, (second, third) = layers[0], (*layers[1:3], None, None)[:2]
     if isinstance(first, BatchNormPad2d) and first.is_ordinary() and working_dtype(x) == x.dtype:
         if _is_bare(second) and _is_bare(third):
             convs = [(conv.weight, *lean_form(conv)) for conv in (second, third)]
-            return framed_convolutions(x, first.norm, *convs), 3, scale
+            return framed_convolutions(x, first.norm, *convs), 3
     elif is_ordinary(first) and x.dtype == first.weight.dtype:  # mixed types, in autocast, are left to torch
-        if second is None:
-            return norm_in_training(x, first, scale), 1, None
         if is_ordinary(second):
-            last = third is None
-            return two_norms(x, first, second, scale if last else None), 2, None if last else scale
-        return norm_in_training(x, first), 1, scale
-    return first(x), 1, scale
+            scale = _scale(third)
+            return two_norms(x, first, second, scale), 2 + (scale is not None)
+        scale = _scale(second)
+        return norm_in_training(x, first, scale), 1 + (scale is not None)
+    return first(x), 1
+
+
+def _scale(layer: nn.Module | None) -> Tensor | None:
+    """The factors of a layer scale that the norm in front of it can take in; it costs no pass of its own then."""
+    return layer.gamma if isinstance(layer, LayerScale) and not has_hooks(layer) else None
 
 
 def _is_bare(layer: nn.Module | None) -> TypeGuard[QuantConv2d]:
@@ -115,7 +107,7 @@ class BatchNormPad2d(nn.Module):
         return pad_frame(y, self.frame())
 
 
-def rep_conv(channels: int, weight_bits: int | None = 4) -> LinearChain:
+def rep_conv(channels: int, weight_bits: int | None = 4, layer_scale: float | None = None) -> LinearChain:
     """RepConv of the attention projections: 1x1, norm and frame, depthwise 3x3, 1x1, norm, norm.
 
     It equals one dense 3x3 convolution with padding 1 in evaluation. The two norms in a row are the published
@@ -124,8 +116,9 @@ def rep_conv(channels: int, weight_bits: int | None = 4) -> LinearChain:
     Args:
         channels: input and output channels, ``[B, C, H, W]`` to ``[B, C, H, W]``.
         weight_bits: 2 to 8, or ``None`` for float weights.
+        layer_scale: Initial scale by channel of a residual branch that ends here, or ``None`` for none.
     """
-    return LinearChain(
+    chain = LinearChain(
         pointwise1=QuantConv2d(channels, channels, 1, weight_bits=weight_bits),
         norm_pad=BatchNormPad2d(channels),
         depthwise=QuantConv2d(channels, channels, 3, groups=channels, weight_bits=weight_bits),
@@ -133,3 +126,6 @@ def rep_conv(channels: int, weight_bits: int | None = 4) -> LinearChain:
         norm1=nn.BatchNorm2d(channels),
         norm2=nn.BatchNorm2d(channels),
     )
+    if layer_scale is not None:
+        chain.add_module("layer_scale", LayerScale(channels, layer_scale))
+    return chain

@@ -1,37 +1,8 @@
 """Max-pooling and averaging of spikes."""
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from qsd.spike_codes import Kept, Layout, Spikes, attach, encode, spikes_of
-
-
-class _LeanMaxPool(torch.autograd.Function):
-    """Keeps the codes of what comes in, and pools again in the backward pass: indices take eight bytes each."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, spikes: Spikes, pool: tuple[Any, ...]) -> tuple[Tensor, Tensor, Layout]:
-        ctx.kept, saved, amplitude = Kept.of(x, spikes)
-        ctx.pool = pool
-        pooled, _ = torch.ops.aten.max_pool2d_with_indices(x, *pool)
-        counts = (pooled / spikes.amplitude).round_()
-        codes, layout = encode(counts, torch.zeros_like(counts), spikes.layout.bits)
-        ctx.save_for_backward(saved, amplitude)
-        ctx.mark_non_differentiable(codes)
-        ctx.set_materialize_grads(False)
-        return pooled, codes, layout
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
-        if grad is None:
-            return None, None, None
-        x = ctx.kept.operand(*ctx.saved_tensors)
-        indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.pool)[1]
-        return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *ctx.pool, indices), None, None
+from qsd.lean import spike_max_pool
 
 
 class SpikeMaxPool2d(nn.MaxPool2d):
@@ -39,12 +10,14 @@ class SpikeMaxPool2d(nn.MaxPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H', W']``."""
-        spikes = spikes_of(x)
-        if spikes is None or self.return_indices or not torch.is_grad_enabled():
-            return super().forward(x)
-        pool = [_pair(v) for v in (self.kernel_size, self.stride, self.padding, self.dilation)]
-        pooled, codes, layout = _LeanMaxPool.apply(x, spikes, (*pool, self.ceil_mode))
-        return attach(pooled, codes, spikes.amplitude, layout)
+        if not self.return_indices:
+            kernel, stride, padding, dilation = (
+                _pair(v) for v in (self.kernel_size, self.stride, self.padding, self.dilation)
+            )
+            pooled = spike_max_pool(x, (kernel, stride, padding, dilation, self.ceil_mode))
+            if pooled is not None:
+                return pooled
+        return super().forward(x)
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:
@@ -52,7 +25,7 @@ def _pair(value: int | tuple[int, ...]) -> list[int]:
 
 
 class TokenMean(nn.Module):
-    """Mean over the tokens, ``[B, C, H, W]`` to ``[B, C]``; its 1/N goes into the weights behind it at conversion."""
+    """Mean over the tokens, ``[B, C, H, W]`` to ``[B, C]``; conversion folds its 1/N into the weights that follow."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C]``."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qsd.layers.lean import LeanConv, LeanLinear, has_hooks, lean_layer
+from qsd.lean import Geometry, Synapse, apply_synapse, has_hooks
 from qsd.quantizers import StepSizeQuantizer
 
 
@@ -51,7 +51,7 @@ class QuantConv2d(nn.Conv2d):
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
         if not is_lean(self):
             return self._conv_forward(x, quantized_weight(self), self.bias)
-        return lean_layer(x, self.weight, self.bias, *lean_form(self))
+        return apply_synapse(x, self.weight, self.bias, *lean_form(self))
 
 
 class QuantLinear(nn.Linear):
@@ -83,32 +83,39 @@ class QuantLinear(nn.Linear):
         """``[..., C_in]`` to ``[..., C_out]``."""
         if not is_lean(self):
             return F.linear(x, quantized_weight(self), self.bias)
-        return lean_layer(x, self.weight, self.bias, *lean_form(self))
+        return apply_synapse(x, self.weight, self.bias, *lean_form(self))
 
 
 def is_lean(layer: QuantConv2d | QuantLinear) -> bool:
-    """Whether a layer runs by `lean_layer`: not without a backward pass, nor under a compiler, which sees for itself.
+    """Whether a layer runs by `qsd.lean.apply_synapse`.
+
+    It does only when gradients are recorded and the code is not being compiled, for quantizers of ours without hooks
+    and for zeros as padding.
 
     Args:
-        layer: quantized or not.
+        layer: Quantized or float layer.
     """
+    if not (layer.lean and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return False
+    if isinstance(layer, QuantConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
+        return False
     quantizer = layer.quantizer
-    known = quantizer is None or (type(quantizer) is StepSizeQuantizer and not has_hooks(quantizer))
-    return layer.lean and known and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return quantizer is None or (type(quantizer) is StepSizeQuantizer and not has_hooks(quantizer))
 
 
-def lean_form(layer: QuantConv2d | QuantLinear) -> tuple[Tensor | None, LeanLinear]:
-    """Step sizes, and what else `lean_layer` has to know of a layer beside weight and bias.
+def lean_form(layer: QuantConv2d | QuantLinear) -> tuple[Tensor | None, Synapse]:
+    """Step sizes and static configuration of a layer, for `qsd.lean.apply_synapse`.
 
     Args:
-        layer: quantized or not.
+        layer: Quantized or float layer.
     """
-    quantizer = layer.quantizer
-    step, levels = (None, (0, 0)) if quantizer is None else (quantizer.step, (quantizer.q_min, quantizer.q_max))
-    if isinstance(layer, QuantLinear):
-        return step, LeanLinear(levels)
-    assert not isinstance(layer.padding, str)
-    return step, LeanConv(levels, layer.stride, layer.padding, layer.dilation, layer.groups)
+    quantizer, geometry = layer.quantizer, None
+    if isinstance(layer, QuantConv2d):
+        assert not isinstance(layer.padding, str)
+        geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+    if quantizer is None:
+        return None, Synapse((0, 0), geometry)
+    return quantizer.step, Synapse((quantizer.q_min, quantizer.q_max), geometry)
 
 
 class _Quantized(NamedTuple):

@@ -19,18 +19,26 @@ from qsd.mm import checkpoints  # noqa: E402
 checkpoints.install()
 
 from qsd.mm.backbone import SpikeTransformerBackbone  # noqa: E402
-from qsd.mm.distillation_hook import DistillationHook  # noqa: E402
-from qsd.mm.hooks import ConvertToSpikeDrivenHook, SpikeStatisticsHook, StepSizeHook  # noqa: E402
+from qsd.mm.hooks import (  # noqa: E402
+    ConvertToSpikeDrivenHook,
+    DistillationHook,
+    NeuronInitializationHook,
+    OptimizerStateHook,
+    SpikeStatisticsHook,
+    StepSizeHook,
+)
 from qsd.mm.layers import SpikeConv2d, SpikeSettings  # noqa: E402
 from qsd.mm.optim import StepSizeOptimWrapperConstructor  # noqa: E402
 from qsd.mm.spiking import ConvertedModel, convert_model  # noqa: E402
 
-SpikingModel = ConvertedModel  # its name in version 0.1.0
+SpikingModel = ConvertedModel  # Its name in version 0.1.0.
 
 __all__ = [
     "ConvertToSpikeDrivenHook",
     "ConvertedModel",
     "DistillationHook",
+    "NeuronInitializationHook",
+    "OptimizerStateHook",
     "SpikeConv2d",
     "SpikeSettings",
     "SpikeStatisticsHook",

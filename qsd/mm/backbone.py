@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 # In mmengine's own registry, which those of mmdet and mmseg fall back to.
 @MODELS.register_module()
 class SpikeTransformerBackbone(BaseModule):
-    """Features of a model of this package, by its timm name: the currents of its residual stream.
+    """Features of a model of this package by its timm name: the currents of its residual stream.
 
     Args:
-        model: name, such as ``"qsd_15m"``.
-        out_indices: stages whose features are returned; stages behind the last one are left out.
+        model: Name, such as ``"qsd_15m"``.
+        out_indices: Stages whose features are returned; stages after the last one are left out.
         frozen_stages: -1 for none; 0 for the stem; n for the stem and the first n stages. They stay in evaluation.
-        norm_eval: keep all batch norms in evaluation: their statistics come from the pretrained weights.
-        grad_checkpointing: recompute blocks in the backward pass.
-        model_args: further arguments of the model, such as ``time_steps``.
+        norm_eval: Keep all batch norms in evaluation: their statistics come from the pretrained weights.
+        grad_checkpointing: Recompute blocks in the backward pass.
+        model_args: Further arguments of the model, such as ``time_steps``.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)`` with a checkpoint of any kind that
             `qsd.load_weights` reads, or ``None``.
 
     Raises:
-        QsdError: for indices that the model does not have, or another kind of ``init_cfg``.
+        QsdError: For indices that the model does not have, or another kind of ``init_cfg``.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class SpikeTransformerBackbone(BaseModule):
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         self.model.prune_intermediate_layers(list(self.out_indices))
         self.model.set_grad_checkpointing(grad_checkpointing)
+        self.steps_are_set = False
         self.train()
 
     def _build(self) -> Any:
@@ -87,7 +88,7 @@ class SpikeTransformerBackbone(BaseModule):
                 )
         else:
             whole = self._build()
-            load_weights(whole, self.checkpoint)
+            self.steps_are_set = not load_weights(whole, self.checkpoint)
             kept = self.model.state_dict().keys()
             self.model.load_state_dict({key: value for key, value in whole.state_dict().items() if key in kept})
 
@@ -96,7 +97,7 @@ class SpikeTransformerBackbone(BaseModule):
         return tuple(self.model.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True))
 
     def train(self, mode: bool = True) -> "SpikeTransformerBackbone":
-        """Training mode, but for what is frozen."""
+        """Training mode, except for frozen parts."""
         super().train(mode)
         for module in self._frozen():
             module.eval().requires_grad_(False)

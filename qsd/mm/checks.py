@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qsd.distributed import from_first_process
 from qsd.errors import QsdError
+from qsd.layers.renamed import present_name
 from qsd.mm.annotations import Use, check_annotations
 from qsd.mm.checkpoints import read_mm_checkpoint
 from qsd.mm.label_maps import check_maps
@@ -120,7 +121,8 @@ def check_weights(model: nn.Module, checkpoint: str) -> None:
         QsdError: if it cannot be read; with the first parameter that is missing or has another shape.
     """
     content = read_mm_checkpoint(checkpoint)
-    weights = {str(name).removeprefix("module."): weight for name, weight in content.get("state_dict", content).items()}
+    state = content.get("state_dict", content)
+    weights = {present_name(str(name).removeprefix("module.")): weight for name, weight in state.items()}
     for name, parameter in model.named_parameters():
         found = weights.get(name.removeprefix("module."))
         if not isinstance(found, Tensor) or found.shape != parameter.shape:

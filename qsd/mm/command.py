@@ -16,6 +16,7 @@ from torch import distributed
 from qsd.errors import QsdError
 from qsd.mm import ops
 from qsd.mm.checks import check_data, check_weights
+from qsd.mm.hooks import register_training_hooks
 from qsd.mm.loading import move_data
 from qsd.mm.resuming import check_resumable, checkpoint_to_resume
 from qsd.reading import regular_file
@@ -180,5 +181,6 @@ def build_runner(config: Config, parts: tuple[str, ...]) -> Runner:
     config.visualizer.name = f"{config.work_dir} {time.monotonic_ns()}"
     runner = Runner.from_cfg(config)
     runner.logger.info(f"mmcv's operators: {ops.provider()}")
+    register_training_hooks(runner)
     check_data(runner, parts)
     return runner

@@ -29,14 +29,14 @@ def _initialization(scores: str, boxes: str, **scores_bias: float) -> dict[str, 
 
 @MODELS.register_module()
 class SpikeFPN(InitializeSteps, FPN):
-    """Feature pyramid whose lateral and output convolutions stand behind neurons.
+    """Feature pyramid whose lateral and output convolutions each follow a neuron.
 
     Sums and nearest-neighbour enlargements act on currents between them.
 
     Args:
-        spike_cfg: fields of `SpikeSettings`.
-        norm_cfg: ``dict(type="BN")`` for batch norms behind the convolutions, or ``None``.
-        arguments: those of mmdet's ``FPN``.
+        spike_cfg: Fields of `SpikeSettings`.
+        norm_cfg: ``dict(type="BN")`` for batch norms after the convolutions, or ``None``.
+        arguments: Those of mmdet's ``FPN``.
     """
 
     def __init__(self, spike_cfg: Config = None, norm_cfg: Config = None, **arguments: Any) -> None:
@@ -45,11 +45,11 @@ class SpikeFPN(InitializeSteps, FPN):
 
 @MODELS.register_module()
 class SpikeRPNHead(InitializeSteps, RPNHead):
-    """Region proposals: one or more convolutions, then a score and a box per anchor, each behind a neuron.
+    """Region proposals: one or more convolutions, then a score and a box per anchor, each after a neuron.
 
     Args:
-        spike_cfg: fields of `SpikeSettings`.
-        arguments: those of mmdet's ``RPNHead``.
+        spike_cfg: Fields of `SpikeSettings`.
+        arguments: Those of mmdet's ``RPNHead``.
     """
 
     def __init__(self, spike_cfg: Config = None, **arguments: Any) -> None:
@@ -71,11 +71,11 @@ class SpikeRPNHead(InitializeSteps, RPNHead):
 
 @MODELS.register_module()
 class SpikeRetinaHead(InitializeSteps, RetinaHead):
-    """RetinaNet's two stacks of convolutions, each convolution behind a neuron.
+    """RetinaNet's two stacks of convolutions, each convolution after a neuron.
 
     Args:
-        spike_cfg: fields of `SpikeSettings`.
-        arguments: those of mmdet's ``RetinaHead``.
+        spike_cfg: Fields of `SpikeSettings`.
+        arguments: Those of mmdet's ``RetinaHead``.
     """
 
     def __init__(self, spike_cfg: Config = None, **arguments: Any) -> None:
@@ -93,18 +93,18 @@ class SpikeRetinaHead(InitializeSteps, RetinaHead):
 
 @MODELS.register_module()
 class SpikeConvFCBBoxHead(InitializeSteps, ConvFCBBoxHead):
-    """Class and box of a region: convolutions and linear layers, each behind a neuron, the predictors included.
+    """Class and box of a region: convolutions and linear layers, each after a neuron, the predictors included.
 
     Args:
-        spike_cfg: fields of `SpikeSettings`.
-        arguments: those of mmdet's ``ConvFCBBoxHead``.
+        spike_cfg: Fields of `SpikeSettings`.
+        arguments: Those of mmdet's ``ConvFCBBoxHead``.
     """
 
     def __init__(self, spike_cfg: Config = None, **arguments: Any) -> None:
         self.spike_cfg = spike_cfg
         predictor = {"type": "SpikeLinear", "spike_cfg": spike_cfg}
         super().__init__(cls_predictor_cfg=predictor, reg_predictor_cfg=predictor, **arguments)
-        self.relu = nn.Identity()  # the next neuron's work
+        self.relu = nn.Identity()  # The next neuron is the nonlinearity.
         if "init_cfg" not in arguments:
             # mmdet starts box predictors at 0.001, whose step size a few steps of Adam take through zero.
             self.init_cfg = [{**CLASSIFIER, "override": [{"name": "fc_cls"}, {"name": "fc_reg"}]}]
@@ -121,11 +121,11 @@ class SpikeConvFCBBoxHead(InitializeSteps, ConvFCBBoxHead):
 
 @MODELS.register_module()
 class SpikeShared2FCBBoxHead(SpikeConvFCBBoxHead):
-    """Two shared linear layers, then class and box, each behind a neuron.
+    """Two shared linear layers, then class and box, each after a neuron.
 
     Args:
-        spike_cfg: fields of `SpikeSettings`.
-        arguments: those of mmdet's ``Shared2FCBBoxHead``.
+        spike_cfg: Fields of `SpikeSettings`.
+        arguments: Those of mmdet's ``Shared2FCBBoxHead``.
     """
 
     def __init__(self, spike_cfg: Config = None, **arguments: Any) -> None:
@@ -134,14 +134,14 @@ class SpikeShared2FCBBoxHead(SpikeConvFCBBoxHead):
 
 @MODELS.register_module()
 class SpikeFCNMaskHead(InitializeSteps, FCNMaskHead):
-    """Mask of a region: convolutions, one that doubles the size, and one mask per class, each behind a neuron.
+    """Mask of a region: convolutions, one that doubles the size, and one mask per class, each after a neuron.
 
     Args:
-        spike_cfg: fields of `SpikeSettings`.
-        arguments: those of mmdet's ``FCNMaskHead``; the enlargement is its default, a transposed convolution.
+        spike_cfg: Fields of `SpikeSettings`.
+        arguments: Those of mmdet's ``FCNMaskHead``; the enlargement is its default, a transposed convolution.
 
     Raises:
-        QsdError: for another enlargement.
+        QsdError: For another enlargement.
     """
 
     def __init__(self, spike_cfg: Config = None, **arguments: Any) -> None:
@@ -151,12 +151,12 @@ class SpikeFCNMaskHead(InitializeSteps, FCNMaskHead):
         hidden = self.conv_out_channels
         self.convs = _stack([self.in_channels] + [hidden] * self.num_convs, spike_cfg)
         self.upsample = SpikeDeconv2d(hidden if self.num_convs else self.in_channels, hidden, spike_cfg)
-        self.relu = nn.Identity()  # the next neuron's work
+        self.relu = nn.Identity()  # The next neuron is the nonlinearity.
         masks = 1 if self.class_agnostic else self.num_classes
         self.conv_logits = SpikeConv2d(hidden, masks, 1, spike_cfg=spike_cfg)
 
     def init_weights(self) -> None:
-        """He's initialisation, as in mmdet's mask head, which finds only layers that are bare."""
+        """He's initialisation, as in mmdet's mask head, which initialises only its own types of layers."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Whether OpenMMLab is installed, and only once."""
+"""Check that every package of OpenMMLab is installed exactly once."""
 
 from importlib.metadata import PackageNotFoundError, distribution, distributions
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ def check_installation() -> None:
     """Refuse an environment in which OpenMMLab's packages are missing or installed twice.
 
     Raises:
-        QsdError: with the line that mends it.
+        QsdError: With the command that corrects it.
     """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:

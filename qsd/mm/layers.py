@@ -1,4 +1,4 @@
-"""Layers that necks and heads are built of: a neuron and, behind it, a low-bit convolution or linear layer."""
+"""Layers of necks and heads: a neuron, then a low-bit convolution or linear layer."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ CLASSIFIER = {"type": "Kaiming", "mode": "fan_in", "nonlinearity": "linear"}
 
 @dataclass(frozen=True)
 class SpikeSettings:
-    """What is stated once for all layers of a neck or head, as ``spike_cfg`` in a configuration.
+    """Settings of all layers of a neck or head, ``spike_cfg`` in a configuration.
 
     Attributes:
         time_steps: T; 0 or ``None`` for ReLUs instead of neurons.
         weight_bits: 2 to 8, or 0 or ``None`` for float weights.
-        threshold: input that one spike is worth; ``None`` for ``1 / T``.
-        amplitude: what one spike adds to the output; ``None`` for the threshold.
+        threshold: Step size of the neuron, the input that one spike stands for; ``None`` for ``1 / T``.
+        amplitude: Output of one spike; ``None`` for the threshold.
     """
 
     time_steps: int | None = 4
@@ -42,12 +42,12 @@ def spike_conv_cfg(spike_cfg: dict[str, Any] | None, norm_cfg: dict[str, Any] | 
     """The ``conv_cfg`` that makes mmcv's ``ConvModule`` a neuron, a convolution and perhaps a batch norm.
 
     Args:
-        spike_cfg: fields of `SpikeSettings`.
+        spike_cfg: Fields of `SpikeSettings`.
         norm_cfg: ``dict(type="BN")`` for a batch norm, or ``None``. Only batch norms can be folded into weights;
             ``sync_bn = "torch"`` in a configuration synchronises them.
 
     Raises:
-        QsdError: for another norm.
+        QsdError: For another norm.
     """
     if norm_cfg is not None and norm_cfg.get("type") != "BN":
         raise QsdError(f"norm_cfg={dict(norm_cfg)}: spiking layers have batch norms, dict(type='BN'), or None.")
@@ -59,16 +59,16 @@ class SpikeConv2d(nn.Sequential):
     """A neuron, a low-bit convolution and perhaps a batch norm; registered as ``conv_cfg=dict(type="SpikeConv2d")``.
 
     Args:
-        in_channels: channels of the currents ``[B, C_in, H, W]`` that come in.
-        out_channels: channels of the currents that go out.
-        kernel_size: side of the kernel.
-        stride: of the kernel.
-        padding: rows and columns of zeros around the spikes.
-        dilation: must be 1; here because mmcv passes it.
-        groups: groups of channels.
-        bias: whether there is one; a batch norm has its own.
-        batch_norm: put one behind the convolution.
-        spike_cfg: fields of `SpikeSettings`.
+        in_channels: Channels of the currents ``[B, C_in, H, W]`` that come in.
+        out_channels: Channels of the currents that go out.
+        kernel_size: Side of the kernel.
+        stride: Stride of the kernel.
+        padding: Rows and columns of zeros around the spikes.
+        dilation: 1; mmcv passes this argument.
+        groups: Number of groups of channels.
+        bias: Whether the convolution has a bias; a batch norm replaces it.
+        batch_norm: Whether a batch norm follows the convolution.
+        spike_cfg: Fields of `SpikeSettings`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class SpikeConv2d(nn.Sequential):
         )
         layers = {"conv": conv, "norm": nn.BatchNorm2d(out_channels)} if batch_norm else {"conv": conv}
         super().__init__(OrderedDict(neuron=settings.neuron(), proj=LinearChain(**layers)))
-        # What mmcv's ConvModule reads from a convolution.
+        # Attributes that mmcv's ConvModule reads.
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, conv.kernel_size
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, groups
         self.transposed, self.output_padding = False, conv.output_padding
@@ -110,9 +110,9 @@ class SpikeLinear(nn.Sequential):
     """A neuron and a low-bit linear layer.
 
     Args:
-        in_features: features of the currents ``[..., C_in]`` that come in.
-        out_features: features of the currents that go out.
-        spike_cfg: fields of `SpikeSettings`.
+        in_features: Features of the currents ``[..., C_in]`` that come in.
+        out_features: Features of the currents that go out.
+        spike_cfg: Fields of `SpikeSettings`.
     """
 
     def __init__(self, in_features: int, out_features: int, spike_cfg: dict[str, Any] | None = None) -> None:
@@ -133,14 +133,14 @@ class _PixelShuffle(nn.PixelShuffle):
 
 
 class SpikeDeconv2d(nn.Sequential):
-    """A neuron and a transposed convolution of kernel and stride 2, written as what it is: four 1x1 convolutions.
+    """A neuron and a transposed convolution of kernel and stride 2, in its equivalent form of four 1x1 convolutions.
 
     Each input pixel makes 2x2 output pixels that no other input pixel touches.
 
     Args:
-        in_channels: channels of the currents ``[B, C_in, H, W]`` that come in.
-        out_channels: channels of the currents ``[B, C_out, 2 H, 2 W]`` that go out.
-        spike_cfg: fields of `SpikeSettings`.
+        in_channels: Channels of the currents ``[B, C_in, H, W]`` that come in.
+        out_channels: Channels of the currents ``[B, C_out, 2 H, 2 W]`` that go out.
+        spike_cfg: Fields of `SpikeSettings`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, spike_cfg: dict[str, Any] | None = None) -> None:
@@ -149,7 +149,7 @@ class SpikeDeconv2d(nn.Sequential):
 
 
 class InitializeSteps(BaseModule):
-    """Mixed into necks and heads: step sizes follow the weights that OpenMMLab's initialisation sets."""
+    """Base of necks and heads: step sizes are initialised from the weights that OpenMMLab's initialisation sets."""
 
     def init_weights(self) -> None:
         """Initialise weights, then the step sizes from them."""

@@ -26,10 +26,10 @@ _TORCHVISION = f"torchvision {torchvision.__version__}"
 
 
 def provider() -> str:
-    """Whose operators ``mmcv.ops`` uses, in words.
+    """The provider of the operators in ``mmcv.ops``, in words.
 
     Raises:
-        QsdError: if a compiled extension is installed that this PyTorch cannot load.
+        QsdError: If a compiled extension is installed that this PyTorch cannot load.
     """
     try:
         extension = importlib.import_module(EXTENSION)
@@ -41,11 +41,11 @@ def provider() -> str:
     return _TORCHVISION if isinstance(extension, _Extension) else "mmcv's compiled extension"
 
 
-def _not_covered(what: str) -> QsdError:
+def _not_covered(operation: str) -> QsdError:
     return QsdError(
-        f"{what} needs mmcv's compiled operators; torchvision's cover NMS, RoIAlign (average) and the sigmoid focal "
-        "loss. To compile: MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps "
-        "--no-binary onedl-mmcv onedl-mmcv"
+        f"{operation} needs mmcv's compiled operators; torchvision's cover NMS, RoIAlign (average) and the sigmoid "
+        "focal loss. To compile: MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir --force-reinstall "
+        "--no-deps --no-binary onedl-mmcv onedl-mmcv"
     )
 
 
@@ -55,13 +55,13 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices ``[K]`` of the boxes that non-maximum suppression keeps, by falling score.
+    """Indices ``[K]`` of the boxes after non-maximum suppression, by descending score.
 
     Args:
-        boxes: corners ``[N, 4]`` in pixels.
+        boxes: Corners ``[N, 4]`` in pixels.
         scores: ``[N]``.
-        iou_threshold: of two boxes that overlap more the lower one is dropped.
-        offset: must be 0: widths are ``x2 - x1``.
+        iou_threshold: Overlap above which the box with the lower score is removed.
+        offset: 0 (widths are ``x2 - x1``).
     """
     if offset != 0:
         raise _not_covered(f"NMS with offset={offset}")
@@ -84,17 +84,17 @@ def roi_align_forward(
     """Write features of regions into ``output [K, C, aligned_height, aligned_width]``.
 
     Args:
-        input: feature map ``[B, C, H, W]``.
-        rois: index of the image and corners in pixels ``[K, 5]``.
-        output: see above.
-        argmax_y: of maximum pooling, unused.
-        argmax_x: of maximum pooling, unused.
-        aligned_height: rows of the grid.
-        aligned_width: columns of the grid.
-        spatial_scale: feature pixels per image pixel.
-        sampling_ratio: samples per cell and direction; 0 for as many as there are pixels.
-        pool_mode: must be 1, average.
-        aligned: shift by half a pixel.
+        input: Feature map ``[B, C, H, W]``.
+        rois: Index of the image and corners in pixels ``[K, 5]``.
+        output: Tensor that the result is written to.
+        argmax_y: Unused (for maximum pooling).
+        argmax_x: Unused (for maximum pooling).
+        aligned_height: Rows of the grid.
+        aligned_width: Columns of the grid.
+        spatial_scale: Feature pixels per image pixel.
+        sampling_ratio: Samples per cell and direction; 0 for the number of pixels.
+        pool_mode: 1 (average).
+        aligned: Shift by half a pixel.
     """
     del argmax_y, argmax_x
     _check_average(pool_mode)
@@ -119,17 +119,17 @@ def roi_align_backward(
     """Write the gradient of `roi_align_forward` by its feature map into ``grad_input [B, C, H, W]``.
 
     Args:
-        grad_output: gradient by the output.
-        rois: as there, and so are the other arguments.
+        grad_output: Gradient by the output.
+        rois: Index of the image and corners in pixels ``[K, 5]``.
         argmax_y: unused.
         argmax_x: unused.
-        grad_input: see above.
-        aligned_height: rows of the grid.
-        aligned_width: columns of the grid.
-        spatial_scale: feature pixels per image pixel.
-        sampling_ratio: samples per cell and direction.
-        pool_mode: must be 1, average.
-        aligned: shift by half a pixel.
+        grad_input: Tensor that the result is written to.
+        aligned_height: Rows of the grid.
+        aligned_width: Columns of the grid.
+        spatial_scale: Feature pixels per image pixel.
+        sampling_ratio: Samples per cell and direction.
+        pool_mode: 1 (average).
+        aligned: Shift by half a pixel.
     """
     del argmax_y, argmax_x
     _check_average(pool_mode)
@@ -149,12 +149,12 @@ def sigmoid_focal_loss_forward(
     """Write the focal loss of every logit into ``output [N, C]``.
 
     Args:
-        input: logits ``[N, C]``.
-        target: classes ``[N]``; C is the background.
-        weight: must be empty: no weights by class.
-        output: see above.
-        gamma: exponent of the modulating factor.
-        alpha: weight of the positive logits.
+        input: Logits ``[N, C]``.
+        target: Classes ``[N]``; C is the background.
+        weight: Empty: weights by class are not supported.
+        output: Tensor that the result is written to.
+        gamma: Exponent of the modulating factor.
+        alpha: Weight of the positive logits.
     """
     _check_no_weight(weight)
     output.copy_(sigmoid_focal_loss(_wide(input), _one_hot(input, target), alpha, gamma))
@@ -166,12 +166,12 @@ def sigmoid_focal_loss_backward(
     """Write the gradient of `sigmoid_focal_loss_forward`, summed, by its logits into ``grad_input [N, C]``.
 
     Args:
-        input: logits ``[N, C]``.
-        target: classes ``[N]``.
-        weight: must be empty.
-        grad_input: see above.
-        gamma: exponent of the modulating factor.
-        alpha: weight of the positive logits.
+        input: Logits ``[N, C]``.
+        target: Classes ``[N]``.
+        weight: Empty: weights by class are not supported.
+        grad_input: Tensor that the result is written to.
+        gamma: Exponent of the modulating factor.
+        alpha: Weight of the positive logits.
     """
     _check_no_weight(weight)
     with torch.enable_grad():
@@ -190,12 +190,12 @@ def _check_no_weight(weight: Tensor) -> None:
 
 
 def get_compiler_version() -> str:
-    """What mmcv's report of the environment says of the compiler."""
+    """The compiler in mmcv's report of the environment."""
     return f"none: operators of {_TORCHVISION}"
 
 
 def get_compiling_cuda_version() -> str:
-    """What mmcv's report of the environment says of CUDA."""
+    """The CUDA version in mmcv's report of the environment."""
     return torch.version.cuda or "none"
 
 
@@ -211,7 +211,7 @@ _OPERATORS: tuple[Callable[..., Any], ...] = (
 
 
 class _Extension(ModuleType):
-    """Has every operator: those above, and an error for each other one when it is called."""
+    """A module with the operators above; a call of any other operator is an error."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -233,21 +233,24 @@ class _ExtensionLoader(Loader):
 
 
 class _ExtensionFinder(MetaPathFinder):
-    """Stands last among Python's finders, so that it is asked only if no compiled extension was found."""
+    """The last of Python's finders, so that a compiled extension is found first."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         return ModuleSpec(fullname, _ExtensionLoader()) if fullname == EXTENSION else None
 
 
 def install() -> None:
-    """Let ``import mmcv._ext`` find torchvision's operators if there are no compiled ones. Twice does no harm."""
+    """Let ``import mmcv._ext`` find torchvision's operators if there are no compiled ones.
+
+    A second call has no effect.
+    """
     if not any(isinstance(finder, _ExtensionFinder) for finder in sys.meta_path):
         sys.meta_path.append(_ExtensionFinder())
     _replace_substitutes()
 
 
 def _replace_substitutes() -> None:
-    """Give modules that were imported before, and found no operators, the operators.
+    """Give the operators to modules that were imported before and found none.
 
     mmdet then defines functions and classes of the same names that say that mmcv must be compiled.
     """

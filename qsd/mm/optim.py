@@ -1,4 +1,4 @@
-"""Parameter groups of networks with learned step sizes, for mmengine's optimiser wrappers."""
+"""Parameter groups of networks with learned step sizes, for mmengine's optimizer wrappers."""
 
 from typing import Any
 
@@ -7,21 +7,21 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from qsd.errors import QsdError
-from qsd.quantizers import StepSizeQuantizer
+from qsd.training.parameter_groups import step_parameters
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class StepSizeOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Few groups: weights, what must not decay, step sizes, and parts with a learning rate of their own.
+    """A group for each combination of learning rate and weight decay.
 
-    As in classification, one-dimensional parameters (norms, biases, step sizes, layer scales) do not decay, and step
-    sizes learn slowly: Adam moves every parameter by about the learning rate, which is as much as a whole step size.
-    ``paramwise_cfg`` takes ``step_lr`` (the step sizes' learning rate over that of the others, default 0.01) and
-    ``lr_mult`` (factors by prefix of the parameters' names).
+    As in classification, one-dimensional parameters (norms, biases, step sizes, layer scales) do not decay, and the
+    step sizes of quantizers and neurons learn at a lower rate: Adam moves every parameter by about the learning rate,
+    which is as much as a whole step size. ``paramwise_cfg`` takes ``step_lr`` (learning rate of step sizes over that
+    of the others, default 0.01) and ``lr_mult`` (factors by prefix of the parameters' names).
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
-        # Without any paramwise option mmengine would make one group of all.
+        # Without any paramwise option mmengine would put all parameters into one group.
         super().__init__(optim_wrapper_cfg, {"step_lr": 0.01, **(paramwise_cfg or {})})
 
     def _validate_cfg(self) -> None:
@@ -30,13 +30,13 @@ class StepSizeOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise QsdError(f"paramwise_cfg has {', '.join(sorted(unknown))}; known are step_lr and lr_mult.")
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
-        """Sort the parameters of a model that learn into groups.
+        """Sort the trainable parameters of a model into groups.
 
         Args:
-            params: list to append the groups to.
-            module: the model.
+            params: List that the groups are appended to.
+            module: The model.
         """
-        steps = {id(m.step) for m in module.modules() if isinstance(m, StepSizeQuantizer)}
+        steps = step_parameters(module)
         step_lr = self.paramwise_cfg["step_lr"]
         factors = self.paramwise_cfg.get("lr_mult", {})
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}

@@ -17,17 +17,17 @@ Config = dict[str, Any] | None
 @register_conversion(Upsample)
 def _upsample(module: nn.Module, name: str, conversion: Conversion) -> nn.Module:
     del name, conversion
-    return module  # linear, of currents
+    return module  # Linear in the currents.
 
 
 @MODELS.register_module()
 class SpikeSemanticFPN(InitializeSteps, FPN):
-    """Feature pyramid whose lateral and output convolutions stand behind neurons.
+    """Feature pyramid whose lateral and output convolutions each follow a neuron.
 
     Args:
-        spike_cfg: fields of `SpikeSettings`.
-        norm_cfg: ``dict(type="BN")`` for batch norms behind the convolutions, or ``None``.
-        arguments: those of mmseg's ``FPN``.
+        spike_cfg: Fields of `SpikeSettings`.
+        norm_cfg: ``dict(type="BN")`` for batch norms after the convolutions, or ``None``.
+        arguments: Those of mmseg's ``FPN``.
     """
 
     def __init__(self, spike_cfg: Config = None, norm_cfg: Config = None, **arguments: Any) -> None:
@@ -41,9 +41,9 @@ class SpikeFPNHead(InitializeSteps, FPNHead):
     A neuron stands in front of each convolution, the last one included; bilinear enlargements act on currents.
 
     Args:
-        spike_cfg: fields of `SpikeSettings`.
-        norm_cfg: ``dict(type="BN")`` for batch norms behind the convolutions, or ``None``.
-        arguments: those of mmseg's ``FPNHead``.
+        spike_cfg: Fields of `SpikeSettings`.
+        norm_cfg: ``dict(type="BN")`` for batch norms after the convolutions, or ``None``.
+        arguments: Those of mmseg's ``FPNHead``.
     """
 
     def __init__(self, spike_cfg: Config = None, norm_cfg: Config = None, **arguments: Any) -> None:
@@ -51,6 +51,6 @@ class SpikeFPNHead(InitializeSteps, FPNHead):
         super().__init__(conv_cfg=spike_conv_cfg(spike_cfg, norm_cfg), norm_cfg=None, act_cfg=None, **arguments)
         classify: Any = SpikeConv2d(self.channels, self.out_channels, 1, spike_cfg=spike_cfg)
         dropout: Any = getattr(self, "dropout", None) or nn.Identity()
-        # Dropped channels are spikes that do not arrive.
+        # Dropout removes the spikes of whole channels.
         self.conv_seg = nn.Sequential(classify.neuron, dropout, classify.proj)
         self.dropout = None

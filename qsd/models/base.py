@@ -196,5 +196,5 @@ class ImageClassifier(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay must not touch: step sizes and layer scales."""
-        exempt = (*STEP_NAMES, "layer_scale1", "layer_scale2")
+        exempt = (*STEP_NAMES, ".layer_scale.gamma")
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}

@@ -1,9 +1,8 @@
-"""Reading weights: checkpoints of the published QSD-Transformer code, our own, and bare state dicts."""
+"""Reading weights: checkpoints of qsd and of the published QSD-Transformer code, packed files, and state dicts."""
 
 import argparse
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +12,15 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
+from qsd.layers.renamed import present_name, rename_parameters
 from qsd.models.packed_file import KEY, MERGED, read_packed
+from qsd.models.reference import StateDict, convert_reference, is_reference, shortened
 from qsd.quantizers import on_grid
 from qsd.reading import check_safetensors, read_safetensors, read_torch
 
 logger = logging.getLogger(__name__)
 
-StateDict = Mapping[str, Tensor]
-
-# How the published classification code names what we name otherwise, applied in this order.
-_REFERENCE_NAMES = (
-    (r"^downsample1_1\.", "stem.downsample."),
-    (r"^downsample1_2\.", "stages.0.downsample."),
-    (r"^downsample([234])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
-    (r"^ConvBlock1_1\.(\d+)\.", r"stem.blocks.\1."),
-    (r"^ConvBlock1_2\.(\d+)\.", r"stages.0.blocks.\1."),
-    (r"^ConvBlock2_([12])\.0\.", lambda m: f"stages.1.blocks.{int(m[1]) - 1}."),
-    (r"^block([34])\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
-    (r"\.encode_conv\.", ".proj.conv."),
-    (r"\.encode_bn\.", ".proj.norm."),
-    (r"\.Conv\.pwconv1\.", ".sep_conv.expand.conv."),
-    (r"\.Conv\.bn1\.", ".sep_conv.expand.norm."),
-    (r"\.Conv\.dwconv\.", ".sep_conv.reduce.depthwise."),
-    (r"\.Conv\.pwconv2\.", ".sep_conv.reduce.pointwise."),
-    (r"\.Conv\.bn2\.", ".sep_conv.reduce.norm."),
-    (r"(blocks\.\d+)\.conv([12])\.", r"\1.mlp.fc\2.conv."),
-    (r"(blocks\.\d+)\.bn([12])\.", r"\1.mlp.fc\2.norm."),
-    (r"\.mlp\.fc([12])_conv\.", r".mlp.fc\1.conv."),
-    (r"\.mlp\.fc([12])_bn\.", r".mlp.fc\1.norm."),
-    (r"\.attn\.([qkv])_conv\.", r".attn.\1_proj."),
-    (r"\.attn\.proj_conv\.", ".attn.proj."),
-    (r"proj\.0\.body\.0\.", "proj.pointwise1."),
-    (r"proj\.0\.body\.1\.bn\.", "proj.norm_pad.norm."),
-    (r"proj\.0\.body\.2\.0\.", "proj.depthwise."),
-    (r"proj\.0\.body\.2\.1\.", "proj.pointwise2."),
-    (r"proj\.0\.body\.2\.2\.", "proj.norm1."),
-    (r"proj\.1\.", "proj.norm2."),
-    (r"\.alpha$", ".quantizer.step"),
-)
-# The activation quantizers of the published code return their input; their tensors never do anything.
-_DEAD_TENSORS = re.compile(r"\.act\.(alpha|zero_point|init_state|signed)$")
-# What training scripts put beside the weights: their arguments and numpy's numbers.
+# Types beside the weights in checkpoints of training scripts: their arguments and numpy's numbers.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     np.dtype,
@@ -61,7 +28,6 @@ _HARMLESS: list[Any] = [
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # 1.x and 2.x
     *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
 ]
-_REFERENCE_STAGES = ("downsample1_1", "downsample1_2", "downsample2", "downsample3", "downsample4")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 # How the names of learned steps end, of weights and of neurons: a float network has none.
 STEP_NAMES = (".step", ".ceiling")
@@ -76,12 +42,12 @@ def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Ma
     when it fails.
 
     Args:
-        model: a QSD model of ours, of the checkpoint's size.
-        path_or_state_dict: a ``.pth`` file or what is in it; ``model`` / ``state_dict`` / ``module.`` wrappings are
-            taken off.
+        model: A QSD-Transformer of qsd, of the checkpoint's size.
+        path_or_state_dict: A ``.pth`` file or its content; ``model`` / ``state_dict`` / ``module.`` wrappings are
+            removed.
 
     Raises:
-        QsdError: if the file cannot be read, holds something else, or does not fit the model.
+        QsdError: If the file cannot be read, has another content, or does not fit the model.
     """
     source, state = _read(path_or_state_dict)
     if not is_reference(state):
@@ -92,98 +58,46 @@ def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Ma
 
 
 def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> list[str]:
-    """Load weights of any kind that this package knows, to start a training from.
+    """Load weights of any kind that qsd reads, to start a training from.
 
     Args:
-        model: a model of ours.
-        path_or_state_dict: a checkpoint of ours (``.ckpt``; with weight averaging, the averaged weights), a
+        model: A model of qsd.
+        path_or_state_dict: A checkpoint of qsd (``.ckpt``; with weight averaging, the averaged weights), a
             ``.safetensors`` file (of `qsd.save_packed` or plain), a bare state dict, or a checkpoint of the published
             code. A classifier of another number of classes is left out, with a warning.
 
     Returns:
-        Names of the neurons' learned steps that the weights do not hold, as those of a float network do not: set them
-        from data with `qsd.initialize_neurons`.
+        Names of the neurons' learned steps that the weights lack, as those of a float network do: set them from data
+        with `qsd.initialize_neurons`.
 
     Raises:
-        QsdError: as `load_reference_weights`.
+        QsdError: As for `load_reference_weights`.
     """
     source, state = _read(path_or_state_dict)
     return _load(model, convert_reference(state) if is_reference(state) else dict(state), source)
 
 
-def is_reference(state: StateDict) -> bool:
-    """Whether an unwrapped state dict has the names of the published code."""
-    return any(name.startswith("downsample1_1.") for name in state)
-
-
-def reference_sizes(state: StateDict) -> dict[str, Any]:
-    """The arguments of `QsdTransformer` that an unwrapped reference state dict reveals.
-
-    Args:
-        state: state dict of the published code, wrappings taken off.
-
-    Returns:
-        ``embed_dims``, ``depth``, ``in_chans`` and ``num_classes``; the number of heads leaves no trace.
-
-    Raises:
-        QsdError: if tensors are missing.
-    """
-    missing = [f"{n}.encode_conv.weight" for n in _REFERENCE_STAGES if f"{n}.encode_conv.weight" not in state]
-    if missing:
-        raise QsdError(f"the checkpoint of the published code is incomplete: {_shorten(missing)} missing.")
-    weights = [state[f"{name}.encode_conv.weight"] for name in _REFERENCE_STAGES[1:]]
-    blocks = {m[0] for name in state if (m := re.match(r"block[34]\.\d+", name))}
-    return {
-        "embed_dims": tuple(weight.shape[0] for weight in weights),
-        "depth": len(blocks),
-        "in_chans": state["downsample1_1.encode_conv.weight"].shape[1],
-        "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
-    }
-
-
-def convert_reference(state: StateDict) -> dict[str, Tensor]:
-    """Rename an unwrapped state dict of the published code to our names, and reshape its 1-D convolutions.
-
-    Args:
-        state: state dict of the published code, wrappings taken off.
-
-    Returns:
-        A state dict of ours, without the step sizes that were never initialised.
-    """
-    converted = {}
-    for name, tensor in state.items():
-        if _DEAD_TENSORS.search(name) or name.endswith(".init_state"):
-            continue
-        flag = state.get(f"{name.removesuffix('.alpha')}.init_state") if name.endswith(".alpha") else None
-        if flag is not None and not bool(flag.any()):
-            continue  # uninitialised memory
-        for pattern, replacement in _REFERENCE_NAMES:
-            name = re.sub(pattern, replacement, name)
-        converted[name] = tensor.unsqueeze(-1) if name.endswith(".weight") and tensor.dim() == 3 else tensor
-    return converted
-
-
 def read_state_dict(path_or_state_dict: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, without what wraps them.
+    """The tensors of a checkpoint file, without wrappings.
 
     Args:
-        path_or_state_dict: ``.pth``, ``.ckpt``, ``.pt`` or ``.safetensors`` file, or what is in one.
+        path_or_state_dict: A ``.pth``, ``.ckpt``, ``.pt`` or ``.safetensors`` file, or its content.
 
     Raises:
-        QsdError: if there is no such file, it cannot be read safely, or it holds no tensors.
+        QsdError: If there is no such file, it cannot be read safely, or it has no tensors.
     """
     return _read(path_or_state_dict)[1]
 
 
 def read_checkpoint(path: str | Path, allowed: Sequence[Any] = ()) -> Any:
-    """Load the contents of a checkpoint file, without running code from it.
+    """The content of a checkpoint file, read without running code from it.
 
     Args:
-        path: ``.pth``, ``.ckpt``, ``.pt`` or ``.safetensors`` file.
+        path: A ``.pth``, ``.ckpt``, ``.pt`` or ``.safetensors`` file.
         allowed: Further classes and functions that the file may name, see `qsd.reading.read_torch`.
 
     Raises:
-        QsdError: if there is no such file, or it cannot be read safely.
+        QsdError: If there is no such file, or it cannot be read safely.
     """
     if Path(path).suffix == ".safetensors":
         metadata = check_safetensors(path, "checkpoint")
@@ -222,6 +136,7 @@ def _unwrap(source: str, content: Any) -> dict[str, Tensor]:
         )
     while (prefix := next((w for w in _WRAPPERS if all(name.startswith(w) for name in state)), None)) is not None:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    rename_parameters(state)
     return state
 
 
@@ -246,11 +161,13 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{classifier}.")}
     elif head & set(_reshaped(state, expected)) or not head & state.keys():
         logger.warning(
-            "%s has no classifier for %s classes; it starts afresh.", source, getattr(model, "num_classes", "its")
+            "%s has no classifier for %s classes; the initial one stays.",
+            source,
+            getattr(model, "num_classes", "its"),
         )
         optional = head
         state = {name: tensor for name, tensor in state.items() if name not in head}
-    # A float network has no steps to put them in, a float checkpoint has none to give.
+    # A float network has no step sizes, and neither has a checkpoint of a float network.
     steps = {name for name in expected if name.endswith(STEP_NAMES)}
     state = {name: t for name, t in state.items() if name in expected or not name.endswith(STEP_NAMES)}
     counters = {name for name in expected if name.endswith(".num_batches_tracked")}
@@ -266,18 +183,19 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
 def check_weights(
     state: StateDict, expected: StateDict, source: str, may_lack: frozenset[str] | set[str] = frozenset()
 ) -> None:
-    """Refuse weights that a network could not use.
+    """Refuse weights that a network cannot use.
 
     Args:
-        state: what is to be loaded.
-        expected: the network's own state dict.
-        source: where the weights come from, for the message.
-        may_lack: names that may be missing.
+        state: Tensors to be loaded.
+        expected: The network's own state dict.
+        source: Name of the file, for the message.
+        may_lack: Names that may be missing.
 
     Raises:
-        QsdError: for names that are missing or unexpected, other shapes, values that are not finite, and step sizes
+        QsdError: For names that are missing or unexpected, other shapes, values that are not finite, and step sizes
             that are not positive.
     """
+    state = {present_name(name): tensor for name, tensor in state.items()}
     _raise_on_mismatch(
         source,
         missing=sorted(expected.keys() - state.keys() - may_lack),
@@ -288,10 +206,10 @@ def check_weights(
     )
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise QsdError(f"{source} has weights that are not finite: {_shorten(broken)}; it cannot be used.")
+        raise QsdError(f"{source} has weights that are not finite: {shortened(broken)}; it cannot be used.")
     bad = [name for name, t in state.items() if name.endswith(STEP_NAMES) and not bool((t > 0).all())]
     if bad:
-        raise QsdError(f"{source} has step sizes that are not positive: {_shorten(bad)}; it cannot be used.")
+        raise QsdError(f"{source} has step sizes that are not positive: {shortened(bad)}; it cannot be used.")
 
 
 def _reshaped(state: StateDict, expected: StateDict) -> list[str]:
@@ -302,14 +220,8 @@ def _raise_on_mismatch(source: str, missing: list[str], unexpected: list[str], r
     parts = []
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
         if names:
-            parts.append(f"{len(names)} {title}: {_shorten(names)}")
+            parts.append(f"{len(names)} {title}: {shortened(names)}")
     if parts:
         raise QsdError(
             f"{source} does not fit the model ({'; '.join(parts)}); build the model with the checkpoint's sizes."
         )
-
-
-def _shorten(names: Iterable[str], limit: int = 3) -> str:
-    names = list(names)
-    rest = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d, QuantLinear
+from qsd.layers.renamed import rename_parameters
 from qsd.models.checkpoints import STEP_NAMES, check_weights
 from qsd.quantizers import on_grid
 
@@ -32,6 +33,9 @@ class CompactModel:
     time_steps: dict[str, int]
     registered: dict[str, Any] | None
     parameters: int
+
+    def __post_init__(self) -> None:
+        rename_parameters(self.tensors)  # of files that version 0.1.0 wrote
 
     @classmethod
     @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from qsd.errors import QsdError
 from qsd.functional import drop_path
-from qsd.layers import Mlp, NReluSelfAttention, SpikeMaxPool2d, TokenMean, conv_norm, recompute
+from qsd.layers import Mlp, NReluSelfAttention, SpikeMaxPool2d, TokenMean, TokenMeanLinear, conv_norm, recompute
 from qsd.layers.attention import ScoreKind
 from qsd.models.base import ImageClassifier
 from qsd.neurons import build_neuron
@@ -158,6 +158,11 @@ class CsdFormer(ImageClassifier):
         ]
         self.grad_checkpointing = False
 
+    def build_head(self, num_classes: int) -> nn.Module:
+        if num_classes == 0:
+            return nn.Identity()
+        return TokenMeanLinear(self.num_features, num_classes, self.weight_bits, self.drop_rate)
+
     def run_features(self, module: nn.Module, x: Tensor) -> Tensor:
         return recompute(module, x) if self.grad_checkpointing and self.training else module(x)
 
@@ -168,9 +173,10 @@ class CsdFormer(ImageClassifier):
             x: what `forward_features` returns.
             pre_logits: stop in front of the classifier, at the mean over the tokens ``[B, C]``.
         """
-        x = self.pool(self.head_neuron(x))
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
+        x = self.head_neuron(x)
+        if pre_logits or self.num_classes == 0:
+            return F.dropout(self.pool(x), self.drop_rate, self.training)
+        return self.head(x)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that sort parameters into groups by depth, for layer-wise learning rates.

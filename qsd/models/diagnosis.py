@@ -1,4 +1,4 @@
-"""Saying where a training run broke."""
+"""Finding the layer in which a training broke."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ def non_finite_parameter(model: nn.Module) -> str | None:
     """The name of the first parameter that holds infinities or NaNs, if any.
 
     Args:
-        model: any module.
+        model: Any module.
     """
     return next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
 
@@ -23,7 +23,7 @@ def learned_steps(model: nn.Module) -> dict[str, nn.Parameter]:
     """The learned steps of quantizers and neurons, by the dotted names of their modules.
 
     Args:
-        model: any module.
+        model: Any module.
     """
     return {
         name: parameter
@@ -37,7 +37,7 @@ def collapsed_step(model: nn.Module) -> tuple[str, float] | None:
     """The first quantizer or neuron with a step size that is not positive, and that step size.
 
     Args:
-        model: any module.
+        model: Any module.
     """
     steps = learned_steps(model)
     if not steps:
@@ -49,11 +49,11 @@ def collapsed_step(model: nn.Module) -> tuple[str, float] | None:
 
 
 def first_non_finite(model: nn.Module, images: Tensor) -> str:
-    """Say where infinities or NaNs first appear in a forward pass, in one phrase.
+    """The place where infinities or NaNs first appear in a forward pass, in one phrase.
 
     Args:
-        model: the network; it is run once more.
-        images: the batch ``[B, C, H, W]`` that made them.
+        model: The network, which is run once more.
+        images: The batch ``[B, C, H, W]``.
     """
     if not torch.isfinite(images).all():
         return "the images"

@@ -125,7 +125,7 @@ class DelayedNeuron(TimedLayer):
         self.drive = trained.drive
         self.scaled = False
 
-    def worth(self, features: int) -> float:
+    def step_size(self, features: int) -> float:
         """What one spike stands for, as the neurons of `qsd.neurons` tell it.
 
         Args:
@@ -531,34 +531,3 @@ class SpikingQuery(TimedLayer):
             state["matrix"] = torch.zeros_like(increment)
         state["matrix"] = state["matrix"] + increment
         return state["matrix"] @ self.runtime.clock.hold(query, self.lag())
-
-
-class SpikingAttention(nn.Module):
-    """Spike-driven self-attention ``neuron(q (k^T v))`` on binary spikes.
-
-    Args:
-        parts: the converted parts, under their names in the trained attention.
-        num_heads: attention heads.
-        name: dotted name in the trained model.
-        runtime: of the converted network.
-    """
-
-    def __init__(self, parts: dict[str, nn.Module], num_heads: int, name: str, runtime: Runtime) -> None:
-        super().__init__()
-        self.neuron, self.proj, self.attn_neuron = parts["neuron"], parts["proj"], parts["attn_neuron"]
-        self.q_proj, self.k_proj, self.v_proj = (parts[f"{n}_proj"] for n in "qkv")
-        self.q_neuron, self.k_neuron, self.v_neuron = (parts[f"{n}_neuron"] for n in "qkv")
-        self.key_value = SpikingProduct(f"{name}.key_value", runtime)
-        self.query = SpikingQuery(f"{name}.query", runtime)
-        self.num_heads = num_heads
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The residual stream to the branch that is added to it."""
-        spikes = self.neuron(x)
-        query = self.q_neuron(self.q_proj(spikes))
-        key = self.k_neuron(self.k_proj(spikes))
-        value = self.v_neuron(self.v_proj(spikes))
-        shape = query.shape
-        query, key, value = (t.reshape(shape[0], self.num_heads, -1, shape[2] * shape[3]) for t in (query, key, value))
-        product = self.query(self.key_value(value, key.transpose(-1, -2)), query)
-        return self.proj(self.attn_neuron(product.reshape(shape)))

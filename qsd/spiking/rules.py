@@ -10,26 +10,26 @@ from torch import Tensor, nn
 from qsd.errors import QsdError
 from qsd.layers import (
     BatchNormPad2d,
+    LayerScale,
     LinearChain,
+    MatrixProduct,
     QuantConv2d,
     QuantLinear,
-    SpikeDrivenSelfAttention,
     SpikeProduct,
     TokenMean,
-    TransformerBlock,
+    TokenMeanLinear,
     quantized_weight,
 )
-from qsd.models import CsdFormer
 from qsd.neurons import FloatNeuron, LearnedStepNeuron, SpikeNeuron
 from qsd.spiking.layers import (
     Convolution,
     DelayedNeuron,
-    SpikingAttention,
     SpikingChain,
     SpikingDense,
     SpikingMaxPool,
     SpikingPooledDense,
     SpikingProduct,
+    SpikingQuery,
 )
 from qsd.spiking.runtime import Runtime
 
@@ -63,16 +63,12 @@ class Conversion:
         delay: delay of a neuron, by its dotted name.
         merge: which chains become one convolution in steps: all, none, those with a frame (``"rep"``) or without.
         merged_counts: merged kernels will be quantized, so that the count domain has to use them too.
-        output_scale: factor by channel that the chain of a dotted name has to absorb.
     """
 
     runtime: Runtime
     delay: Callable[[str], int]
     merge: Merge = True
     merged_counts: bool = False
-
-    def __post_init__(self) -> None:
-        self.output_scale: dict[str, Tensor] = {}
 
     def convert(self, module: nn.Module, name: str) -> nn.Module:
         """The spiking counterpart of a module, by the rule of its type, or part by part.
@@ -165,21 +161,15 @@ def _product(module: SpikeProduct, name: str, conversion: Conversion) -> nn.Modu
     return SpikingProduct(name, conversion.runtime)
 
 
-@register_conversion(CsdFormer)
-def _csdformer(module: CsdFormer, name: str, conversion: Conversion) -> nn.Module:
-    for key, child in list(module.named_children()):
-        setattr(module, key, conversion.convert(child, f"{name}.{key}" if name else key))
-    if isinstance(head := module.head, SpikingDense):  # the mean over the tokens goes into its weights
-        module.head = SpikingPooledDense(head.weight, head.bias, head.name, conversion.runtime)
-        module.pool = nn.Identity()  # type: ignore[assignment]
-    return module
+@register_conversion(MatrixProduct)
+def _matrix_product(module: MatrixProduct, name: str, conversion: Conversion) -> nn.Module:
+    del module
+    return SpikingQuery(name, conversion.runtime)
 
 
 @register_conversion(LinearChain)
 def _chain(module: LinearChain, name: str, conversion: Conversion) -> nn.Module:
     factors = fold_norms(module, name)
-    last = list(factors)[-1]
-    factors[last] = _scaled(factors[last], conversion.output_scale.get(name))
     kind = "rep" if any(factor.frame is not None for factor in factors.values()) else "sep"
     merged = None
     if len(factors) > 1 and conversion.merge in (True, kind):
@@ -193,38 +183,16 @@ def _conv(module: QuantConv2d, name: str, conversion: Conversion) -> nn.Module:
 
 
 @register_conversion(QuantLinear)
-def _dense(module: QuantLinear, name: str, conversion: Conversion) -> nn.Module:
+def _dense(module: QuantLinear, name: str, conversion: Conversion) -> SpikingDense:
     weight = quantized_weight(module).detach().clone()
     bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().clone()
     return SpikingDense(weight, bias, name, conversion.runtime)
 
 
-@register_conversion(SpikeDrivenSelfAttention)
-def _attention(module: SpikeDrivenSelfAttention, name: str, conversion: Conversion) -> nn.Module:
-    parts = {key: conversion.convert(child, f"{name}.{key}") for key, child in module.named_children()}
-    return SpikingAttention(parts, module.num_heads, name, conversion.runtime)
-
-
-class _ResidualBlock(nn.Module):
-    """A transformer block whose layer scales lie in the weights."""
-
-    def __init__(self, attn: nn.Module, mlp: nn.Module) -> None:
-        super().__init__()
-        self.attn, self.mlp = attn, mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(x)
-        return x + self.mlp(x)
-
-
-@register_conversion(TransformerBlock)
-def _transformer_block(module: TransformerBlock, name: str, conversion: Conversion) -> nn.Module:
-    # Not into a threshold: the neurons behind sum several branches.
-    conversion.output_scale[f"{name}.attn.proj"] = module.layer_scale1.detach()
-    conversion.output_scale[f"{name}.mlp.fc2"] = module.layer_scale2.detach()
-    return _ResidualBlock(
-        conversion.convert(module.attn, f"{name}.attn"), conversion.convert(module.mlp, f"{name}.mlp")
-    )
+@register_conversion(TokenMeanLinear)
+def _pooled_dense(module: TokenMeanLinear, name: str, conversion: Conversion) -> nn.Module:
+    dense = _dense(module, name, conversion)
+    return SpikingPooledDense(dense.weight, dense.bias, name, conversion.runtime)
 
 
 # -- folding and merging ----------------------------------------------------------------------------------------------
@@ -258,6 +226,8 @@ def fold_norms(chain: LinearChain, name: str) -> dict[str, Convolution]:
             factor.bias = factor.bias + norm.bias.detach() - norm.running_mean * scale
             factor.frame = layer.frame() if isinstance(layer, BatchNormPad2d) else None
             factors[last] = factor
+        elif isinstance(layer, LayerScale) and factors and factors[last].frame is None:
+            factors[last] = _scaled(factors[last], layer.gamma.detach())
         else:
             raise QsdError(
                 f"layer {name}.{key} ({type(layer).__name__}) cannot stand there in a chain of convolutions."
@@ -275,9 +245,7 @@ def _factor(layer: QuantConv2d) -> Convolution:
     return Convolution(weight, bias, stride, padding, layer.groups)
 
 
-def _scaled(factor: Convolution, scale: Tensor | None) -> Convolution:
-    if scale is None:
-        return factor
+def _scaled(factor: Convolution, scale: Tensor) -> Convolution:
     weight = factor.weight * scale.view(-1, 1, 1, 1)
     return Convolution(weight, factor.bias * scale, factor.stride, factor.padding, factor.groups, factor.frame)
 

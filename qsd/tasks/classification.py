@@ -1,30 +1,31 @@
-"""Image classification: what a training run optimises, measures and writes down."""
+"""Image classification: loss, optimizer, metrics and checkpoints of a training."""
 
 import difflib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from qsd.errors import QsdError
-from qsd.layers import initialize_neurons
 from qsd.models import load_weights
 from qsd.models.checkpoints import check_weights
-from qsd.models.diagnosis import collapsed_step, first_non_finite, learned_steps, non_finite_parameter
-from qsd.tasks.random_state import get_random_state, set_random_state
+from qsd.tasks.guards import StepSizeGuard, check_before_saving, check_loss
+from qsd.tasks.neuron_initialization import NeuronInitialization
+from qsd.tasks.optimization import parameter_groups, warmup_and_cosine
+from qsd.tasks.random_state import RandomStates
+from qsd.training.optimizer_state import add_names, restore_by_name
 
 AuxiliaryLoss = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
@@ -36,31 +37,31 @@ class ClassificationTask(LightningModule):
     ``val/loss``, ``val/accuracy``, ``val/accuracy_top5`` (from six classes upwards), the same under ``test/``.
 
     Args:
-        model: any name known to ``timm.create_model``.
-        model_args: further arguments of the model, such as ``time_steps`` or ``drop_path_rate``.
-        num_classes: outputs of the classifier; ``None`` takes the number from the data.
-        init_from: weights to start from: a checkpoint of ours, a ``.safetensors`` file or a checkpoint of the
-            published code. A classifier of another number of classes starts afresh. From a float network, neurons of
-            a learned step get theirs from the first training batch.
-        optimizer: any name known to ``timm.optim``.
-        optimizer_args: further arguments of the optimiser.
-        base_lr: learning rate for a total batch of 256 images; the rate is scaled linearly with the total batch
+        model: Any name known to ``timm.create_model``.
+        model_args: Further arguments of the model, such as ``time_steps`` or ``drop_path_rate``.
+        num_classes: Number of outputs of the classifier; ``None`` takes it from the data.
+        init_from: Weights to start from: a checkpoint of a training with qsd, a ``.safetensors`` file or a checkpoint
+            of the published code. A classifier with another number of classes keeps its initial weights. If the
+            weights are those of a float network, learned steps of neurons are set from the first training batch.
+        optimizer: Any name known to ``timm.optim``.
+        optimizer_args: Further arguments of the optimizer.
+        base_lr: Learning rate for a total batch of 256 images. The rate is scaled linearly with the total batch
             (images per process x processes x accumulated batches).
-        min_lr: where the cosine schedule ends, for parameters at the full rate.
-        warmup_epochs: epochs of linear warm-up, a step at a time.
-        step_lr: learning rate of the step sizes of quantizers and neurons, over that of the other parameters. Adam and
+        min_lr: Final learning rate of the cosine schedule, for parameters at the full rate.
+        warmup_epochs: Epochs of linear warm-up by optimizer steps.
+        step_lr: Learning rate of the step sizes of quantizers and neurons over that of the other parameters. Adam and
             its kin move every parameter by about the learning rate per step, which is as much as a whole step size of
             a quantizer.
-        weight_decay: one-dimensional parameters (norms, biases, step sizes, layer scales) are exempt.
-        layer_decay: factor of the learning rate from one layer group to the one below; ``None`` for none.
-        label_smoothing: of the training loss.
-        mixup: alpha of Mixup; 0 for none.
-        cutmix: alpha of CutMix; 0 for none.
-        grad_checkpointing: recompute blocks in the backward pass, to save memory.
-        compile: compile the network with ``torch.compile``; a string names the backend.
+        weight_decay: Weight decay. One-dimensional parameters (norms, biases, step sizes, layer scales) are exempt.
+        layer_decay: Factor of the learning rate from one layer group to the one below; ``None`` for none.
+        label_smoothing: Label smoothing of the training loss.
+        mixup: Alpha of Mixup; 0 for none.
+        cutmix: Alpha of CutMix; 0 for none.
+        grad_checkpointing: Recompute blocks in the backward pass, to save memory.
+        compile: Compile the network with ``torch.compile``; a string names the backend.
 
     Raises:
-        QsdError: for a model name that timm does not know, with the nearest names.
+        QsdError: For a model name that timm does not know, with the nearest names.
     """
 
     def __init__(
@@ -96,14 +97,18 @@ class ClassificationTask(LightningModule):
             if not value >= 0:
                 raise QsdError(f"{name}={value} is negative.")
         self.save_hyperparameters()
-        self.model: Any = None  # a network, once `configure_model` has built it
+        self.model: Any = None  # The network, once `configure_model` has built it.
         self._mixup: Mixup | None = None
         self._auxiliary_losses: list[AuxiliaryLoss] = []
-        self._random_states: list[dict[str, Any]] | None = None
-        self._neurons_are_set = False
+        self.neurons_are_set = False
+        self._resumed: dict[str, Any] | None = None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The parts of every training that are no part of the loss."""
+        return [RandomStates(), NeuronInitialization(), StepSizeGuard()]
 
     def configure_model(self) -> None:
-        """Build the network, now that the data can tell its number of classes. Lightning calls this; once is enough."""
+        """Build the network once, when the number of classes is known from the data. Lightning calls this method."""
         if self.model is not None:
             return
         self._complete_sizes_from_data()
@@ -112,7 +117,7 @@ class ClassificationTask(LightningModule):
         with _blaming(f"model {h['model']!r} with model_args={h['model_args']}"):
             model: Any = timm.create_model(h["model"], num_classes=h["num_classes"], **h["model_args"])
         if h["init_from"] is not None:
-            self._neurons_are_set = not load_weights(model, h["init_from"])
+            self.neurons_are_set = not load_weights(model, h["init_from"])
         if h["grad_checkpointing"]:
             model.set_grad_checkpointing()
         if trainer and trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda":
@@ -136,7 +141,7 @@ class ClassificationTask(LightningModule):
         available = getattr(data, "num_classes", None)
         num_classes = self.hparams["num_classes"] or available
         if num_classes is None:
-            raise QsdError("num_classes is not given and no data module tells it; pass --model.num_classes.")
+            raise QsdError("num_classes is not given and no data module has it; pass --model.num_classes.")
         if available is not None and available > num_classes:
             raise QsdError(
                 f"the data has {available} classes (labels 0 to {available - 1}), the model only "
@@ -145,47 +150,32 @@ class ClassificationTask(LightningModule):
         model_args = dict(self.hparams["model_args"] or {})
         if (channels := getattr(data, "in_chans", None)) is not None:
             model_args.setdefault("in_chans", channels)
-        # Saved, so that loggers and checkpoints tell the real sizes.
+        # Loggers and checkpoints contain the real sizes.
         self.save_hyperparameters({"num_classes": num_classes, "model_args": model_args})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimiser by timm's registry, and a warm-up and cosine schedule that advances by steps."""
+        """The optimizer from timm's registry, and a warm-up and cosine schedule that advances by optimizer steps."""
         h = self.hparams
         lr = h["base_lr"] * self.total_batch_size / 256
         with _blaming(
             f"optimizer {h['optimizer']!r} with optimizer_args={h['optimizer_args']}, base_lr={h['base_lr']}"
         ):
-            optimizer = create_optimizer_v2(
-                self._parameter_groups(lr), opt=h["optimizer"], lr=lr, **(h["optimizer_args"] or {})
-            )
+            groups = parameter_groups(self.model, lr, h["step_lr"], h["weight_decay"], h["layer_decay"])
+            optimizer = create_optimizer_v2(groups, opt=h["optimizer"], lr=lr, **(h["optimizer_args"] or {}))
+        restore_by_name(optimizer, self)
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            for state in resumed["optimizer_states"]:
+                add_names(state, resumed["names"], optimizer)
+        scheduler = warmup_and_cosine(self.trainer, optimizer, lr, h["min_lr"], h["warmup_epochs"])
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._schedule(optimizer, lr), "interval": "step"},
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    def _parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        h = self.hparams
-        exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else set()
-        if h["layer_decay"] is None:
-            groups = param_groups_weight_decay(self.model, h["weight_decay"], no_weight_decay_list=exempt)
-        else:
-            groups = param_groups_layer_decay(
-                self.model, h["weight_decay"], no_weight_decay_list=exempt, layer_decay=h["layer_decay"]
-            )
-        steps = {id(step) for step in learned_steps(self.model).values()}
-        split = []
-        for group in groups:
-            lr_group = lr * group.get("lr_scale", 1.0)
-            for are_steps, factor in ((False, 1.0), (True, h["step_lr"])):
-                parameters = [p for p in group["params"] if (id(p) in steps) == are_steps]
-                if parameters:
-                    decay = group["weight_decay"]
-                    split.append({"params": parameters, "weight_decay": decay, "lr": lr_group * factor})
-        return split
 
     @property
     def total_batch_size(self) -> int:
-        """Images per optimiser step, over all processes and accumulated batches."""
+        """Images per optimizer step, over all processes and accumulated batches."""
         per_process = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         if per_process is None:
             raise QsdError("the data module has no batch_size, from which the learning rate is computed.")
@@ -193,61 +183,39 @@ class ClassificationTask(LightningModule):
             raise QsdError(f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} is not positive.")
         return per_process * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
-    def _schedule(self, optimizer: torch.optim.Optimizer, lr: float) -> LambdaLR:
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
-            raise QsdError("the length of the training is unknown; set --trainer.max_epochs or --trainer.max_steps.")
-        # To count the batches, the training data is set up here. It must be set up again once a checkpoint's progress
-        # is loaded, or Lightning (2.6) forgets to hand the loader its place in the epoch.
-        self.trainer.fit_loop.setup_data()
-        self.trainer.fit_loop._combined_loader = None
-        steps = max(int(total), 1)
-        batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        warmup = min(int(self.hparams["warmup_epochs"] * batches), steps - 1) if batches < float("inf") else 0
-        floor = min(self.hparams["min_lr"] / lr, 1.0) if lr > 0 else 0.0
-
-        def factor(step: int) -> float:
-            # One factor for all groups: those that are slower by design stay so to the end.
-            if step < warmup:
-                return (step + 1) / warmup
-            progress = min((step - warmup) / (steps - warmup), 1.0)
-            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-        return LambdaLR(optimizer, factor)
-
     def add_auxiliary_loss(self, loss: AuxiliaryLoss) -> None:
-        """Add terms to the training loss, for distillation and the like.
+        """Add terms to the training loss, such as those of distillation.
 
-        The function runs inside `training_step`, under its precision, before gradients are scaled or accumulated.
+        The function runs within `training_step`, at its precision, before gradients are scaled or accumulated.
 
         Args:
-            loss: ``(images [B, C, H, W], logits [B, num_classes])`` to named, already weighted scalars; each is
-                logged as ``train/<name>``.
+            loss: Function from ``(images [B, C, H, W], logits [B, num_classes])`` to weighted scalars by name. Each
+                is logged as ``train/<name>``.
         """
         self._auxiliary_losses.append(loss)
 
     def remove_auxiliary_loss(self, loss: AuxiliaryLoss) -> None:
-        """Take back what `add_auxiliary_loss` added; what was not added is passed over.
+        """Remove the terms of a function from the training loss, if they were added.
 
         Args:
-            loss: the same function.
+            loss: The function that `add_auxiliary_loss` was given.
         """
-        self._auxiliary_losses = [kept for kept in self._auxiliary_losses if kept != loss]
+        self._auxiliary_losses = [other for other in self._auxiliary_losses if other != loss]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weight averaging deep-copies the task; the copy must not take along the losses' owners, such as a teacher.
+        # Weight averaging deep-copies the task. The copy must not contain the owners of losses, such as a teacher.
         return {**super().__getstate__(), "_auxiliary_losses": []}
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
-        # Channels last, convolutions run up to twice as fast. Input is enough: all that follows takes its layout.
+        # Convolutions run up to twice as fast in channels last. All layers keep the layout of their input.
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch, with the auxiliary terms."""
         images, labels = batch
         self._check_labels(labels)
-        if self._mixup is None or len(images) == 1:  # Mixup pairs images up
+        if self._mixup is None or len(images) == 1:  # Mixup mixes pairs of images.
             logits = self(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.hparams["label_smoothing"])
         else:
@@ -260,7 +228,7 @@ class ClassificationTask(LightningModule):
         if terms:
             self.log_dict({"train/loss_task": loss, **{f"train/{name}": term for name, term in terms.items()}})
             loss = loss + torch.stack(list(terms.values())).sum()
-        self._check_loss(loss, images)
+        check_loss(self, loss, self.model, images)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -288,7 +256,7 @@ class ClassificationTask(LightningModule):
                 metric.update(logits, labels)
 
     def _log_metrics(self, metrics: MetricCollection) -> None:
-        # Computed here and not batch by batch: processes may have unequal numbers of batches.
+        # Not batch by batch: processes may have unequal numbers of batches.
         self.log_dict(metrics.compute(), prog_bar=True)
         metrics.reset()
 
@@ -301,83 +269,37 @@ class ClassificationTask(LightningModule):
         self._log_metrics(self.test_metrics)
 
     def _check_labels(self, labels: Tensor) -> None:
-        # Data that declares its classes was compared with the classifier once; other data has to be looked at.
+        # The classes that a data module declares were compared with the classifier once; other labels are checked here.
         if hasattr(getattr(self.trainer, "datamodule", None), "num_classes"):
             return
         for label in (int(labels.min()), int(labels.max())):
             if not 0 <= label < self.hparams["num_classes"]:
                 raise QsdError(f"label {label} is outside the classifier's num_classes={self.hparams['num_classes']}.")
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set the neurons' learned steps from the first batch of a training that is not resumed.
-
-        Of a resumed one, restore the random states, right before the first thing that may draw from them.
-        """
-        if self._random_states is not None:
-            rank, states = self.global_rank, self._random_states
-            self._random_states = None
-            if rank < len(states):
-                set_random_state(states[rank])
-        if not self._neurons_are_set:
-            self._neurons_are_set = True
-            self._initialize_neurons(batch[0])
-
-    def _initialize_neurons(self, images: Tensor) -> None:
-        images = images.contiguous(memory_format=torch.channels_last)
-        if initialize_neurons(self.model, images) and self.trainer.world_size > 1:
-            for step in learned_steps(self.model).values():  # each process has seen a batch of its own
-                step.data.copy_(self.trainer.strategy.reduce(step.data.clone(), reduce_op="mean"))
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop when a step size is no longer positive."""
-        self._check_step_sizes()
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to write a broken network over a good checkpoint; add the random states of all processes."""
-        broken = non_finite_parameter(self)
-        if broken is not None:
-            raise QsdError(f"parameter {broken} is not finite at step {self.global_step}; nothing was saved.")
-        self._check_step_sizes()
-        # The weights are in this checkpoint; where they once started from may be gone when it is loaded.
+        """Refuse to write a broken network over a good checkpoint."""
+        check_before_saving(self)
+        # The checkpoint contains the weights; the file that they started from may be gone when it is loaded.
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"]["init_from"] = None
-        states: list[Any] = [get_random_state(self.device)]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, get_random_state(self.device))
-        checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights that do not fit; take the random states along, if training goes on."""
+        """Refuse weights that do not fit; remember the order of their names, if the training goes on."""
         check_weights(checkpoint["state_dict"], self.state_dict(), "the checkpoint")
-        self._neurons_are_set = True
-        self._random_states = checkpoint.get("random_states")
-
-    def _check_step_sizes(self) -> None:
-        collapsed = collapsed_step(self)
-        if collapsed is not None:
-            name, value = collapsed
+        self.neurons_are_set = True
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            return
+        if "optimizer_states" not in checkpoint:
             raise QsdError(
-                f"a step size of {name} is {value:.3g} at step {self.global_step}, not positive; {self._advice()}"
+                "the checkpoint has no optimizer state (save_weights_only=True?), so its training cannot go on; start "
+                "a new one from its weights with --model.init_from."
             )
-
-    def _check_loss(self, loss: Tensor, images: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise QsdError(
-                f"loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); "
-                f"first not finite: {first_non_finite(self.model, images)}; {self._advice()}"
-            )
-
-    def _advice(self) -> str:
-        written = (Path(getattr(c, "best_model_path", "")) for c in self.trainer.checkpoint_callbacks)
-        path = max((p for p in written if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
-        kept = f"the last good checkpoint is {path}" if path else "no checkpoint was written yet"
-        return f"training stopped, {kept}; try a lower base_lr or step_lr, gradient clipping or 32-bit precision."
+        self._resumed = {"optimizer_states": checkpoint["optimizer_states"], "names": list(checkpoint["state_dict"])}
 
 
 @contextmanager
 def _blaming(what: str) -> Iterator[None]:
-    """Turn what a library says of an argument into one line that names it."""
+    """Turn the error of a library about an argument into one line that names the argument."""
     try:
         yield
     except QsdError:

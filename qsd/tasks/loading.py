@@ -1,4 +1,4 @@
-"""Taking a task out of a checkpoint."""
+"""Tasks and trained networks from files."""
 
 import inspect
 from pathlib import Path
@@ -15,13 +15,13 @@ from qsd.tasks.classification import ClassificationTask
 
 
 def load_task(path: str | Path) -> ClassificationTask:
-    """The task of a training's checkpoint, with its network; with weight averaging, of the averaged weights.
+    """The task of a training's checkpoint, with its network; with weight averaging, it has the averaged weights.
 
     Args:
-        path: ``.ckpt`` file that a training of ours wrote, or ``tools/import_checkpoint.py``.
+        path: A ``.ckpt`` file of a training with qsd, or of ``qsd import-checkpoint``.
 
     Raises:
-        QsdError: if the file cannot be read or is something else.
+        QsdError: If the file cannot be read or is something else.
     """
     checkpoint = read_checkpoint(path)
     saved = part_of(checkpoint, "hyper_parameters", dict, path, {})
@@ -43,7 +43,7 @@ def load_task(path: str | Path) -> ClassificationTask:
         task = ClassificationTask(**settings)
         task.configure_model()
         task.on_load_checkpoint(checkpoint)
-        task.load_state_dict(state)
+        task.load_state_dict(checkpoint["state_dict"])
         return task
     except QsdError:
         raise
@@ -58,7 +58,7 @@ def load_trained(path: str | Path) -> tuple[nn.Module, str]:
         path: ``.ckpt`` of a training, or a packed ``.safetensors`` file.
 
     Raises:
-        QsdError: if the file cannot be read, is something else, or holds a model that timm does not know.
+        QsdError: If the file cannot be read, is something else, or holds a model that timm does not know.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

@@ -1,17 +1,46 @@
-"""Random states as checkpoints can hold them: tensors and plain numbers, which load without running code."""
+"""Random states in checkpoints: as tensors and plain numbers, which load without running code."""
 
 import random
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+_KEY = "random_states"  # Of checkpoints.
+
+
+class RandomStates(Callback):
+    """Store the random states of all processes in checkpoints, and restore them when the training goes on."""
+
+    def __init__(self) -> None:
+        self._states: list[dict[str, Any]] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the states of all processes."""
+        states: list[Any] = [get_random_state(pl_module.device)]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, get_random_state(pl_module.device))
+        checkpoint[_KEY] = states
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember the states until the first batch."""
+        self._states = checkpoint.get(_KEY)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Restore the state of this process, right before the first operation that may draw from it."""
+        states, self._states = self._states, None
+        if states is not None and trainer.global_rank < len(states):
+            set_random_state(states[trainer.global_rank])
 
 
 def get_random_state(device: torch.device) -> dict[str, Any]:
     """The states of Python's, numpy's and torch's global generators.
 
     Args:
-        device: whose generator is included beside the CPU's, if it is a CUDA device.
+        device: Device of the training. The generator of a CUDA device is included.
     """
     kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - Mixup draws from it
     state = {
@@ -25,10 +54,10 @@ def get_random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the global generators into a recorded state.
+    """Restore the states of the global generators.
 
     Args:
-        state: what `get_random_state` returned.
+        state: States from `get_random_state`.
     """
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]

@@ -73,7 +73,7 @@ def test_nothing_of_it_is_left_behind_after_training_or_an_error(teacher, tmp_pa
     logged(tmp_path, task, [callback])
     assert hooks(task.model) == 0
     assert task._auxiliary_losses == []
-    assert callback._teacher is None
+    assert callback.terms is None
     rows = logged(tmp_path, task, [callback])  # a second training is distilled once, not twice
     assert float(rows[0]["train/loss_query"]) > 0
     with pytest.raises(Interrupted):
@@ -99,12 +99,12 @@ class NoTeacher(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         (callback,) = (c for c in trainer.callbacks if isinstance(c, Distillation))
         averages = [c._average_model for c in trainer.callbacks if isinstance(c, EMAWeightAveraging)]
-        theirs = {id(m) for m in callback._teacher.network.modules()}
+        theirs = {id(m) for m in callback.terms.teacher.network.modules()}
         for holder in (pl_module, trainer.model, *averages):
             assert not any(id(m) in theirs for m in holder.modules())
         twins = [m for a in averages for m in a.modules() if getattr(m, "time_steps", 4) is None]
         assert twins == []  # no copy either
-        assert [n for n, m in callback._teacher.network.named_modules() if m.training] == []
+        assert [n for n, m in callback.terms.teacher.network.named_modules() if m.training] == []
         self.checked = True
 
 
@@ -231,7 +231,7 @@ def test_weights_follow_their_schedule_and_the_teacher_rests_while_they_are_zero
     class Watch(Callback):
         def on_train_start(self, trainer, pl_module):
             (callback,) = (c for c in trainer.callbacks if isinstance(c, Distillation))
-            callback._teacher.network.register_forward_hook(lambda *_: calls.append(trainer.global_step))
+            callback.terms.teacher.network.register_forward_hook(lambda *_: calls.append(trainer.global_step))
 
     schedule = [(0.25, 0.0), (0.75, 1.0)]
     callback = distil(teacher, attention_weight=schedule, logits_weight=0)
@@ -252,7 +252,7 @@ def test_a_vision_transformer_of_timm_teaches_and_sees_its_own_normalisation(tmp
     class Watch(Callback):
         def on_train_start(self, trainer, pl_module):
             (callback,) = (c for c in trainer.callbacks if isinstance(c, Distillation))
-            callback._teacher.network.register_forward_pre_hook(lambda _, images: seen.append(images[0]))
+            callback.terms.teacher.network.register_forward_pre_hook(lambda _, images: seen.append(images[0]))
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             self.batch = batch[0]

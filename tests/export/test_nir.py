@@ -1,85 +1,20 @@
-"""NIR graphs: read back and run by a plain interpreter, they fire the network's spikes."""
+"""NIR graphs that are read back and run by a plain interpreter fire the spikes of the network."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import qsd
 from qsd.export import to_nir
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.neurons import build_neuron
 from tests.helpers.exporting import CSD, QSD, spiking_network
+from tests.helpers.nir_interpreter import simulate
 
-nir = pytest.importorskip("nir")
+pytest.importorskip("nir")
 pytest.importorskip("onnxscript")
-
-
-def order(graph):
-    """Names of nodes, each behind all that it hears."""
-    sources = {name: [a for a, b in graph.edges if b == name] for name in graph.nodes}
-    done = []
-    while len(done) < len(sources):
-        done += [name for name, needed in sources.items() if name not in done and all(n in done for n in needed)]
-    return done, sources
-
-
-def numbers(values):
-    return tuple(int(v) for v in np.broadcast_to(values, 2))
-
-
-def evaluate(node, x):
-    if isinstance(node, nir.Conv2d):
-        weight, bias = (torch.from_numpy(v).to(x) for v in (node.weight, node.bias))
-        assert not bias.any()  # it would act in every step
-        return F.conv2d(x, weight, None, numbers(node.stride), numbers(node.padding), 1, int(node.groups))
-    if isinstance(node, nir.Linear):
-        return F.linear(x, torch.from_numpy(node.weight).to(x))
-    if isinstance(node, nir.SumPool2d):
-        size = numbers(node.kernel_size)
-        return F.avg_pool2d(x, size, numbers(node.stride), numbers(node.padding), divisor_override=1)
-    if isinstance(node, nir.AvgPool2d):
-        return F.avg_pool2d(x, numbers(node.kernel_size), numbers(node.stride), numbers(node.padding))
-    if isinstance(node, nir.Flatten):
-        return x.flatten(1)
-    assert isinstance(node, nir.Threshold | nir.Output), node
-    return (x > torch.from_numpy(node.threshold).to(x)).to(x) if isinstance(node, nir.Threshold) else x
-
-
-def simulate(path, images):
-    """Sums over all steps at the output, and how often every neuron fired; soft reset, no floor, step by step."""
-    graph, schedule = nir.read(path), json.loads((path.parent / f"{path.name}.json").read_text())
-    names, sources = order(graph)
-    membranes, counts = {}, {}
-    for step in range(1, schedule["steps"] + 1):
-        values = {}
-        for name in names:
-            node = graph.nodes[name]
-            if name == "image":
-                values[name] = images * (step <= schedule["time_steps"])
-            elif name in schedule["clocks"]:
-                clock = schedule["clocks"][name]
-                feed = images.new_zeros(tuple(node.input_type["input"]))
-                feed[0] = clock["pulses"].get(str(step), 0)
-                if step == 1:
-                    start = torch.tensor(clock["start"])
-                    for k in range(len(feed) - 1):
-                        feed[1 + k] = start == k
-                values[name] = feed.expand(len(images), *feed.shape)
-            else:
-                x = sum(values[source] for source in sources[name])
-                if isinstance(node, nir.IF | nir.I):
-                    x = membranes[name] = membranes.get(name, 0) + x
-                if isinstance(node, nir.IF):
-                    values[name] = (x > torch.from_numpy(node.v_threshold).to(x)).to(x)
-                    membranes[name] = x - values[name] * torch.from_numpy(node.v_threshold).to(x)
-                    counts[name] = counts.get(name, 0) + values[name]
-                else:
-                    values[name] = x if isinstance(node, nir.I) else evaluate(node, x)
-    return values["output"], counts
 
 
 class Small(nn.Module):
@@ -117,7 +52,7 @@ def test_tokenizers_fire_the_same_spikes_and_give_the_same_sums(which, tmp_path)
     expected = qsd.count_spikes(spiking, images.double())
     assert counts.keys() == expected.keys()
     for name, count in expected.items():
-        assert float((counts[name] != count).double().mean()) < 1e-4, name  # the file holds float32
+        assert float((counts[name] != count).double().mean()) < 1e-4, name  # The file holds float32.
     torch.testing.assert_close(sums, spiking(images.double()), rtol=1e-3, atol=1e-3)
 
 
@@ -134,7 +69,7 @@ def test_a_classifier_of_ones_own_gives_the_same_counts_and_logits(tmp_path):
     torch.testing.assert_close(logits, spiking(images), rtol=1e-3, atol=1e-3)
     schedule = json.loads(plan.read_text())
     assert schedule["notes"] == {"class_names": ["cat"]}
-    assert schedule["steps"] == 4 + 3 * 3  # T, and three neurons one behind the other that wait T - 1
+    assert schedule["steps"] == 4 + 3 * 3  # T, and three neurons in a row that wait T - 1 each.
 
 
 @pytest.mark.parametrize("network", [QSD, CSD], ids=["qsd", "csdformer"])
@@ -143,6 +78,20 @@ def test_attention_is_refused_by_name_and_nothing_is_left(network, tmp_path):
     with pytest.raises(qsd.QsdError, match=r"NIR has no product of two activations, .*attn.*model.stem"):
         to_nir(spiking, tmp_path / "a.nir")
     assert not list(tmp_path.iterdir())
+
+
+class RowMeans(nn.Sequential):
+    """A network whose mean is taken over one axis of the positions."""
+
+    def forward(self, x):
+        return self[2](self[1](self[0](x).mean(3)))
+
+
+def test_a_mean_that_is_not_over_all_positions_is_refused(tmp_path):
+    model = RowMeans(QuantConv2d(3, 2, 3, padding=1, weight_bits=4), build_neuron(4), QuantLinear(8, 5, weight_bits=4))
+    spiking = qsd.to_spike_driven(model.eval(), example=torch.rand(1, 3, 8, 8))
+    with pytest.raises(qsd.QsdError, match="cannot express the operation ReduceMean behind 0"):
+        to_nir(spiking, tmp_path / "a.nir")
 
 
 def test_mistakes_are_named(tmp_path):

@@ -1,4 +1,4 @@
-"""ONNX files: floats give the count domain's classes, integers its counts."""
+"""ONNX files with floats give the logits of the count domain, and files with integers give its spike counts."""
 
 import json
 
@@ -8,24 +8,14 @@ import torch
 
 import qsd
 from qsd.export import to_onnx
-from qsd.export.integers import calibrate
-from qsd.export.requantization import IntegerWeights, Requantization
-from tests.helpers.exporting import CSD, QSD, spiking_network
+from qsd.export.grids import calibrate
+from qsd.export.integer_weights import IntegerWeights
+from qsd.export.requantization import Requantization
+from tests.helpers.exporting import CSD, QSD, run_onnx, spiking_network
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-
-def run(path, images, suffix=".time_steps"):
-    """Logits, and every neuron's counts by its name: what is clipped to at most T."""
-    model = onnx.load(path)
-    clips = [node for node in model.graph.node if node.op_type == "Clip" and node.input[2].endswith(suffix)]
-    for node in clips:
-        model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.UINT8, None))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    logits, *counts = session.run(None, {"images": images.numpy()})
-    return logits, {node.input[2].removesuffix(suffix): count for node, count in zip(clips, counts)}
 
 
 def operations(path):
@@ -35,29 +25,29 @@ def operations(path):
 @pytest.mark.parametrize(
     ("network", "conversion", "export"),
     [
-        (CSD, {}, {}),  # no chains: nothing is rounded
-        (QSD, {"merged_bits": 8}, {}),  # no inner values
-        (QSD, {}, {"round_inner": False}),
+        (CSD, {}, {}),  # No chains, so that nothing is rounded.
+        (QSD, {"merged_bits": 8}, {}),  # No inner values.
+        (QSD, {}, {"round_inner": "none"}),
     ],
 )
 def test_without_inner_rounding_an_integer_file_has_the_same_counts(network, conversion, export, tmp_path):
     spiking, images = spiking_network(*network, **conversion)
     to_onnx(spiking, tmp_path / "int.onnx", True, images, **export)
-    logits, counts = run(tmp_path / "int.onnx", images)
+    logits, counts = run_onnx(tmp_path / "int.onnx", images)
     expected = qsd.count_spikes(spiking, images)
     assert counts.keys() == expected.keys()
     for name, count in expected.items():
         np.testing.assert_array_equal(counts[name], count.numpy(), err_msg=name)
     torch.testing.assert_close(torch.from_numpy(logits), spiking(images), rtol=1e-4, atol=1e-5)
-    assert operations(tmp_path / "int.onnx").count("Conv") <= 1 + 2 * 16  # floats: the stem, and what is not rounded
+    assert operations(tmp_path / "int.onnx").count("Conv") <= 1 + 2 * 16  # The stem, and unrounded chains.
 
 
 def test_inner_rounding_is_at_most_half_a_level(tmp_path):
     spiking, images = spiking_network(*QSD)
     to_onnx(spiking, tmp_path / "int.onnx", True, images)
-    assert operations(tmp_path / "int.onnx").count("Conv") == 1  # the stem, on the image
+    assert operations(tmp_path / "int.onnx").count("Conv") == 1  # The stem, on the image.
     assert operations(tmp_path / "int.onnx").count("QLinearConv") > 10
-    name = "stem.blocks.0.sep_conv.reduce"  # the first one: its input is exact
+    name = "stem.blocks.0.sep_conv.reduce"  # The first chain, whose input is exact.
     model = onnx.load(tmp_path / "int.onnx")
     model.graph.output.append(
         onnx.helper.make_tensor_value_info(f"{name}.depthwise.output", onnx.TensorProto.UINT8, None)
@@ -68,11 +58,20 @@ def test_inner_rounding_is_at_most_half_a_level(tmp_path):
     spiking.chains()[name].factors["depthwise"].register_forward_hook(lambda _m, _i, output: exact.append(output))
     grid = calibrate(spiking, images)[f"{name}.depthwise"]
     seen = exact[0].amax((0, 2, 3)).clamp(min=0) - exact[0].amin((0, 2, 3)).clamp(max=0)
-    assert (grid.unit * 255 > 0.999 * seen.numpy()).all()  # the grid holds the range,
-    assert (grid.unit.max() * 255 < 2 * seen.max()).all()  # and little more
+    assert (grid.unit * 255 > 0.999 * seen.numpy()).all()  # The grid holds the range,
+    assert (grid.unit.max() * 255 < 2 * seen.max()).all()  # and little more.
     units = torch.from_numpy(grid.unit).view(-1, 1, 1)
     error = (levels.double() - grid.zero_point) * units - exact[0]
-    assert float((error.abs() / units).max()) <= 0.5 + 1e-3  # float32
+    assert float((error.abs() / units).max()) <= 0.5 + 1e-3  # The file computes in float32.
+
+
+def test_an_integer_file_can_end_in_a_convolution(tmp_path):
+    spiking, images = spiking_network(*CSD, part="stem")
+    to_onnx(spiking, tmp_path / "int.onnx", True, images)
+    currents, counts = run_onnx(tmp_path / "int.onnx", images)
+    for name, count in qsd.count_spikes(spiking, images).items():
+        np.testing.assert_array_equal(counts[name], count.numpy(), err_msg=name)
+    torch.testing.assert_close(torch.from_numpy(currents), spiking(images), rtol=1e-4, atol=1e-4)
 
 
 def test_the_float_file_takes_any_number_of_images_and_gives_the_same_logits(tmp_path):
@@ -111,7 +110,7 @@ def test_integer_requantization_gives_the_neurons_count_for_every_sum(time_steps
     [
         ({"integer": True}, "needs images"),
         ({"notes": {"a": object()}}, "is no JSON"),
-        ({"round_inner": "all"}, "round_inner='all' is unknown"),
+        ({"round_inner": "some"}, "round_inner='some' is unknown"),
         ({"path": "nowhere/a.onnx"}, "does not exist; make it first"),
     ],
 )

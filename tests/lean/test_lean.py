@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qsd import set_lean
-from qsd.functional import exact_matmul, fixed_spikes
+from qsd import functional, set_lean
 from qsd.layers import (
     LinearChain,
     NReluSelfAttention,
@@ -22,8 +21,9 @@ from qsd.layers import (
     quantized_weight,
     rep_conv,
 )
+from qsd.lean import exact_matmul, fixed_spikes
+from qsd.lean.operands import layout_of
 from qsd.neurons import LsqNeuron, QcfsNeuron, SpikeNeuron
-from qsd.spike_codes import spikes_of, viewed
 from tests.helpers.networks import randomize_norms
 
 SMALL_QSD = {"embed_dims": (8, 8, 16, 16), "num_heads": 2, "depth": 4, "layer_scale": 0.5, "num_classes": 5}
@@ -135,8 +135,9 @@ def test_gradients_of_products_of_spikes_are_the_same_bits():
     results = []
     for lean in (False, True):
         inputs = [t.clone().requires_grad_() for t in (query, key)]
-        left, right = (viewed(fixed_spikes(t, 4, None, 1.0, lean), lambda t: t.reshape(2, 2, 3, 20)) for t in inputs)
-        product = exact_matmul(viewed(left, lambda t: t.transpose(-1, -2)), right)
+        fire = fixed_spikes if lean else functional.fixed_spikes
+        left, right = (fire(t, 4, None, 1.0).reshape(2, 2, 3, 20) for t in inputs)
+        product = exact_matmul(left.transpose(-1, -2), right)
         product.sin().sum().backward()
         results.append([product, *(t.grad for t in inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -189,18 +190,10 @@ def test_a_rep_conv_s_norms_run_as_one_with_all_parameters_and_statistics(moment
 
 
 def test_a_chain_scales_its_output_within_the_last_norm():
-    for chain in (rep_conv(6), conv_norm(6, 6, 1)):
+    for chain in (rep_conv(6, layer_scale=1.0), conv_norm(6, 6, 1, layer_scale=1.0)):
         model = randomized(chain)
-
-        class Scaled(nn.Module):
-            def __init__(self, chain):
-                super().__init__()
-                self.chain, self.scale = chain, nn.Parameter(torch.randn(6, dtype=torch.float64))
-
-            def forward(self, x):
-                return self.chain(x, self.scale)
-
-        assert_close(Scaled(model), torch.randn(3, 6, 5, 4, dtype=torch.float64))
+        model.layer_scale.gamma.data.normal_()
+        assert_close(model, torch.randn(3, 6, 5, 4, dtype=torch.float64))
 
 
 def test_norms_of_one_value_are_refused_as_by_torch():
@@ -285,7 +278,7 @@ def test_no_float_stays_alive_behind_the_codes():
 def test_evaluation_makes_no_codes():
     neuron, x = SpikeNeuron(4), torch.randn(2, 3)
     with torch.no_grad():
-        assert spikes_of(neuron(x)) is None
+        assert layout_of(neuron(x)) is None
 
 
 def test_what_was_changed_since_it_left_the_neuron_is_kept_as_it_is():

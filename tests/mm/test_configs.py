@@ -5,9 +5,11 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, init_default_scope
+from torch import nn
 
 import qsd.mm
 from qsd.models.variants import QSD_VARIANTS
+from qsd.neurons import LsqNeuron
 from tests.helpers import CONFIGS
 from tests.helpers.mm import SMALL
 
@@ -142,6 +144,16 @@ def test_parameter_groups():
         step = 0.01 if name.endswith("quantizer.step") else 1
         decay = 0.005 if parameter.dim() > 1 else 0.0
         assert rates[id(parameter)] == (pytest.approx(1e-3 * head * step), decay), name
+
+
+def test_learned_steps_of_neurons_learn_at_the_rate_of_step_sizes():
+    model = nn.ModuleDict({"backbone": nn.Sequential(LsqNeuron(4), nn.Linear(2, 2))})
+    wrapper = dict(type="OptimWrapper", constructor="StepSizeOptimWrapperConstructor",
+                   optimizer=dict(type="AdamW", lr=1e-3))  # fmt: skip
+    groups = build_optim_wrapper(model, wrapper).optimizer.param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates[id(model["backbone"][0].step)] == pytest.approx(1e-5)
+    assert rates[id(model["backbone"][1].weight)] == 1e-3
 
 
 def test_unknown_group_options_are_named():

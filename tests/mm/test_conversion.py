@@ -17,7 +17,7 @@ from qsd.mm.spiking.measuring import DEFAULTS
 from qsd.neurons import SpikeNeuron
 from qsd.packing import load_packed
 from qsd.report import FILES, ConversionOptions, Origin, Record
-from tests.helpers import CONFIGS
+from tests.helpers import CONFIGS, ROOT
 from tests.helpers.mm import SMALL
 
 ALL = ("coco_qsd", "coco_cascade_qsd", "coco_retinanet_qsd", "ade20k_qsd")
@@ -253,10 +253,10 @@ def test_a_simulation_records_what_is_asked_for(trained, converted):
         spiking.simulate(scenes[0], record="rpn_neuron")
 
 
-def test_the_readme_s_example_runs(trained):
+def test_the_example_of_the_documentation_runs(trained):
     model, scenes = trained("coco_qsd")
     names = {"model": model, "batch": scenes[0], "batches": scenes}
-    (block,) = re.findall(r"```python\n(from qsd\.mm.*?)```", (CONFIGS.parent / "README.md").read_text(), re.DOTALL)
+    (block,) = re.findall(r"```python\n(from qsd\.mm.*?)```", (ROOT / "docs/detection.md").read_text(), re.DOTALL)
     exec(block, names)
     (sample,), (stepped,) = names["samples"], names["simulation"].samples
     torch.testing.assert_close(sample.pred_instances.bboxes, stepped.pred_instances.bboxes, rtol=0, atol=1e-9)

@@ -192,7 +192,7 @@ def gradients(model):
 def test_the_terms_of_distillation_enter_the_optimisation(student, teacher):
     images, samples = batch()
     other = copy.deepcopy(student)
-    hook = DistillationHook(teacher, weight=0.5)
+    hook = DistillationHook(teacher, attention_weight=0.5)
     hook.before_train(runner(student))
     torch.manual_seed(3)  # of the head's dropout
     losses = student.train()(images, copy.deepcopy(samples), mode="loss")
@@ -236,7 +236,7 @@ def test_the_teacher_stays_outside_the_model(student, teacher):
 def test_a_schedule_ends_the_distillation(student, teacher):
     images, samples = batch()
     progress = runner(student, iteration=25)
-    hook = DistillationHook(teacher, weight=[(0.0, 1.0), (0.5, 0.0)])
+    hook = DistillationHook(teacher, attention_weight=[(0.0, 1.0), (0.5, 0.0)])
     hook.before_train(progress)
     student.train()
     halfway = student(images, samples, mode="loss")["loss_query"]
@@ -263,8 +263,9 @@ def test_distillation_and_conversion_work_in_one_training(run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(weight=0.0), "weight is 0"),
-        (dict(weight=-1.0), "weight=-1.0 is negative"),
+        (dict(attention_weight=0.0), "nothing is distilled"),
+        (dict(attention_weight=-1.0), "attention_weight=-1.0 is negative"),
+        (dict(logits_weight=1.0), "no image logits"),
         (dict(teacher_mean=[0.5]), "teacher_mean and teacher_std belong together"),
     ],
 )
@@ -273,16 +274,22 @@ def test_wrong_options_of_distillation_are_named(options, message):
         HOOKS.build(dict(type="DistillationHook", teacher="twin.pth", **options))
 
 
-def test_a_missing_teacher_and_a_backbone_without_attention_are_named(student):
+def test_the_name_of_the_weight_in_version_0_1_0_is_understood():
+    with pytest.warns(FutureWarning, match="attention_weight"):
+        hook = DistillationHook("twin.pth", weight=0.5)
+    assert hook.options.attention_weight == 0.5
+
+
+def test_a_missing_teacher_and_a_backbone_without_attention_are_named(student, teacher):
     with pytest.raises(QsdError, match=r"no\.pth does not exist"):
         DistillationHook("no.pth").before_train(runner(student))
     student.backbone = nn.Identity()
-    with pytest.raises(QsdError, match="the backbone, a Identity, has no attention"):
-        DistillationHook("no.pth").before_train(runner(student))
+    with pytest.raises(QsdError, match="the student, a Identity, has no attention"):
+        DistillationHook(teacher).before_train(runner(student))
 
 
 def test_the_teacher_sees_the_normalisation_of_the_data(student):
-    from qsd.mm.distillation_hook import _statistics
+    from qsd.mm.hooks.distillation import _statistics
 
     mean, std = _statistics(student.data_preprocessor)
     assert mean == pytest.approx([0.485, 0.456, 0.406])

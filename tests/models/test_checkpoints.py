@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from qsd import QsdError, load_reference_weights, load_weights
-from qsd.models.checkpoints import convert_reference, reference_sizes
+from qsd.models.reference import convert_reference, reference_sizes
 from tests.helpers import DATA
 
 FIXTURE = DATA / "qsd_reference_tiny.safetensors"
@@ -116,7 +116,7 @@ def test_a_mismatch_is_one_short_line_and_changes_nothing(reference, model):
     with pytest.raises(QsdError) as error:
         load_reference_weights(model, state)
     message = str(error.value)
-    assert "1 missing: stages.2.blocks.0.layer_scale1" in message
+    assert "1 missing: stages.2.blocks.0.attn.proj.layer_scale.gamma" in message
     assert "1 unexpected: extra.weight" in message
     assert "1 of another shape: stages.1.downsample.proj.norm.weight (99,) instead of (16,)" in message
     assert "\n" not in message

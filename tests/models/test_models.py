@@ -182,7 +182,7 @@ def test_csdformer_s_tokenizer_pools_spike_counts_and_the_head_sees_spikes():
     seen = []
     for pool in pools:
         pool.register_forward_hook(lambda m, i, o: seen.append(i[0]))
-    model.pool.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    model.head.register_forward_hook(lambda m, i, o: seen.append(i[0]))
     model(torch.randn(2, 3, 32, 32))
     for spikes, neuron in zip(seen, (model.stem[3].neuron, model.stem[4].neuron, model.head_neuron)):
         counts = spikes / neuron.step

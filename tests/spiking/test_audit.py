@@ -35,7 +35,7 @@ def test_every_merged_variant_is_spike_driven_behind_its_stem(name):
 
 
 def attentions(spiking):
-    return [name for name, m in spiking.network.named_modules() if type(m).__name__ == "SpikingAttention"]
+    return [name for name, m in spiking.network.named_modules() if type(m).__name__ == "SpikeDrivenSelfAttention"]
 
 
 def test_the_width_of_the_attention_s_matrix_is_what_was_seen():

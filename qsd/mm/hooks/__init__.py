@@ -1,6 +1,31 @@
 """Hooks for mmengine's Runner: the counterparts of the Lightning callbacks, one class a module."""
 
-from qsd.mm.hooks.conversion import ConvertToSpikeDrivenHook
-from qsd.mm.hooks.spike_statistics import SpikeStatisticsHook, StepSizeHook
+from mmengine.runner import Runner
 
-__all__ = ["ConvertToSpikeDrivenHook", "SpikeStatisticsHook", "StepSizeHook"]
+from qsd.mm.hooks.conversion import ConvertToSpikeDrivenHook
+from qsd.mm.hooks.distillation import DistillationHook
+from qsd.mm.hooks.neuron_initialization import NeuronInitializationHook
+from qsd.mm.hooks.optimizer_state import OptimizerStateHook
+from qsd.mm.hooks.spike_statistics import SpikeStatisticsHook
+from qsd.mm.hooks.step_size import StepSizeHook
+
+__all__ = [
+    "ConvertToSpikeDrivenHook",
+    "DistillationHook",
+    "NeuronInitializationHook",
+    "OptimizerStateHook",
+    "SpikeStatisticsHook",
+    "StepSizeHook",
+    "register_training_hooks",
+]
+
+
+def register_training_hooks(runner: Runner) -> None:
+    """Add the hooks that every training needs, unless its configuration lists them.
+
+    Args:
+        runner: A Runner that has not started.
+    """
+    for kind in (OptimizerStateHook, NeuronInitializationHook):
+        if not any(isinstance(hook, kind) for hook in runner.hooks):
+            runner.register_hook(kind())

@@ -1,7 +1,6 @@
 """Batch norms of chains in training, with less work and memory than the layers one by one, and the same results."""
 
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -9,30 +8,30 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qsd.functional import lsq_quantize, pad_frame
-from qsd.layers.lean import LeanLinear, has_hooks
-from qsd.spike_codes import remember_norm
+from qsd.lean.layers import Synapse
+from qsd.lean.operands import NormOrigin, note_norm
+from qsd.lean.switch import has_hooks
 
 
 def is_ordinary(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether a module is a batch norm by this batch's statistics, of which nobody wants to see in- or output.
+    """Whether a module is a plain `BatchNorm2d` in training mode without hooks.
 
     Synchronised norms are none: their statistics are those of all processes.
 
     Args:
-        norm: any module.
+        norm: Any module.
     """
     return type(norm) is nn.BatchNorm2d and norm.training and norm.affine and not has_hooks(norm)
 
 
-@dataclass(frozen=True)
-class Running:
-    """The running statistics of a norm, and how much a batch counts in them.
+class Running(NamedTuple):
+    """The running statistics of a norm, and the weight of a new batch in them.
 
     Attributes:
-        mean: ``[C]``, or ``None`` if there are none.
-        var: ``[C]``, unbiased.
-        share: of this batch.
-        eps: of the norm.
+        mean: Running mean ``[C]``, or ``None`` if there is none.
+        var: Running variance ``[C]``, unbiased, or ``None`` if there is none.
+        share: Weight of this batch, the norm's momentum.
+        eps: Epsilon of the norm.
     """
 
     mean: Tensor | None
@@ -42,10 +41,10 @@ class Running:
 
     @staticmethod
     def of(norm: nn.BatchNorm2d) -> "Running":
-        """The statistics of a norm that is about to see a batch, which it counts.
+        """The statistics of a norm that is about to see a batch; the batch is counted.
 
         Args:
-            norm: in training.
+            norm: A norm in training mode.
         """
         share = 0.0 if norm.momentum is None else norm.momentum
         if norm.track_running_stats and norm.num_batches_tracked is not None:
@@ -63,20 +62,19 @@ def _check_values(x: Tensor) -> int:
 
 
 def norm_in_training(x: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None = None) -> Tensor:
-    """A batch norm whose output knows where it comes from, for a neuron behind it (see `qsd.spike_codes.NormOrigin`).
+    """A batch norm that notes the origin of its output for a neuron of learned step that follows it.
 
     Args:
         x: ``[B, C, H, W]``.
-        norm: `is_ordinary`.
-        scale: factor by channel of the output, ``[C]``.
+        norm: A norm that `is_ordinary`.
+        scale: Factor of the output by channel, ``[C]``, or ``None``.
     """
     _check_values(x)
     weight, bias = _affine(norm, scale)
-    running = Running.of(norm)
-    output, mean, inverse = torch.native_batch_norm(
-        x, weight, bias, running.mean, running.var, True, running.share, running.eps
-    )
-    return remember_norm(output, x, weight, bias, mean, inverse, running.eps)
+    running_mean, running_var, share, eps = Running.of(norm)
+    output, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, share, eps)
+    note_norm(output, NormOrigin(x, weight, bias, mean, inverse, eps))
+    return output
 
 
 def _affine(norm: nn.BatchNorm2d, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,9 +82,15 @@ def _affine(norm: nn.BatchNorm2d, scale: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 class _TwoNorms(torch.autograd.Function):
-    r"""With batch mean m and variance v, the first norm's output has mean b1 and variance ``g1^2 r, r = v / (v + e1)``.
+    r"""Two batch norms in a row as one.
 
-    So both are one norm of weight ``g1 g2 / sqrt(g1^2 r + e2)`` and bias ``b2``. The weight depends on the batch.
+    Let m and v be mean and variance of the batch, g1 and b1, g2 and b2 the weights and biases, e1 and e2 the epsilons.
+    The output of the first norm has the mean b1 and the variance ``g1^2 r`` with ``r = v / (v + e1)``. So both norms
+    together are
+
+        y = w (x - m) / sqrt(v + e1) + b2   with   w = g1 g2 i,   i = 1 / sqrt(g1^2 r + e2):
+
+    one norm of weight w and bias b2, whose weight depends on the batch through v.
     """
 
     @staticmethod
@@ -110,13 +114,16 @@ class _TwoNorms(torch.autograd.Function):
         x, g1, g2, mean, var, inverse = ctx.saved_tensors
         e1, e2 = ctx.eps
         weight, all_three = g1 * g2 * inverse, [True, True, True]
+        # The gradients of an ordinary norm whose weight w is a constant.
         x_grad, weight_grad, b2_grad = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, (var + e1).rsqrt(), True, e1, all_three
         )
-        # What flows through the weight's own dependence on the batch's variance: small, but not nothing.
+        # Then w's own dependence on the variance, small where e1 is small against v:
+        # dw/dv = -1/2 g1 g2 i^3 g1^2 dr/dv = -1/2 w i^2 g1^2 e1 / (v + e1)^2, and dv/dx = 2 (x - m) / values.
         var_grad = weight_grad * weight * inverse.square() * g1.square() * (-0.5 * e1) / (var + e1).square()
         slope = (var_grad * (2 * x.shape[1] / x.numel())).view(1, -1, 1, 1)
         x_grad.addcmul_(x, slope).sub_(slope * mean.view(1, -1, 1, 1))
+        # dw/dg1 = g2 i - g1^2 g2 r i^3 = g2 i^3 (1/i^2 - g1^2 r) = g2 i^3 e2. The bias b1 cancels out.
         g1_grad = weight_grad * g2 * inverse**3 * e2
         return x_grad, g1_grad, torch.zeros_like(g1), weight_grad * g1 * inverse, b2_grad, None, None
 
@@ -126,9 +133,9 @@ def two_norms(x: Tensor, first: nn.BatchNorm2d, second: nn.BatchNorm2d, scale: T
 
     Args:
         x: ``[B, C, H, W]``.
-        first: `is_ordinary`.
-        second: `is_ordinary`.
-        scale: factor by channel of the output, ``[C]``.
+        first: A norm that `is_ordinary`.
+        second: Another one.
+        scale: Factor of the output by channel, ``[C]``, or ``None``.
     """
     weight, bias = _affine(second, scale)
     return _TwoNorms.apply(x, first.weight, first.bias, weight, bias, Running.of(first), Running.of(second))
@@ -148,8 +155,8 @@ class _FramedConvs(torch.autograd.Function):
         weight2: Tensor,
         step2: Tensor | None,
         running: Running,
-        first: LeanLinear,
-        second: LeanLinear,
+        first: Synapse,
+        second: Synapse,
     ) -> Tensor:
         _check_values(x)
         y = F.batch_norm(x, running.mean, running.var, gamma, beta, True, running.share, running.eps)
@@ -182,17 +189,17 @@ class _FramedConvs(torch.autograd.Function):
 def framed_convolutions(
     x: Tensor,
     norm: nn.BatchNorm2d,
-    first: tuple[Tensor, Tensor | None, LeanLinear],
-    second: tuple[Tensor, Tensor | None, LeanLinear],
+    first: tuple[Tensor, Tensor | None, Synapse],
+    second: tuple[Tensor, Tensor | None, Synapse],
 ) -> Tensor:
-    """The inside of a RepConv: norm and frame, a depthwise and a pointwise convolution without biases.
+    """The middle of a RepConv: norm and frame, a depthwise and a pointwise convolution without biases.
 
-    What lies between is cheap and computed again in the backward pass.
+    The depthwise convolution is cheap and computed again in the backward pass.
 
     Args:
         x: ``[B, C, H, W]``.
-        norm: `is_ordinary`, with running statistics.
-        first: weights, step sizes or ``None``, and the rest of the depthwise convolution.
-        second: the same of the pointwise one.
+        norm: A norm that `is_ordinary`, with running statistics.
+        first: Weights, step sizes or ``None``, and configuration of the depthwise convolution.
+        second: The same of the pointwise convolution.
     """
     return _FramedConvs.apply(x, norm.weight, norm.bias, *first[:2], *second[:2], Running.of(norm), first[2], second[2])

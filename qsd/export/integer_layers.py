@@ -1,0 +1,209 @@
+"""The writers of the engine's layers for integer ONNX files."""
+
+from typing import Any
+
+import numpy as np
+
+from qsd.export.graph import LayerCall
+from qsd.export.grids import Grid
+from qsd.export.integer_sums import add_currents
+from qsd.export.integer_weights import IntegerWeights, chain_weights, evaluated_convolutions
+from qsd.export.integers import IntegerGraph, writes
+from qsd.export.requantization import Requantization
+from qsd.spiking.layers import (
+    Convolution,
+    DelayedNeuron,
+    SpikingChain,
+    SpikingDense,
+    SpikingMaxPool,
+    SpikingPooledDense,
+    SpikingProduct,
+    SpikingQuery,
+)
+
+# QuantizeLinear rounds halves to the even number, but a neuron rounds them up. A threshold that is smaller by this many
+# floats lifts the quotient of an exact tie above one half.
+_ULPS = 4
+
+# Products of counts are sums of integers, which floats hold exactly: PyTorch's matrix product is right as it is.
+writes.leave_to_torch(SpikingProduct, SpikingQuery)
+
+
+@writes(DelayedNeuron)
+def _neuron(neuron: DelayedNeuron, call: LayerCall, graph: IntegerGraph) -> None:
+    threshold, name = np.float32(call.threshold), neuron.name
+    for _ in range(_ULPS):
+        threshold = np.nextafter(threshold, np.float32(0))
+    inputs = [
+        call.inputs[0],
+        graph.constant(f"{name}.threshold", threshold, np.float32),
+        graph.constant(f"{name}.zero", 0, np.uint8),
+    ]
+    _add_clip(neuron, graph.add("QuantizeLinear", inputs, f"{name}.drive"), call.output, graph)
+
+
+def _add_clip(neuron: DelayedNeuron, drive: str, output: str, graph: IntegerGraph) -> None:
+    """At most T spikes; unsigned bytes are not negative anyway."""
+    graph.add("Clip", [drive, "", graph.constant(f"{neuron.name}.time_steps", neuron.time_steps, np.uint8)], output)
+
+
+@writes(SpikingChain)
+def _chain(chain: SpikingChain, call: LayerCall, graph: IntegerGraph) -> None:
+    counts, after = graph.holds_counts(call.inputs[0]), graph.only_user(call.output)
+    if not counts:  # An image.
+        _add_float_chain(chain, call.inputs[0], call.output, graph)
+    elif not _has_grids(chain, graph):
+        spikes = graph.floats(call.inputs[0], f"{chain.name}.spikes")
+        _add_float_chain(chain, spikes, call.output, graph)
+    elif after is not None and type(after.layer) is DelayedNeuron and _add_counting_chain(chain, call, after, graph):
+        graph.finish(after)
+    else:
+        _add_current_chain(chain, call, graph)
+
+
+def _has_grids(chain: SpikingChain, graph: IntegerGraph) -> bool:
+    """Whether all inner activations of a chain have grids, which is so for a single convolution."""
+    return all(f"{chain.name}.{key}" in graph.grids for key in [*evaluated_convolutions(chain)][:-1])
+
+
+def _add_float_chain(chain: SpikingChain, x: str, output: str, graph: IntegerGraph) -> None:
+    """A chain in floats, from weights of 8 bits."""
+    factors = evaluated_convolutions(chain)
+    for key, factor in factors.items():
+        weights, label = chain_weights(chain, key, graph.spiking), f"{chain.name}.{key}"
+        whole = graph.constant(f"{label}.weight", weights.integers, np.int8)
+        unit = graph.constant(f"{label}.unit", weights.scale, np.float32)
+        floats = graph.add("DequantizeLinear", [whole, unit], f"{label}.floats", axis=0)
+        bias = graph.constant(f"{label}.bias", weights.bias, np.float32)
+        name = output if key == [*factors][-1] else f"{label}.output"
+        x = graph.add("Conv", [x, floats, bias], name, **_geometry(factor))
+
+
+def _add_counting_chain(chain: SpikingChain, call: LayerCall, after: LayerCall, graph: IntegerGraph) -> bool:
+    """A chain and the neuron after it, from counts to counts; ``False`` if no bias and multiplier give the counts."""
+    *inner, last = evaluated_convolutions(chain)
+    weights, grid = chain_weights(chain, last, graph.spiking), None
+    if inner:
+        source, grid = _add_inner(chain, call.inputs[0], graph)
+        fitted = Requantization.rounded(weights.taking(grid.unit, grid.depthwise), 255, after.threshold)
+    else:
+        counting = Requantization.counting(weights, after.threshold, graph.spiking.time_steps)
+        if counting is None:
+            return False
+        source, fitted = call.inputs[0], counting
+    drive = _add_convolution(chain, last, fitted, source, (grid, None), f"{after.layer.name}.drive", graph)
+    _add_clip(after.layer, drive, after.output, graph)
+    return True
+
+
+def _add_current_chain(chain: SpikingChain, call: LayerCall, graph: IntegerGraph) -> None:
+    """A chain from counts to currents: integer convolutions, and floats from the last accumulator on."""
+    *inner, last = evaluated_convolutions(chain)
+    weights, source, zero = chain_weights(chain, last, graph.spiking), call.inputs[0], 0
+    if inner:
+        source, grid = _add_inner(chain, source, graph)
+        weights, zero = weights.taking(grid.unit, grid.depthwise), grid.zero_point
+    geometry, label = _geometry(evaluated_convolutions(chain)[last]), f"{chain.name}.{last}"
+    currents = add_currents(graph, label, weights, source, zero, graph.width(call.output), geometry)
+    graph.add("Transpose", [currents], call.output, perm=[0, 3, 1, 2])
+
+
+def _add_inner(chain: SpikingChain, x: str, graph: IntegerGraph) -> tuple[str, Grid]:
+    """All convolutions of a chain but the last, from counts to an inner activation of 8 bits, and its grid."""
+    before: Grid | None = None
+    for key in [*evaluated_convolutions(chain)][:-1]:
+        weights, grid = chain_weights(chain, key, graph.spiking), graph.grids[f"{chain.name}.{key}"]
+        if before is not None:
+            weights = weights.taking(before.unit, before.depthwise)
+        rounded = Requantization.rounded(weights, 255 if before else graph.spiking.time_steps, grid.unit)
+        x = _add_convolution(chain, key, rounded, x, (before, grid), f"{chain.name}.{key}.output", graph)
+        before = grid
+    assert before is not None
+    return x, before
+
+
+def _add_convolution(
+    chain: SpikingChain,
+    key: str,
+    numbers: Requantization,
+    x: str,
+    grids: tuple[Grid | None, Grid | None],
+    output: str,
+    graph: IntegerGraph,
+) -> str:
+    """An integer convolution; the grids are those of its input and output, ``None`` for counts."""
+    label, (zero_in, zero_out) = f"{chain.name}.{key}", (grid.zero_point if grid else 0 for grid in grids)
+    # ONNX multiplies by input scale times weight scale over output scale; the multiplier is that product.
+    inputs = [
+        x,
+        graph.constant(f"{label}.input_scale", 1, np.float32),
+        graph.constant(f"{label}.input_zero", zero_in, np.uint8),
+        graph.constant(f"{label}.weight", numbers.weight, np.int8),
+        graph.constant(f"{label}.multiplier", numbers.multiplier, np.float32),
+        graph.constant(f"{label}.weight_zero", np.zeros(len(numbers.bias)), np.int8),
+        graph.constant(f"{label}.output_scale", 1, np.float32),
+        graph.constant(f"{label}.output_zero", zero_out, np.uint8),
+        graph.constant(f"{label}.bias", numbers.bias, np.int32),
+    ]
+    return graph.add("QLinearConv", inputs, output, **_geometry(evaluated_convolutions(chain)[key]))
+
+
+def _geometry(factor: Convolution) -> dict[str, Any]:
+    """The attributes of a convolution."""
+    # The frame of a pointwise convolution is its response to zeros around its input.
+    padding = factor.padding + (factor.frame is not None)
+    side = factor.weight.shape[-1]
+    return {
+        "kernel_shape": [side, side],
+        "strides": [factor.stride, factor.stride],
+        "pads": [padding] * 4,
+        "group": factor.groups,
+    }
+
+
+@writes(SpikingDense)
+def _dense(layer: SpikingDense, call: LayerCall, graph: IntegerGraph) -> None:
+    _add_dense(layer, call.inputs[0], graph.holds_counts(call.inputs[0]), call.output, graph)
+
+
+@writes(SpikingPooledDense)
+def _pooled_dense(layer: SpikingPooledDense, call: LayerCall, graph: IntegerGraph) -> None:
+    x, name = call.inputs[0], layer.name
+    if graph.holds_counts(x):
+        x = graph.floats(x, f"{name}.counts")
+    axes = graph.constant(f"{name}.axes", [2, 3], np.int64)
+    mean = graph.add("ReduceMean", [x, axes], f"{name}.mean", noop_with_empty_axes=0, keepdims=0)
+    _add_dense(layer, mean, False, call.output, graph)
+
+
+def _add_dense(layer: SpikingDense, x: str, counts: bool, output: str, graph: IntegerGraph) -> None:
+    """A fully connected layer on counts or on floats, from weights of 8 bits."""
+    name, weights = layer.name, IntegerWeights.of(layer, f"{layer.name}.weight", layer.name, graph.spiking)
+    whole = graph.constant(f"{name}.weight", weights.integers.T, np.int8)
+    unit = graph.constant(f"{name}.unit", weights.scale, np.float32)
+    if counts:
+        total = graph.floats(graph.add("MatMulInteger", [x, whole], f"{name}.sum"), f"{name}.float")
+    else:
+        # DequantizeLinear would do the same, but ONNX Runtime makes one operation of it and the product, and rounds
+        # the other operand.
+        total = graph.add("MatMul", [x, graph.floats(whole, f"{name}.floats")], f"{name}.sum")
+    values = graph.add("Mul", [total, unit], f"{name}.scaled")
+    graph.add("Add", [values, graph.constant(f"{name}.bias", weights.bias, np.float32)], output)
+
+
+@writes(SpikingMaxPool)
+def _max_pool(layer: SpikingMaxPool, call: LayerCall, graph: IntegerGraph) -> None:
+    kernel, stride, padding, dilation = (
+        [value, value] if isinstance(value, int) else list(value)
+        for value in (layer.pool.kernel_size, layer.pool.stride, layer.pool.padding, layer.pool.dilation)
+    )
+    graph.add(
+        "MaxPool",
+        [call.inputs[0]],
+        call.output,
+        kernel_shape=kernel,
+        strides=stride,
+        pads=[*padding, *padding],
+        dilations=dilation,
+        ceil_mode=int(layer.pool.ceil_mode),
+    )

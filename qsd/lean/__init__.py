@@ -1,0 +1,32 @@
+"""Memory-efficient training: what neurons and layers keep for the backward pass, in half a byte per spike count.
+
+The modules of this package compute what `qsd.functional` and PyTorch's layers compute, with the same gradients. Neurons
+and layers call them from one place each, when `qsd.set_lean` has not switched it off. Nothing of it runs in evaluation
+or under a compiler.
+"""
+
+from qsd.lean.layers import Geometry, Synapse, apply_synapse, working_dtype
+from qsd.lean.norms import framed_convolutions, is_ordinary, norm_in_training, two_norms
+from qsd.lean.operands import cast
+from qsd.lean.pooling import spike_max_pool
+from qsd.lean.products import exact_matmul
+from qsd.lean.spikes import fixed_spikes, learned_spikes
+from qsd.lean.switch import has_hooks, set_lean
+
+__all__ = [
+    "Geometry",
+    "Synapse",
+    "apply_synapse",
+    "cast",
+    "exact_matmul",
+    "fixed_spikes",
+    "framed_convolutions",
+    "has_hooks",
+    "is_ordinary",
+    "learned_spikes",
+    "norm_in_training",
+    "set_lean",
+    "spike_max_pool",
+    "two_norms",
+    "working_dtype",
+]

@@ -1,0 +1,139 @@
+"""Layers that keep codes of spike counts for the backward pass, and quantize weights again instead of keeping them.
+
+The gradients are those of the plain layers, to the bit: the same operators compute with the same floats. Twice
+differentiating is an error.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from qsd.functional import lsq_gradients, lsq_grid
+from qsd.lean.operands import cast, save_operand
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input, with zeros around it.
+
+    Attributes:
+        stride: Stride by dimension.
+        padding: Rows and columns of zeros on each side.
+        dilation: Dilation by dimension.
+        groups: Groups of channels.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class Synapse(NamedTuple):
+    """The static configuration of a convolution or linear layer with quantized weights.
+
+    Attributes:
+        levels: Smallest and largest integer of the weights' grid, if there are step sizes.
+        geometry: Geometry of a convolution; ``None`` for a linear layer.
+    """
+
+    levels: tuple[int, int]
+    geometry: Geometry | None
+
+    def forward(self, x: Tensor, weight: Tensor, step: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        """The layer with its weights put on their grid.
+
+        Args:
+            x: ``[B, C_in, H, W]``, or ``[..., C_in]`` for a linear layer.
+            weight: Float weights.
+            step: Step sizes by output channel; ``None`` to compute with the float weights.
+            bias: Bias of the output.
+        """
+        rounded = (weight if step is None else lsq_grid(weight, step, *self.levels)[2]).to(x.dtype)
+        return F.linear(x, rounded, bias) if self.geometry is None else F.conv2d(x, rounded, bias, *self.geometry)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, step: Tensor | None, mask: list[bool]) -> Gradients:
+        """The gradients of `forward`: of input, float weights, bias and step sizes.
+
+        Args:
+            grad: Gradient of the output.
+            x: Input of `forward`.
+            weight: Float weights.
+            step: Step sizes, or ``None``.
+            mask: Whether the gradients of input, weights and bias are needed.
+        """
+        scaled, integers, rounded = (None, None, weight) if step is None else lsq_grid(weight, step, *self.levels)
+        x_grad, weight_grad, bias_grad = self._transposed(grad, x, rounded.to(x.dtype), mask)
+        step_grad = None
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight.dtype)
+            if scaled is not None and integers is not None:
+                weight_grad, step_grad = lsq_gradients(weight_grad, scaled, integers, *self.levels)
+        return x_grad, weight_grad, bias_grad, step_grad
+
+    def _transposed(
+        self, grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.geometry is not None:
+            stride, padding, dilation, groups = self.geometry
+            return torch.ops.aten.convolution_backward(
+                grad, x, weight, [len(weight)], stride, padding, dilation, False, [0, 0], groups, mask
+            )
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            grad @ weight if mask[0] else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if mask[1] else None,
+            rows.sum(0) if mask[2] else None,
+        )
+
+
+class _SynapseFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, step: Tensor | None, synapse: Synapse
+    ) -> Tensor:
+        ctx.operand, saved = save_operand(x)
+        ctx.synapse = synapse
+        ctx.save_for_backward(saved, weight, step)
+        return synapse.forward(x, weight, step, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, weight, step = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        mask = [needs[0], needs[1] or needs[3], needs[2]]
+        return *ctx.synapse.backward(grad, ctx.operand.restore(saved), weight, step, mask), None
+
+
+def apply_synapse(x: Tensor, weight: Tensor, bias: Tensor | None, step: Tensor | None, synapse: Synapse) -> Tensor:
+    """A convolution or linear layer that keeps the codes of its input, if a neuron made it, and no quantized weight.
+
+    Args:
+        x: Input ``[B, C_in, H, W]``, or ``[..., C_in]`` for a linear layer.
+        weight: Float weights.
+        bias: Bias of the output's channels.
+        step: Step sizes of the weights' grid ``[C_out]``, or ``None`` to compute with the float weights.
+        synapse: Static configuration of the layer.
+    """
+    dtype = working_dtype(x)
+    if dtype != x.dtype:
+        x = cast(x, dtype)  # within the function, autocast's casts would not be differentiated
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    return _SynapseFunction.apply(x, weight, bias, step, synapse)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The type that a layer computes in: autocast's choice where it is on.
+
+    Args:
+        x: Input of the layer.
+    """
+    device = x.device.type
+    cast_to_half = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast_to_half else x.dtype

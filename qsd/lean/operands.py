@@ -1,0 +1,162 @@
+"""The record of where tensors come from, and how an operand is kept for the backward pass.
+
+A neuron notes the codes of its output, a batch norm its input; a layer that is handed the tensor, or any view of it,
+finds the note by the tensor's storage. A note is never believed: before a float tensor is dropped, its values are
+compared bit by bit with those that follow from the note. So whatever happens to a tensor between two layers (a change
+in place or through ``.data``, a copy, another learned step), gradients are those of the values that the layer computed
+with. A tensor that differs from its note is kept as it is.
+"""
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from qsd.lean.codes import Layout
+
+
+class _Codes(NamedTuple):
+    layout: Layout
+    packed: Tensor
+
+
+class NormOrigin(NamedTuple):
+    """The tensors that a batch norm computed its output from; the norm keeps them anyway.
+
+    Attributes:
+        x: Input of the norm ``[B, C, H, W]``.
+        weight: ``[C]``.
+        bias: ``[C]``.
+        mean: Mean of the batch ``[C]``.
+        inverse: Inverse standard deviation of the batch ``[C]``.
+        eps: Of the norm.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    inverse: Tensor
+    eps: float
+
+
+# A storage is one Python object as long as its memory is alive; views and detached tensors share it.
+_CODES: WeakKeyDictionary[UntypedStorage, _Codes] = WeakKeyDictionary()
+_NORMS: WeakKeyDictionary[UntypedStorage, NormOrigin] = WeakKeyDictionary()
+
+
+class SavedOperand(NamedTuple):
+    """How a saved tensor becomes an operand again.
+
+    Attributes:
+        layout: Layout of its codes; ``None`` if the operand was saved as it is.
+        dtype: Type of the operand.
+        shape: Shape of the operand.
+        stride: Strides of the operand.
+        offset: Offset of the operand in its storage.
+    """
+
+    layout: Layout | None
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def restore(self, saved: Tensor) -> Tensor:
+        """The operand, bit by bit.
+
+        Args:
+            saved: The tensor that `save_operand` returned.
+        """
+        if self.layout is None:
+            return saved
+        values = self.layout.values(saved).to(self.dtype)
+        return values.as_strided(self.shape, self.stride, self.offset)
+
+
+def save_operand(x: Tensor) -> tuple[SavedOperand, Tensor]:
+    """Decide how a function keeps an operand.
+
+    Args:
+        x: The operand that the function computes with.
+
+    Returns:
+        The description, and the tensor to save: codes if the operand has exactly their values, else ``x``.
+    """
+    codes = _CODES.get(x.untyped_storage())
+    if codes is not None and codes.layout.matches(codes.packed, x):
+        return SavedOperand(codes.layout, x.dtype, x.shape, x.stride(), x.storage_offset()), codes.packed
+    return SavedOperand(None, x.dtype, x.shape, (), 0), x
+
+
+def note_codes(output: Tensor, layout: Layout, packed: Tensor) -> None:
+    """Note the codes of a tensor for the layers that will save it.
+
+    Args:
+        output: Counts times the amplitude, dense and alone in its storage.
+        layout: Layout of the codes.
+        packed: Codes.
+    """
+    _CODES[output.untyped_storage()] = _Codes(layout, packed)
+
+
+def layout_of(x: Tensor) -> Layout | None:
+    """The layout of a tensor's codes if some were noted; the tensor may have been changed since.
+
+    Args:
+        x: Any tensor.
+    """
+    codes = _CODES.get(x.untyped_storage())
+    return None if codes is None else codes.layout
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, whose codes are those of ``x``.
+
+    Args:
+        x: Any tensor.
+        dtype: Floating-point type.
+    """
+    if x.dtype == dtype:
+        return x
+    result = x.to(dtype)
+    codes = None if torch.compiler.is_compiling() else _CODES.get(x.untyped_storage())
+    if codes is not None and result.stride() == x.stride() and result.numel() == codes.layout.numel:
+        note_codes(result, *codes)
+    return result
+
+
+def note_norm(output: Tensor, origin: NormOrigin) -> None:
+    """Note the tensors that a batch norm's output was computed from.
+
+    Args:
+        output: Output of the norm.
+        origin: Tensors and epsilon of the norm.
+    """
+    _NORMS[output.untyped_storage()] = origin
+
+
+def norm_origin(x: Tensor) -> NormOrigin | None:
+    """The batch norm that a tensor is the output of, if computing it again gives the same bits.
+
+    Args:
+        x: Any tensor.
+    """
+    origin = _NORMS.get(x.untyped_storage())
+    if origin is None or x.shape != origin.x.shape or x.dtype != origin.x.dtype:
+        return None
+    again = _normalised_again(origin)
+    return origin if again.stride() == x.stride() and torch.equal(again, x) else None
+
+
+def _normalised_again(origin: NormOrigin) -> Tensor:
+    x, weight, bias, mean, inverse, eps = origin
+    if not x.is_cpu:
+        return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)[0]
+    # On a processor the statistics take most of the time. A norm in evaluation with variance 1 and epsilon 0 has the
+    # last pass alone, and the same rounding if its bias is computed with a fused multiplication and addition.
+    scale = inverse * weight
+    shift = torch.addcmul(bias, mean, scale, value=-1)
+    zeros = torch.zeros_like(mean)
+    return torch.native_batch_norm(x, scale, shift, zeros, torch.ones_like(mean), False, 0.0, 0.0)[0]

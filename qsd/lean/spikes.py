@@ -1,0 +1,145 @@
+"""Neurons that keep codes of their output for the backward pass, and leave them to the layers that they feed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qsd import functional
+from qsd.functional import dot, fixed_drive, learned_gradients
+from qsd.lean.codes import dense, fire, flat
+from qsd.lean.operands import NormOrigin, norm_origin, note_codes
+
+
+class _FixedSpikes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, time_steps: int, threshold: float | None, amplitude: float) -> Tensor:
+        output, ctx.layout, packed = fire(x, time_steps, threshold, amplitude)
+        ctx.time_steps, ctx.threshold, ctx.amplitude = time_steps, threshold, amplitude
+        ctx.shape, ctx.stride, ctx.has_codes = output.shape, output.stride(), packed is not None
+        if packed is None:
+            drive = fixed_drive(x, time_steps, threshold)
+            packed = (drive > 0) & (drive < time_steps)
+        else:
+            note_codes(output, ctx.layout, packed)
+        ctx.save_for_backward(packed)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (saved,) = ctx.saved_tensors
+        if ctx.has_codes:
+            passed = ctx.layout.masked(saved, flat(dense(grad, ctx.stride))).as_strided(ctx.shape, ctx.stride)
+        else:
+            passed = saved.to(grad.dtype).mul_(grad)
+        if ctx.amplitude != 1:
+            passed.mul_(ctx.amplitude)
+        return passed.mul_(ctx.time_steps) if ctx.threshold is None else passed.div_(ctx.threshold), None, None, None
+
+
+def fixed_spikes(x: Tensor, time_steps: int, threshold: float | None, amplitude: float) -> Tensor:
+    """`qsd.functional.fixed_spikes`, with the same gradients, from codes of half a byte.
+
+    Args:
+        x: Accumulated input, any shape.
+        time_steps: T, the most spikes that a neuron can fire.
+        threshold: Threshold in units of the input; ``None`` for ``1 / T``, as a product with T.
+        amplitude: Factor of the counts.
+
+    Returns:
+        A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
+    """
+    if not _keeps_codes(x, time_steps):
+        return functional.fixed_spikes(x, time_steps, threshold, amplitude)
+    return _FixedSpikes.apply(x, time_steps, threshold, amplitude)
+
+
+def _keeps_codes(x: Tensor, time_steps: int) -> bool:
+    """Whether codes pay and can be made: there is a backward pass, and values can be looked at."""
+    if not torch.is_grad_enabled() or time_steps > 127 or torch.compiler.is_compiling():
+        return False
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return type(x) in _TENSORS and not x.is_meta
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+class _LearnedSpikes(torch.autograd.Function):
+    r"""`qsd.functional.learned_spikes` from codes of half a byte.
+
+    The threshold's gradient is ``-sum(g x)`` over its square, times the amplitude, with the gradient g where it passes.
+    Where x is a batch norm's output, ``x = gamma xhat + beta``, the sum is that of ``gamma * dgamma + beta * dbeta``,
+    with the norm's own parameter gradients for g: they follow from tensors that the norm keeps. Elsewhere x itself has
+    to be kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
+        output, ctx.layout, packed = fire(x, time_steps, threshold, 1.0 if amplitude is None else amplitude)
+        ctx.time_steps, ctx.shape, ctx.stride = time_steps, output.shape, output.stride()
+        ctx.has_codes, ctx.eps = packed is not None, None
+        # Copies, which a step of the optimizer or a change through ``.data`` leaves alone.
+        ctx.steps = threshold.clone(), None if amplitude is None else amplitude.clone()
+        if packed is None:
+            ctx.save_for_backward(x)
+            return output
+        note_codes(output, ctx.layout, packed)
+        kept: tuple[Tensor, ...] = ()
+        if ctx.needs_input_grad[1]:
+            origin = norm_origin(x)
+            kept, ctx.eps = ((x,), None) if origin is None else (origin[:-1], origin.eps)
+        ctx.save_for_backward(packed, *kept)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        threshold, amplitude = ctx.steps
+        if not ctx.has_codes:
+            drive = ctx.saved_tensors[0] / threshold
+            needed = ctx.needs_input_grad
+            return *learned_gradients(grad, drive, threshold, amplitude, ctx.time_steps, needed), None
+        packed, *kept = ctx.saved_tensors
+        grad = dense(grad, ctx.stride)
+        amplitude_gradient = None
+        if ctx.needs_input_grad[2]:
+            amplitude_gradient = dot(grad, ctx.layout.counts(packed).as_strided(ctx.shape, ctx.stride))
+        passed = ctx.layout.masked(packed, flat(grad)).as_strided(ctx.shape, ctx.stride)
+        slope = (1 if amplitude is None else amplitude) / threshold
+        threshold_gradient = None
+        if kept:
+            total = dot(passed, kept[0]) if ctx.eps is None else _dot_with_norm(passed, NormOrigin(*kept, ctx.eps))
+            threshold_gradient = -total / threshold * slope
+        return passed.mul_(slope), threshold_gradient, amplitude_gradient, None
+
+
+def _dot_with_norm(grad: Tensor, origin: NormOrigin) -> Tensor:
+    """The sum of a gradient times a batch norm's output."""
+    x, weight, bias, mean, inverse, eps = origin
+    _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, None, None, mean, inverse, True, eps, [False, True, True]
+    )
+    return (weight_gradient * weight + bias_gradient * bias).sum()
+
+
+def learned_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
+    """`qsd.functional.learned_spikes` from codes of half a byte.
+
+    Gradients are the same bits but for those of threshold and amplitude, whose sums run in another order.
+
+    Args:
+        x: Accumulated input, any shape.
+        threshold: Positive, without dimensions.
+        amplitude: Without dimensions; equal to the threshold for LSQ; ``None`` for bare counts.
+        time_steps: T, the most spikes that a neuron can fire.
+
+    Returns:
+        A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
+    """
+    if not _keeps_codes(x, time_steps):
+        return functional.learned_spikes(x, threshold, amplitude, time_steps)
+    return _LearnedSpikes.apply(x, threshold, amplitude, time_steps)

@@ -1,0 +1,1 @@
+"""Parts of a training that know no framework. The task, the callbacks and the hooks of `qsd.mm` use them."""

@@ -1,0 +1,31 @@
+"""Initialisation of the neurons' learned steps from a batch, in one or several processes."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from qsd.layers import initialize_neurons
+from qsd.models.diagnosis import learned_steps
+
+
+def initialize_from_batch(
+    model: nn.Module,
+    images: Any,
+    average: Callable[[Tensor], Tensor] | None = None,
+) -> int:
+    """Set the learned steps of a model's neurons from a batch (see `qsd.initialize_neurons`).
+
+    Args:
+        model: Any module.
+        images: Training batch of this process as the model takes it, such as images ``[B, C, H, W]``.
+        average: Mean of a tensor over all processes, each of which sees a batch of its own; ``None`` for one process.
+
+    Returns:
+        The number of neurons whose step was set.
+    """
+    count = initialize_neurons(model, images)
+    if count and average is not None:
+        for step in learned_steps(model).values():
+            step.data.copy_(average(step.data.clone()))
+    return count

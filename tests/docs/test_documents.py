@@ -1,0 +1,322 @@
+"""README and documentation are true: each of their commands and examples runs, shortened and in-process."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+import qsd
+from qsd.data import ImageArray
+from qsd.export import to_onnx
+from tests.helpers import ROOT
+from tests.helpers.documents import MM, PAGES, blocks, commands, inline_commands, read, subcommand
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    tomllib = None
+
+qsd_launcher = pytest.importorskip("qsd_launcher")
+COMMANDS = [command for command in commands() if not MM.match(command)]
+TRAINING = ("fit", "validate", "test", "predict")
+# Commands that no test of this file runs, and the reason.
+EXEMPT = {"python tools/ablation.py": "39 trainings; tests/test_distillation_tools.py runs it with tiny ones"}
+
+SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2}
+CSD_SIZES = {"embed_dims": 8, "num_heads": 2, "depth": 1}
+SHORT = [
+    "--model.model_args=" + json.dumps(SIZES), "--data.img_size=32", "--data.num_workers=0", "--data.batch_size=8",
+    "--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=2",
+    "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+]  # fmt: skip
+SHORT_CSD = ["--model.model_args=" + json.dumps(CSD_SIZES), *SHORT[1:]]
+EVALUATE = [option for option in SHORT if "max_epochs" not in option and "limit_train" not in option]
+DEMO = [option for option in SHORT if "model_args" not in option and "num_workers" not in option]
+# The options that shorten each subcommand of qsd and each tool, and a part of its output.
+SUBCOMMANDS = {
+    "convert": (["--max-images=4", "--step-images=2", "--data.img_size=32"], "report: "),
+    "export": (["--max-images=8", "--data.img_size=32"], "digits.onnx: "),
+    "run": ([], "Predictions"),
+    "analyze": (["--max-images=4", "--data.img_size=32"], "page: "),
+    "profile": ([], "8.257 G"),
+    "import-checkpoint": (["--num-heads=4"], "imported.ckpt: "),
+    "benchmark": (["--quick", "--rounds=1", "--img-size=32", "--no-memory"], "benchmark.json"),
+    "demo": (["--max-images=8", "--", "--trainer.fast_dev_run=false", *DEMO], "test accuracy"),
+    "--help": ([], "import-checkpoint"),
+}
+TOOLS = {
+    "compare_activations": (["--", *SHORT_CSD], "qcfs"),
+    "distill": ([*SHORT, "--trainer.limit_test_batches=1"], "_distill.yaml"),
+}
+MAKE = {
+    "demo": "qsd demo", "demo-detection": "qsd demo detection", "demo-segmentation": "qsd demo segmentation",
+    "test": "pytest", "check": "pytest", "test-long": "QSD_TEST_LONG=1", "test-cuda": "test_cuda.py",
+    "lint": "ruff check", "docs": "sphinx",
+}  # fmt: skip
+
+
+def of_kind(pattern):
+    return [command for command in COMMANDS if re.match(pattern, command)]
+
+
+def test_no_command_is_left_out():
+    run = {f"qsd {name}" for name in (*TRAINING, *SUBCOMMANDS)} | {f"python tools/{name}.py" for name in TOOLS}
+    run |= {f"make {target}" for target in MAKE} | {"pip install"}
+    for command in COMMANDS:
+        assert command in EXEMPT or " ".join(command.split()[:2]) in run, command
+    assert all(command in COMMANDS for command in EXEMPT)
+    assert set(qsd_launcher.SUBCOMMANDS) <= {subcommand(c) for c in commands() if c.startswith("qsd ")}
+
+
+# -- trainings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Train a configuration, once; gives the folder that its runs lie in."""
+    folders = {}
+
+    def train(name, short):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folders[name])
+                assert qsd_launcher.main(["fit", "--config", str(ROOT / f"configs/{name}.yaml"), *short]) == 0
+        return folders[name] / "runs" / name
+
+    return train
+
+
+@pytest.fixture
+def workplace(tmp_path, tree, reference_state, monkeypatch):
+    """A folder as a reader has it: configurations, data, a checkpoint of the published code."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    torch.save({"model": reference_state}, tmp_path / "REFERENCE.pth")
+    return tmp_path
+
+
+def bring_run(command, finished):
+    """The training whose checkpoint the command names."""
+    for name, short in (("digits", SHORT), ("csdformer_digits", SHORT_CSD)):
+        if f"runs/{name}/" in command:
+            shutil.copytree(finished(name, short), f"runs/{name}")
+
+
+def import_reference(target):
+    assert qsd_launcher.main(["import-checkpoint", "REFERENCE.pth", target, "--num-heads=4"]) == 0
+
+
+@pytest.mark.parametrize("command", of_kind(f"qsd ({'|'.join(TRAINING)}) "))
+def test_trainings(command, workplace, tree, finished, monkeypatch):
+    bring_run(command, finished)
+    if "cifar" in command:
+        monkeypatch.setattr("qsd.data.CifarData.load_part", _noise)
+        torch.save(timm.create_model("qsd_15m", num_classes=5, **SIZES).state_dict(), "CHECKPOINT")
+        command = command.replace("--data.download true", "")  # no network in a test
+    if "teacher CHECKPOINT" in command:
+        _save_teacher("CHECKPOINT", *((3, 2) if "DIR" in command else (1, 10)))
+    if "imported.ckpt" in command:
+        import_reference("imported.ckpt")
+    words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]
+    short = SHORT_CSD if "csdformer" in command else SHORT
+    short = [*short, "--trainer.precision=32"] if words[0] == "fit" else EVALUATE
+    if "ckpt_path" in command:  # the model comes from the checkpoint
+        short = [option for option in short if "model_args" not in option]
+    if "--trainer.devices" in words:  # as another process starts it, it is tested with the distributed tests
+        words = words[: words.index("--trainer.devices")]
+    words = [
+        word.replace("true", "eager") if words[i - 1] == "--model.compile" else word for i, word in enumerate(words)
+    ]
+    if "--print_config" in words:
+        short = []
+    assert qsd_launcher.main([*words, *short]) == 0
+    if words[0] == "predict":
+        assert len(list(workplace.rglob("predictions.csv"))) == 1
+
+
+def _save_teacher(path, in_chans, num_classes):
+    """What a training of the float twin leaves, as far as it is read."""
+    sizes = {**SIZES, "in_chans": in_chans}
+    twin = timm.create_model("qsd_tiny_ann", num_classes=num_classes, **sizes)
+    hyper_parameters = {"model": "qsd_tiny_ann", "model_args": sizes, "num_classes": num_classes}
+    torch.save({"state_dict": twin.state_dict(), "hyper_parameters": hyper_parameters}, path)
+
+
+def _noise(self, part):
+    """In place of CIFAR's files."""
+    images = np.random.RandomState(0).randint(0, 256, (8, 32, 32, 3)).astype(np.uint8)
+    return ImageArray(images, [0, 1] * 4, [f"{part} {i}" for i in range(8)])
+
+
+# -- other commands ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", of_kind(f"qsd ({'|'.join(SUBCOMMANDS)})"))
+def test_subcommands(command, workplace, tree, finished, capsys):
+    bring_run(command, finished)
+    if "CHECKPOINT" in command:
+        import_reference("CHECKPOINT")
+    if "BEFORE" in command:
+        trained = finished("digits", SHORT) / "version_0/checkpoints/best.ckpt"
+        for name in ("BEFORE", "AFTER", "TEACHER"):
+            shutil.copy(trained, name)
+    if command.startswith("qsd run"):
+        _export_a_network()
+    words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]
+    short, says = SUBCOMMANDS[words[0]]
+    assert qsd_launcher.main([*words, *short]) == 0
+    assert says in capsys.readouterr().out
+    if words[0] == "demo":
+        for path in ("report.html", "test/report.html", "checkpoints/best.ckpt"):
+            assert (workplace / "runs/digits/version_0" / path).is_file()
+
+
+def _export_a_network():
+    """What the command before it writes, and an image."""
+    spiking = qsd.to_spike_driven(timm.create_model("qsd_tiny", num_classes=3, **SIZES).eval())
+    notes = {"class_names": ["cat", "dog", "cow"], "mean": [0.5] * 3, "std": [0.2] * 3}
+    to_onnx(spiking, "digits.onnx", notes=notes)
+    Image.new("RGB", (40, 30), (200, 100, 0)).save("IMAGE", "PNG")
+
+
+@pytest.mark.parametrize("command", [command for command in of_kind("python ") if command not in EXEMPT])
+def test_tools(command, workplace, tree, tool, capsys):
+    script, *arguments = (str(tree) if word == "DIR" else word for word in shlex.split(command)[1:])
+    short, says = TOOLS[Path(script).stem]
+    assert tool(Path(script).stem).main([*arguments, *short]) == 0
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", of_kind("make "))
+def test_make_targets(command):
+    done = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert MAKE[subcommand(command)] in done.stdout
+
+
+@pytest.mark.skipif(tomllib is None, reason="Python 3.10 has no tomllib")
+def test_installations_name_extras_that_exist():
+    extras = set(tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"])
+    for command in [*of_kind("pip "), *(code for code in inline_commands() if code.startswith("pip "))]:
+        program, verb, *options, what = shlex.split(command)
+        assert (program, verb) == ("pip", "install")
+        assert options in ([], ["-e"])
+        assert re.fullmatch(r"\.(\[\w+\])?", what), command
+        assert set(re.findall(r"\w+", what)) <= extras
+
+
+def test_commands_in_sentences_exist():
+    for command in inline_commands():
+        program, name = command.split()[:2]
+        if program in ("qsd", "lightning"):
+            assert name in qsd_launcher.SUBCOMMANDS or name in ("--version", "--help"), command
+        if program == "make":
+            assert name in MAKE, command
+        if program == "python" and name != "-m":
+            assert (ROOT / name).is_file(), command
+
+
+# -- examples, files, links --------------------------------------------------------------------------------------------
+
+# These examples register rules, formats and models for good, so they run in a process of their own.
+ARCHITECTURE = "docs/architecture.md"
+
+
+@pytest.mark.parametrize("page", sorted({b.page for b in blocks("python")} - {ARCHITECTURE}))
+def test_python_examples(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, **{**kwargs, **SIZES}))
+    names = {}
+    for block in (b for b in blocks("python") if b.page == page):
+        if "qsd.mm" not in block.text:  # those: tests/mm/test_documents.py
+            exec(block.text, names)
+    if "trace" in names:
+        torch.testing.assert_close(names["trace"].logits, names["logits"])
+    if "early" in names:
+        assert torch.equal(names["loaded"](names["images"]), names["logits"])
+        assert names["early"].shape == names["logits"].shape
+        assert names["size"].packed_bytes < names["size"].float_bytes
+
+
+create = timm.create_model
+
+
+def test_examples_of_extensions(tmp_path):
+    text = "\n".join(block.text for block in blocks("python") if block.page == ARCHITECTURE)
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_files_exist(path):
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+    for page, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", text):
+        headings = re.findall(r"^#+ (.*)$", (path.parent / page if page else path).read_text(), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings], anchor
+    for name in re.findall(r"(?:configs|tools|tests)/[\w/]+\.(?:yaml|py)", text):
+        assert (ROOT / name).is_file(), name
+    for module in re.findall(r"`(qsd(?:\.\w+)+)`", text):
+        assert _resolves(module), module
+
+
+def _resolves(dotted):
+    """Whether a dotted name is a module, or an attribute of one."""
+    parts = dotted.split(".")
+    if parts[1] == "mm":  # needs OpenMMLab
+        return len(parts) == 2 or (ROOT / "qsd/mm").joinpath(f"{parts[2]}.py").is_file() or hasattr(qsd, "mm")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = __import__(".".join(parts[:length]), fromlist=["_"])
+        except ModuleNotFoundError:
+            continue
+        for name in parts[length:]:
+            found = getattr(found, name, None)
+        return found is not None
+    return False
+
+
+def test_neuron_twin_and_proof_are_two_clicks_from_the_readme():
+    readme = read("README.md")
+    for target, symbol in (
+        ("qsd/neurons.py", "class SpikeNeuron"),
+        ("qsd/spiking/layers/neuron.py", "class DelayedNeuron"),
+        ("docs/theory.md", "**Proof for"),
+    ):
+        assert f"]({target}" in readme
+        assert symbol in read(target)
+
+
+def test_the_readme_is_short():
+    assert len(read("README.md").splitlines()) <= 180
+
+
+def test_the_citation_names_version_and_papers():
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert (citation["cff-version"], citation["version"], citation["license"]) == ("1.2.0", qsd.__version__, "MIT")
+    assert {"message", "title", "authors"} <= set(citation)
+    papers = [paper["title"] for paper in citation["references"]]
+    assert "Quantized Spike-driven Transformer" in papers
+    assert all({"type", "title", "authors"} <= set(paper) for paper in citation["references"])
+
+
+def test_no_page_is_missing_from_the_site():
+    contents = read("docs/index.md") + read("docs/api/index.md")
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert path.stem == "index" or re.search(rf"^(api/)?{path.stem}$", contents, re.MULTILINE), path

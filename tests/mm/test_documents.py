@@ -1,0 +1,80 @@
+"""The commands and examples for mmdet and mmseg in README and documentation run, shortened."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from tests.helpers import CONFIGS
+from tests.helpers.documents import MM, commands
+from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS
+
+qsd_launcher = pytest.importorskip("qsd_launcher")
+# In the order in which they use each other's files; that of the README would train before there are scenes.
+COMMANDS = sorted((c for c in commands() if MM.match(c)), key=lambda c: not c.startswith("qsd demo scenes"))
+# Commands that no test of this file runs, and the reason.
+EXEMPT = {
+    "qsd demo detection": "minutes of training; tests/mm/test_tools.py runs it with few iterations",
+    "qsd demo segmentation": "minutes of training; tests/mm/test_tools.py runs it with few iterations",
+}
+NARROW = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2}
+TINY = [
+    *(f'model.backbone.model_args.{key}="{value}"' for key, value in NARROW.items()),
+    "model.neck.in_channels=[8,8,16,16]", "train_dataloader.batch_size=2",
+]  # fmt: skip
+SHORT = {
+    "coco_qsd": ["train_cfg.max_epochs=1", "model.roi_head.bbox_head.fc_out_channels=32", *COCO_SCALES],
+    "ade20k_qsd": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *ADE_SCALES],
+    "digits_det": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *LITTLE],
+    "digits_seg": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *LITTLE],
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, coco, ade, scenes):
+    """A folder as a reader has it; what one command writes, the next ones use."""
+    root = tmp_path_factory.mktemp("documents")
+    shutil.copytree(CONFIGS, root / "configs")
+    for name, folder in (("COCO", coco), ("ADE20K", ade)):
+        (root / name).symlink_to(folder)
+    shutil.copy(next((scenes / "images/test").glob("*.jpg")), root / "IMAGE")
+    torch.save(timm.create_model("qsd_15m", num_classes=5, **NARROW).state_dict(), root / "CHECKPOINT")
+    return root
+
+
+def shortened(command):
+    """The arguments of a command, made small."""
+    program, *words = shlex.split(command)
+    if program == "qsd":
+        kind, short = words[0], []
+        if kind == "demo":
+            short = ["--scenes", "8", "2", "2"]
+        elif kind == "convert":
+            short = ["--max-images", "1", "--step-images", "1", "--leave-out", "compare"]
+        words = [*words, *short]
+    else:
+        name = Path(words[1]).stem
+        words += [] if "--cfg-options" in words else ["--cfg-options"]
+        words += SHORT[name] + (TINY + ONE_PROCESS if "qsd" in name else TINY[-1:])
+    # A short training ends early; its last checkpoint stands in for the one of the full recipe.
+    return [(Path(w).parent / "last_checkpoint").read_text() if w.endswith(".pth") else w for w in words]
+
+
+def test_the_commands_run_one_after_the_other(workplace, tool, monkeypatch):
+    monkeypatch.chdir(workplace)
+    for command in (c for c in COMMANDS if c not in EXEMPT):
+        words = shortened(command)
+        main = qsd_launcher.main if command.startswith("qsd ") else tool(Path(words.pop(0)).stem).main
+        shutil.rmtree("converted", ignore_errors=True)
+        assert main(words) == 0, command
+    assert (workplace / "pictures" / "IMAGE.png").is_file()
+    assert (workplace / "converted" / "report.html").is_file()
+
+
+def test_every_tool_of_openmmlab_is_documented():
+    named = {Path(shlex.split(command)[1]).stem for command in COMMANDS if command.startswith("python ")}
+    assert {"mmdet_train", "mmdet_test", "mmseg_train", "mmseg_test"} <= named
+    assert all(command in COMMANDS for command in EXEMPT)
