@@ -13,6 +13,7 @@ from qsd.errors import QsdError
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.layers.renamed import rename_parameters
 from qsd.models.checkpoints import STEP_NAMES, check_weights
+from qsd.models.registered import WEIGHT_ARGUMENTS
 from qsd.quantizers import on_grid
 
 
@@ -134,7 +135,8 @@ def build_registered(registered: Mapping[str, Any]) -> nn.Module:
     Raises:
         QsdError: if timm does not know the name, or the model its arguments.
     """
-    name, arguments = registered["name"], registered["arguments"]
+    name = registered["name"]
+    arguments = {key: value for key, value in registered["arguments"].items() if key not in WEIGHT_ARGUMENTS}
     if not is_model(name):
         raise QsdError(f"model {name!r} is not registered; import the package that registers it, or pass model=...")
     try:

@@ -209,3 +209,34 @@ def test_programs_are_refused_and_not_run(text, tmp_path, monkeypatch):
 def test_any_text_is_read_or_refused(text):
     with works_or_one_line():
         parse_assignments(text, "here")
+
+
+def test_a_packed_file_opens_no_other_and_builds_registered_models_alone(tmp_path):
+    import timm
+
+    import qsd
+
+    sizes = {"embed_dims": (8, 8, 8, 8), "num_heads": 2, "depth": 4, "num_classes": 3}
+    path = tmp_path / "a.safetensors"
+    qsd.save_packed(timm.create_model("qsd_tiny", **sizes), path)
+    qsd.load_packed(path)
+    with only_opens(path):
+        qsd.load_packed(path)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header, data = json.loads(path.read_bytes()[8 : 8 + length]), path.read_bytes()[8 + length :]
+    notes = json.loads(header["__metadata__"]["qsd"])
+    elsewhere = {
+        "pretrained": True,
+        "checkpoint_path": "/etc/passwd",
+        "pretrained_cfg_overlay": {"file": "/etc/passwd"},
+    }
+    notes["model"]["arguments"].update(elsewhere)
+    header["__metadata__"]["qsd"] = json.dumps(notes)
+    write(path, header, data)
+    with only_opens(path):
+        qsd.load_packed(path)
+    notes["model"]["name"] = "hf-hub:timm/resnet18.a1_in1k"
+    header["__metadata__"]["qsd"] = json.dumps(notes)
+    write(path, header, data)
+    with only_opens(path), pytest.raises(QsdError, match="is not registered"):
+        qsd.load_packed(path)
