@@ -16,8 +16,11 @@ import qsd
 import qsd.data
 import qsd.tasks
 from qsd.callbacks import PredictionWriter
+from qsd.data.loading import WORKER_ENDED
 from qsd.errors import QsdError
 from qsd.models.checkpoints import read_checkpoint
+from qsd.models.registered import model_of_file
+from qsd.reading import part_of
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
@@ -28,6 +31,7 @@ _USER_ERRORS = (QsdError, MisconfigurationException, OSError, UnicodeDecodeError
 _OTHER_WORDS = {
     "Expected more than 1 value per channel": "a batch of one image with one token trains no batch norm; raise "
     "batch_size or img_size.",
+    "DataLoader worker": WORKER_ENDED,
     "onnection closed by peer": "another process has stopped; its message says why.",
 }
 
@@ -87,8 +91,10 @@ class QsdCLI(LightningCLI):
         checkpoint = read_checkpoint(path)
         if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
             raise QsdError(f"{path} is no checkpoint of a training; to start from its weights use --model.init_from.")
-        saved = checkpoint.get("hyper_parameters", {})
+        saved = part_of(checkpoint, "hyper_parameters", dict, path, {})
         network = {key: saved[key] for key in ("model", "model_args", "num_classes") if key in saved}
+        if "model" in network:
+            network["model"], network["model_args"] = model_of_file(str(path), saved["model"], saved.get("model_args"))
         if network and "init_args" in (config.get("model") or {}):
             network = {"class_path": config.model.class_path, "init_args": network}
             self.config = self.parser.parse_object({self.config.subcommand: {"model": network}}, self.config)
