@@ -37,7 +37,7 @@ class Use:
 
     Attributes:
         classes: Names of the classes, or ``None`` for all categories of the file.
-        boxes: Whether annotations are read; test sets of official files have none.
+        boxes: Whether annotations must be there; official files of test sets have none.
         masks: Whether outlines (``segmentation``) are read.
         all_masks: Whether outlines of annotations without area are read, too, as COCO's metric does.
         folder: Local folder of the images, which must exist and have contents, or ``None`` not to look.
@@ -127,7 +127,7 @@ def check_annotations(path: str | Path, use: Use) -> dict[str, int]:
         check_images([os.path.join(use.folder, name) for name in names])
     categories = _check_categories(file, content, use)
     counts = {"images": len(images), "annotations": 0}
-    if not use.boxes or ("annotations" not in content and use.classes is None):
+    if not use.boxes and "annotations" not in content:
         return counts
     annotations = file.entries(content, "annotations")
     counts["annotations"] = len(annotations)

@@ -80,7 +80,7 @@ def _check_files(config: Config, part: str) -> None:
         root = data.get("data_root") or ""
         local = data.get("backend_args") is None
         folder = os.path.join(root, prefix.get("img_path") or prefix.get("img") or "") if local else None
-        use = Use(classes, True, masks, segments, folder)
+        use = Use(classes, part != "test", masks, segments, folder)
         for path in [os.path.join(root, data["ann_file"]), *(m["ann_file"] for m in metrics if m.get("ann_file"))]:
             if local and path not in checked and Path(path).exists():
                 checked.add(path)
