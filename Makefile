@@ -8,15 +8,11 @@ BIN := $(VENV)/bin
 
 # Train configs/digits.yaml, test it, print a table.
 demo: $(VENV)/.installed
-	$(BIN)/python tools/demo.py
+	$(BIN)/qsd demo
 
 # Train configs/digits_det.py or configs/digits_seg.py on scenes of digits, test it, draw predictions, print a table.
-demo-detection demo-segmentation: demo-%: data/digit_scenes $(VENV)/.installed-mm
-	$(BIN)/python tools/mm_demo.py $*
-
-data/digit_scenes: | $(VENV)/.installed
-	mkdir -p $(@D)
-	$(BIN)/python tools/make_digit_scenes.py $@
+demo-detection demo-segmentation: demo-%: $(VENV)/.installed-mm
+	$(BIN)/qsd demo $*
 
 # The linters, the type checker, the layers of the package, then the tests: what CI runs. They compare bits, on a CPU.
 test: lint

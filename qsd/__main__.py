@@ -1,6 +1,6 @@
 """``python -m qsd`` is the console script ``qsd``."""
 
-from qsd.cli import run
+from qsd_launcher import run
 
 if __name__ == "__main__":
     run()

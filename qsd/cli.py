@@ -1,33 +1,30 @@
-"""The command line: ``qsd fit --config configs/imagenet.yaml``, and the same program under the name ``lightning``."""
+"""The subcommands of Lightning's command line: ``qsd fit --config configs/imagenet.yaml``."""
 
-import sys
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import qsd
-import qsd.data
-import qsd.tasks
+from qsd import program
 from qsd.callbacks import PredictionWriter
+from qsd.configurations import with_found_configurations
+from qsd.data import ImageData
 from qsd.data.loading import WORKER_ENDED
 from qsd.errors import QsdError
 from qsd.models.checkpoints import read_checkpoint
 from qsd.models.registered import model_of_file
 from qsd.reading import part_of
+from qsd.tasks import ClassificationTask
+from qsd_launcher import TRAINING, main, run, run_lightning
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
+__all__ = ["Parser", "QsdCLI", "SaveConfig", "main", "run", "run_lightning", "train"]
 
-# Mistakes of the user, which Lightning and Python report in a readable line of their own.
-_USER_ERRORS = (QsdError, MisconfigurationException, OSError, UnicodeDecodeError, torch.OutOfMemoryError)
-
-# Errors of torch's that need other words.
+# Errors of PyTorch that need other words.
 _OTHER_WORDS = {
     "Expected more than 1 value per channel": "a batch of one image with one token trains no batch norm; raise "
     "batch_size or img_size.",
@@ -49,34 +46,42 @@ _NOISE = (
 
 
 class Parser(LightningArgumentParser):
-    """Says in one line what is wrong with an argument."""
+    """A parser that reports a wrong argument in one line, with the nearest known option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Stop with the parser's message, folded into one line.
+        """Stop with the message of the parser.
 
         Args:
-            message: what the parser has to say, over many lines.
-            ex: the exception that it comes from.
+            message: The description of the mistake, which may have many lines.
+            ex: The exception that it comes from.
+
+        Raises:
+            QsdError: Always.
         """
-        line = " ".join(message.split())
-        raise QsdError(line if len(line) <= 400 else f"{line[:400]} ...") from ex
+        parsers: list[Any] = [self]
+        for action in self._actions:  # an option that no parser knows is reported by that of the whole command
+            parsers += action.choices.values() if isinstance(action.choices, dict) else []
+        options = {option for parser in parsers for option in parser._option_string_actions}
+        raise QsdError(
+            program.parser_message(message, options, (ClassificationTask, *ImageData.__subclasses__()))
+        ) from ex
 
 
 class QsdCLI(LightningCLI):
-    """Lightning's command line for our tasks and data, or any other that is imported by class path."""
+    """Lightning's command line for the tasks and data of this package, or others by their class path."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The trainer methods on offer, with the arguments that the command line fills in itself."""
+        """The methods of the trainer, with the arguments that the command line fills in itself."""
         skip = {"model", "dataloaders", "datamodule"}
-        return {"fit": skip | {"train_dataloaders", "val_dataloaders"}, **dict.fromkeys(SUBCOMMANDS[1:], skip)}
+        return {"fit": skip | {"train_dataloaders", "val_dataloaders"}, **dict.fromkeys(TRAINING[1:], skip)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make classification the default task."""
         parser.set_defaults({"model": {"class_path": "qsd.tasks.ClassificationTask"}})
 
     def _parse_ckpt_path(self) -> None:
-        """Take the network from a checkpoint, and nothing else: all other settings are the user's.
+        """Take the network from a checkpoint, and all other settings from the user.
 
         Lightning's own version lets every hyper-parameter of the checkpoint override the command line.
         """
@@ -113,7 +118,7 @@ class QsdCLI(LightningCLI):
                 self.trainer_defaults["callbacks"] = [PredictionWriter()]
 
     def instantiate_classes(self) -> None:
-        """Build trainer, task and data; what fails here is an argument's fault."""
+        """Build trainer, task and data; an error here is the mistake of an argument."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
@@ -150,21 +155,20 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line.
+def train(args: Sequence[str] | None = None) -> int:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
     Args:
-        args: arguments without the program's name; ``None`` for those of the process.
+        args: The arguments, with the subcommand; ``None`` for those of the process.
 
     Returns:
-        The exit code: 0, or 2 for a mistake that is reported in one line on standard error.
+        The exit code, as of `qsd.program.run`.
     """
-    arguments = list(sys.argv[1:] if args is None else args)
-    traceback_wanted = "--traceback" in arguments
-    arguments = [argument for argument in arguments if argument != "--traceback"]
-    if arguments == ["--version"]:
-        print(f"qsd {qsd.__version__}")
-        return 0
+    # Lightning handles SIGTERM itself: it finishes the batch.
+    return program.run("qsd", _train, args, catch_sigterm=False)
+
+
+def _train(arguments: list[str]) -> None:
     for message in _NOISE if arguments[:1] == ["fit"] else (*_NOISE, "The dirpath has changed"):
         warnings.filterwarnings("ignore", message=message)
     try:
@@ -180,42 +184,12 @@ def main(args: Sequence[str] | None = None) -> int:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_class=Parser,
-            args=arguments,
+            args=with_found_configurations(arguments),
         )
-    except SystemExit as exit_:
-        if exit_.code not in (None, 0) and traceback_wanted:
-            raise
-        return exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 2
-    except _USER_ERRORS as error:
-        if traceback_wanted:
-            raise
-        print(f"qsd: error: {' '.join(str(error).split())} (--traceback shows where)", file=sys.stderr)
-        return 2
+    except SIGTERMException as error:
+        raise SystemExit(program.TERMINATED) from error
     except (ValueError, RuntimeError) as error:
         line = next((words for found, words in _OTHER_WORDS.items() if found in str(error)), None)
-        if line is None or traceback_wanted:
+        if line is None:
             raise
-        print(f"qsd: error: {line} (--traceback shows where)", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def run() -> None:
-    """Entry point of the console script ``qsd`` and of ``python -m qsd``."""
-    sys.exit(main())
-
-
-def run_lightning() -> None:
-    """Entry point of the console script ``lightning``.
-
-    The package ``lightning-sdk`` ships a command of that name too. Where it is installed, its subcommands go to it.
-    """
-    ours = {*SUBCOMMANDS, "-h", "--help", "--version", "--config", "--traceback"}
-    if sys.argv[1:] and sys.argv[1] not in ours and find_spec("lightning_sdk") is not None:
-        from lightning_sdk.cli.entrypoint import main_cli  # type: ignore[import-not-found]
-
-        main_cli()
-    else:
-        run()
+        raise QsdError(line) from error

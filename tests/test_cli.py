@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+import qsd_launcher
 from qsd import cli
 from tests.helpers import ROOT
 
@@ -240,6 +242,42 @@ def test_the_traceback_is_there_for_those_who_ask(tree):
         cli.main(["fit", *imagenet(tree, "--model.model=qsd_15"), "--traceback"])
 
 
+def test_the_documented_command_trains_from_a_folder_without_configurations(tree, monkeypatch):
+    # `lightning fit --config configs/imagenet.yaml`
+    arguments = ["--config", "configs/imagenet.yaml", *imagenet(tree, "--trainer.max_epochs=1")[2:]]
+    monkeypatch.setattr(sys, "argv", ["lightning", "fit", *arguments])
+    monkeypatch.setattr(qsd_launcher, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        qsd_launcher.run_lightning()
+    assert ended.value.code == 0
+    assert Path("runs/imagenet/version_0/checkpoints/best.ckpt").is_file()
+
+
+@pytest.mark.parametrize(("callback", "code"), [("PressCtrlC", 130), ("Terminate", 143)])
+def test_a_training_that_is_stopped_says_so_by_its_exit_code(tree, callback, code):
+    stop = f"--trainer.callbacks+=tests.helpers.training.{callback}"
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["fit", *imagenet(tree, "--trainer.max_epochs=2", stop)]) == code
+    finally:
+        signal.signal(signal.SIGINT, handlers[0])  # Lightning ignores it from here on
+        signal.signal(signal.SIGTERM, handlers[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "nearest"),
+    [
+        (["--trainer.max_epoxs=3"], "--trainer.max_epochs"),
+        (["--modle=ClassificationTask"], "--model"),
+        (["--data.img_sise=3"], "--data.img_size"),
+        (["--model.base_rl=3"], "--model.base_lr"),
+        (["--config=configs/imagnet.yaml"], "configs/imagenet.yaml"),
+    ],
+)
+def test_a_mistyped_option_is_told_the_nearest_one(tree, capsys, options, nearest):
+    assert f"did you mean {nearest}?" in fails(capsys, "fit", *imagenet(tree, *options))
+
+
 @pytest.mark.parametrize(("arguments", "theirs"), [(["login"], True), (["fit", "--help"], False), ([], False)])
 def test_lightning_passes_on_what_is_not_ours_to_lightning_sdk(monkeypatch, arguments, theirs):
     called = []
@@ -247,11 +285,15 @@ def test_lightning_passes_on_what_is_not_ours_to_lightning_sdk(monkeypatch, argu
     class Entrypoint:
         main_cli = staticmethod(lambda: called.append("sdk"))
 
-    monkeypatch.setattr(cli, "find_spec", lambda name: object())
+    monkeypatch.setattr(qsd_launcher, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "lightning_sdk", Entrypoint)
     monkeypatch.setitem(sys.modules, "lightning_sdk.cli", Entrypoint)
     monkeypatch.setitem(sys.modules, "lightning_sdk.cli.entrypoint", Entrypoint)
-    monkeypatch.setattr(cli, "run", lambda: called.append("qsd"))
+    monkeypatch.setattr(qsd_launcher, "run", lambda: called.append("qsd"))
     monkeypatch.setattr(sys, "argv", ["lightning", *arguments])
-    cli.run_lightning()
+    if theirs:
+        with pytest.raises(SystemExit):  # with the exit code that theirs returns
+            qsd_launcher.run_lightning()
+    else:
+        qsd_launcher.run_lightning()
     assert called == ["sdk" if theirs else "qsd"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qsd.commands import analyze as analyze_command
 from tests.helpers import ROOT
 
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2, "strides": [2, 2, 1, 2, 1]}  # of both networks
@@ -42,12 +43,12 @@ def test_one_command_trains_the_teacher_and_then_the_student(runs, tool, monkeyp
     assert not (runs / "digits_teacher/version_1").exists()
     assert again in "".join(capsys.readouterr().out.replace("│", "").split())
     assert tool("distill").main(["abacus"]) == 2
-    assert "there is no configs/abacus.yaml" in capsys.readouterr().err
+    assert "configuration configs/abacus.yaml does not exist" in capsys.readouterr().err
 
 
 def test_attention_is_analysed_on_the_images_of_the_training(runs, tool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    analyze = tool("analyze_attention").main
+    analyze = analyze_command.main
     student = str(runs / "digits_distill/version_0/checkpoints/best.ckpt")
     teacher = str(runs / "digits_teacher/version_0/checkpoints/best.ckpt")
     assert analyze([student, teacher, "--teacher", teacher, "--max-images=64", "--device=cpu"]) == 0
@@ -118,3 +119,8 @@ def test_the_ablation_s_table_pairs_seeds(tool):
     assert module.spread(gains, "+") == "+5.00 ± 1.41"
     assert module.spread({}) == ""
     assert module.spread({0: 3.0}) == "3.00"
+
+
+def test_a_comparison_needs_a_configuration(tool, capsys):
+    assert tool("compare_activations").main(["--config", "nothing.yaml"]) == 2
+    assert "configuration nothing.yaml does not exist" in capsys.readouterr().err

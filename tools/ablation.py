@@ -8,7 +8,6 @@ network's best checkpoint is chosen on validation images; the test images are lo
 goes on where the first one stopped.
 """
 
-import argparse
 import itertools
 import json
 import logging
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qsd import program
 from qsd.errors import QsdError
 
 VARIANTS = {
@@ -303,28 +303,41 @@ def check_settings(settings: Settings, folder: Path) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="of the weights")
+    return program.run("ablation", ablate, args)
+
+
+def ablate(args: list[str]) -> int:
+    """Train all variants, and print and plot the results.
+
+    Args:
+        args: The arguments.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        QsdError: If the folder holds results of other settings.
+    """
+    parser = program.Parser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="number of trainings of each kind")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="bits of the weights")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder for results")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0 trains in this one")
     for name, default in asdict(Settings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     options = vars(parser.parse_args(args))
     seeds, bits, folder, workers = (options.pop(name) for name in ("seeds", "bits", "out", "workers"))
+    del options["traceback"]
     settings = Settings(**options)
     runs = [Run(s, t, b, d) for s, b, (t, d) in itertools.product(range(seeds), bits, VARIANTS)]
+    check_settings(settings, folder)
+    prepare_worker()
     try:
-        check_settings(settings, folder)
-        prepare_worker()
         results = run_all(runs, settings, folder, workers)
-        plot(results, folder / "ablation.svg")
-    except (QsdError, OSError) as error:
-        print(f"ablation: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
+        return program.INTERRUPTED
+    plot(results, folder / "ablation.svg")
     Console().print(table_of(results, settings))
     print(f"plot: {folder / 'ablation.svg'}")
     return 0

@@ -1,95 +1,83 @@
-"""What the command lines ``tools/mmdet_*.py`` and ``tools/mmseg_*.py`` share."""
+"""Training and testing with mmdet and mmseg, from their configurations and from OpenMMLab's usual options."""
 
 import argparse
 import os
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.runner import Runner
 from torch import distributed
 
+from qsd.configurations import find_configuration
 from qsd.errors import QsdError
 from qsd.mm import ops
 from qsd.mm.checks import check_data, check_weights
 from qsd.mm.hooks import register_training_hooks
 from qsd.mm.loading import move_data
 from qsd.mm.resuming import check_resumable, checkpoint_to_resume
+from qsd.program import Parser
 from qsd.reading import regular_file
 
-# Mistakes of the user; Config raises the others for files that are no configurations and keys that do not exist.
-_USER_ERRORS = (QsdError, OSError, torch.OutOfMemoryError)
 
-
-def run(program: str, action: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, args: Any) -> int:
-    """Run a program; a mistake of the user's gives one line on standard error.
+def train(name: str, framework: str, args: Sequence[str]) -> None:
+    """Train the model of a configuration.
 
     Args:
-        program: its name.
-        action: gets the parsed arguments.
-        parser: of the arguments.
-        args: arguments without the program's name; ``None`` for those of the process.
-
-    Returns:
-        The exit code: 0, 2 for a mistake, 130 if interrupted.
-    """
-    parser.prog = program
-    parser.add_argument("--traceback", action="store_true", help="show where an error was noticed")
-    try:
-        options = parser.parse_args(args)
-    except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else 2
-    try:
-        action(options)
-    except _USER_ERRORS as error:
-        if options.traceback:
-            raise
-        print(f"{program}: error: {' '.join(str(error).split())} (--traceback shows where)", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-    return 0
-
-
-def train(program: str, framework: str, args: Sequence[str] | None) -> int:
-    """Train what a configuration describes.
-
-    Args:
-        program: name of the tool.
+        name: The name of the program, for its help.
         framework: ``"mmdet"`` or ``"mmseg"``.
-        args: arguments, or ``None`` for those of the process.
+        args: The arguments.
+
+    Raises:
+        QsdError: If an argument, the configuration, the data or a checkpoint is wrong.
     """
-    parser = _parser(f"Train with {framework}.")
+    parser = _parser(name, f"Train with {framework}.")
     parser.add_argument("--amp", action="store_true", help="mixed precision (CUDA)")
-    parser.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="go on; default: the latest")
-    parser.add_argument("--pretrained", metavar="CHECKPOINT", help="weights for the backbone, of any kind qsd reads")
-    return run(program, lambda options: _train(options, framework), parser, args)
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT",
+                        help="continue a training; the default is its latest checkpoint")  # fmt: skip
+    parser.add_argument(
+        "--pretrained", metavar="CHECKPOINT", help="weights of the backbone, of any kind that qsd reads"
+    )
+    options = parser.parse_args(args)
+    with _process_group():
+        _train(options, framework)
 
 
-def test(program: str, framework: str, args: Sequence[str] | None) -> int:
+def test(name: str, framework: str, args: Sequence[str]) -> None:
     """Evaluate a checkpoint on the test part of a configuration.
 
     Args:
-        program: name of the tool.
+        name: The name of the program, for its help.
         framework: ``"mmdet"`` or ``"mmseg"``.
-        args: arguments, or ``None`` for those of the process.
+        args: The arguments.
+
+    Raises:
+        QsdError: If an argument, the configuration, the data or the checkpoint is wrong.
     """
-    parser = _parser(f"Test with {framework}.")
-    parser.add_argument("checkpoint", help="of a training")
-    return run(program, lambda options: _test(options, framework), parser, args)
+    parser = _parser(name, f"Test with {framework}.")
+    parser.add_argument("checkpoint", help="checkpoint of a training")
+    options = parser.parse_args(args)
+    with _process_group():
+        _test(options, framework)
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("config", help="configuration file")
-    parser.add_argument("--work-dir", help="for logs and checkpoints; default: runs/<configuration>")
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """Ends the process group that a Runner may have begun."""
+    try:
+        yield
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _parser(name: str, description: str) -> Parser:
+    parser = Parser(prog=name, description=description)
+    parser.add_argument("config", help="configuration file, or configs/NAME.py of this package")
+    parser.add_argument("--work-dir", help="folder of logs and checkpoints; the default is runs/<configuration>")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by older launchers")
@@ -125,20 +113,18 @@ def _test(options: argparse.Namespace, framework: str) -> None:
 
 
 def load_config(options: argparse.Namespace, framework: str) -> Config:
-    """Read a configuration and apply the options that all tools have.
+    """Read a configuration and apply the options of the command line.
 
-    A changed ``data_root`` is changed wherever the configuration uses it.
+    A new ``data_root`` replaces the old one wherever the configuration uses it.
 
     Args:
-        options: as parsed.
-        framework: the one that the configuration must be for.
+        options: The parsed options.
+        framework: The framework that the configuration must be for.
 
     Raises:
-        QsdError: if there is no such file, it cannot be read, or it is for the other framework.
+        QsdError: If the file does not exist, cannot be read, or is for the other framework.
     """
-    path = Path(options.config)
-    if not path.is_file():
-        raise QsdError(f"configuration {path} does not exist.")
+    path = find_configuration(options.config)
     try:
         config = Config.fromfile(path)
         root = config.get("data_root")
@@ -160,14 +146,14 @@ def load_config(options: argparse.Namespace, framework: str) -> Config:
 
 
 def build_runner(config: Config, parts: tuple[str, ...]) -> Runner:
-    """A Runner, on CUDA or not, whose operators and data were checked.
+    """Build a Runner, for CUDA devices or for the processor, and check its data.
 
     Args:
-        config: complete.
-        parts: of the data, those that will be used.
+        config: The complete configuration.
+        parts: The parts of the data that will be used.
 
     Raises:
-        QsdError: if the data are missing or do not fit the model.
+        QsdError: If the data are missing or do not fit the model.
     """
     if not torch.cuda.is_available():
         # Synchronised batch norms and mmengine's own start of process groups need CUDA.

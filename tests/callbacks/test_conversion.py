@@ -1,4 +1,4 @@
-"""Conversion at the end of a training and by ``tools/convert.py``, and every way in which it may fail."""
+"""Conversion at the end of a training and by ``qsd convert``, and every way in which it may fail."""
 
 import csv
 import json
@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import qsd
 from qsd import QsdError, cli, report
 from qsd.callbacks import ConvertToSpikeDriven
+from qsd.commands import convert as convert_command
 from qsd.data import DigitsData
 from qsd.tasks import ClassificationTask, load_task
 from tests.helpers import ROOT
@@ -187,7 +188,7 @@ def test_of_two_processes_the_first_converts_all_images_and_the_other_waits(fail
         assert record["accuracy"]["images"] == 200  # the whole validation part, not one process's half
 
 
-# -- tools/convert.py -------------------------------------------------------------------------------------------------
+# -- qsd convert ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +201,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def convert(tool):
-    return tool("convert").main
+def convert():
+    return convert_command.main
 
 
 DATA = ["--data=DigitsData", "--data.img_size=16"]
@@ -279,7 +280,7 @@ def test_mistakes_give_one_line_and_leave_nothing(convert, checkpoint, capsys, a
     assert convert([str(checkpoint) if a == "CHECKPOINT" else a for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert error.startswith("convert: error: ")
+    assert error.startswith("qsd: error: ")
     assert error.count("\n") == 1
     assert Path("there/report.html").read_text() == "precious"
     assert not list(Path().rglob("conversion.json"))

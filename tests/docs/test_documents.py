@@ -16,8 +16,9 @@ import yaml
 from PIL import Image
 
 import qsd
-from qsd.data import ImageArray
+from qsd.data import DigitsData, ImageArray
 from qsd.export import to_onnx
+from qsd.report import ConversionOptions
 from tests.helpers import ROOT
 from tests.helpers.documents import MM, PAGES, blocks, commands, inline_commands, read, subcommand
 
@@ -78,7 +79,34 @@ def test_no_command_is_left_out():
     assert set(qsd_launcher.SUBCOMMANDS) <= {subcommand(c) for c in commands() if c.startswith("qsd ")}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_digits():
+    """Sixteen digits for each part of the data instead of hundreds."""
+    load_all = DigitsData.load_part
+
+    def load_part(self, part):
+        source = load_all(self, part)
+        images = np.stack([np.asarray(source.load(i)) for i in range(16)])
+        return ImageArray(images, source.labels[:16], [source.name(i) for i in range(16)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DigitsData, "load_part", load_part)
+        yield
+
+
 # -- trainings ---------------------------------------------------------------------------------------------------------
+
+
+def shorten_conversions(patch):
+    """Let trainings end with the conversion alone, on two images; the subcommands below measure everything."""
+    check = ConversionOptions.__post_init__
+
+    def shorten(options):
+        for name, value in (("stages", ()), ("max_images", 2), ("step_images", 1)):
+            object.__setattr__(options, name, value)
+        check(options)
+
+    patch.setattr(ConversionOptions, "__post_init__", shorten)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +119,7 @@ def finished(tmp_path_factory):
             folders[name] = tmp_path_factory.mktemp(name)
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folders[name])
+                shorten_conversions(patch)
                 assert qsd_launcher.main(["fit", "--config", str(ROOT / f"configs/{name}.yaml"), *short]) == 0
         return folders[name] / "runs" / name
 
@@ -120,6 +149,7 @@ def import_reference(target):
 @pytest.mark.parametrize("command", of_kind(f"qsd ({'|'.join(TRAINING)}) "))
 def test_trainings(command, workplace, tree, finished, monkeypatch):
     bring_run(command, finished)
+    shorten_conversions(monkeypatch)
     if "cifar" in command:
         monkeypatch.setattr("qsd.data.CifarData.load_part", _noise)
         torch.save(timm.create_model("qsd_15m", num_classes=5, **SIZES).state_dict(), "CHECKPOINT")
@@ -272,7 +302,7 @@ def test_links_and_files_exist(path):
         assert anchor in [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings], anchor
     for name in re.findall(r"(?:configs|tools|tests)/[\w/]+\.(?:yaml|py)", text):
         assert (ROOT / name).is_file(), name
-    for module in re.findall(r"`(qsd(?:\.\w+)+)`", text):
+    for module in re.findall(r"`(qsd(?:\.\w+)+)[`(]", text):
         assert _resolves(module), module
 
 

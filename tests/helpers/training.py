@@ -1,5 +1,8 @@
 """Small classification trainings, whole and interrupted."""
 
+import os
+import signal
+
 import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import Callback
@@ -51,3 +54,17 @@ class InterruptAfter(Callback):
     def on_train_batch_start(self, trainer, *_):
         if trainer.global_step == self.steps:
             raise Interrupted
+
+
+class PressCtrlC(Callback):
+    """Ctrl-C in the first batch."""
+
+    def on_train_batch_start(self, trainer, *_):
+        raise KeyboardInterrupt
+
+
+class Terminate(Callback):
+    """SIGTERM to this process in the first batch, which Lightning notices at its end."""
+
+    def on_train_batch_start(self, trainer, *_):
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import CONFIGS
+from qsd.commands.demo.scenes import make_scenes
 
 # `make test` installs OpenMMLab; an environment without it still runs the other tests.
 collect_ignore_glob = [] if find_spec("mmengine") else ["test_*.py"]
@@ -60,11 +60,6 @@ def ade(tmp_path_factory):
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """A few scenes of digits."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("make_digit_scenes", CONFIGS.parent / "tools" / "make_digit_scenes.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
     folder = tmp_path_factory.mktemp("data") / "digit_scenes"
-    assert module.main([str(folder), "--scenes", "16", "4", "4"]) == 0
+    make_scenes(folder, (16, 4, 4))
     return folder

@@ -1,18 +1,23 @@
 """The command lines, from the user's end, on small data in the layouts of COCO and ADE20K."""
 
 import json
+import runpy
+import sys
 from itertools import pairwise
 
 import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import CONFIGS
+from qsd.commands import demo, openmmlab, run
+from qsd.commands.demo import scenes as maker
+from tests.helpers import CONFIGS, ROOT
 from tests.helpers.files import save_payload
 from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS, scalars
 
 
-def test_coco_qsd_trains_and_validates_on_coco_s_layout(tool, coco, tmp_path):
+def test_the_documented_command_trains_and_validates_on_coco_s_layout(coco, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     options = [
         f"data_root={coco}",
         "train_dataloader.batch_size=2",
@@ -21,12 +26,15 @@ def test_coco_qsd_trains_and_validates_on_coco_s_layout(tool, coco, tmp_path):
         *COCO_SCALES,
     ]
     options.append("model.test_cfg.rcnn.score_thr=0.0")  # an untrained network is sure of nothing
-    config = str(CONFIGS / "coco_qsd.py")
-    assert tool("mmdet_train").main([config, "--work-dir", str(tmp_path), "--cfg-options", *options]) == 0
+    # `python tools/mmdet_train.py configs/coco_qsd.py`, from a folder that has no configurations
+    monkeypatch.setattr(sys, "argv", ["mmdet_train.py", "configs/coco_qsd.py", "--cfg-options", *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / "mmdet_train.py"), run_name="__main__")
+    assert ended.value.code == 0
     logged = scalars(tmp_path)
     assert "coco/bbox_mAP_50" in logged[-1]
     assert "coco/segm_mAP_50" in logged[-1]
-    assert (tmp_path / "epoch_1.pth").is_file()
+    assert (tmp_path / "runs/coco_qsd/epoch_1.pth").is_file()
 
 
 def test_ade20k_qsd_trains_and_validates_on_ade20k_s_layout(tool, ade, tmp_path):
@@ -61,13 +69,12 @@ def segmenter(tmp_path_factory, scenes):
 
 
 def _demonstration(folder, program, config, scenes):
-    from qsd.mm import command
-
     framework = program.partition("_")[0]
+    train = {"mmdet": openmmlab.train_detector, "mmseg": openmmlab.train_segmenter}[framework]
     options = ["--work-dir", str(folder), "--cfg-options", f"data_root={scenes}", *FEW]
     if framework == "mmdet":
         options.append("model.test_cfg.rcnn.score_thr=0.0")
-    assert command.train(program, framework, [str(CONFIGS / f"{config}.py"), *options]) == 0
+    assert train([str(CONFIGS / f"{config}.py"), *options]) == 0
     return folder
 
 
@@ -109,11 +116,11 @@ def test_training_goes_on_where_it_stopped(tool, segmenter, scenes):
 
 
 @pytest.mark.parametrize("kind", ["detector", "segmenter"])
-def test_predictions_are_drawn_on_the_image(tool, scenes, tmp_path, kind, request, capsys):
+def test_predictions_are_drawn_on_the_image(scenes, tmp_path, kind, request, capsys):
     checkpoint = request.getfixturevalue(kind) / "iter_3.pth"
     images = sorted((scenes / "images/test").glob("*.jpg"))[:2]
-    arguments = [*map(str, images), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--score=0.0"]
-    assert tool("mm_predict").main(arguments) == 0
+    arguments = [*map(str, images), "--model", str(checkpoint), "--out", str(tmp_path / "out"), "--score=0.0"]
+    assert run.main(arguments) == 0
     for image in images:
         drawn = Image.open(tmp_path / "out" / f"{image.stem}.png")
         assert drawn.size == (160, 160)
@@ -121,12 +128,11 @@ def test_predictions_are_drawn_on_the_image(tool, scenes, tmp_path, kind, reques
     assert "2 pictures" in capsys.readouterr().out
     damaged = tmp_path / "damaged.jpg"
     damaged.write_text("no picture")
-    assert tool("mm_predict").main([str(damaged), *arguments[2:]]) == 2
+    assert run.main([str(damaged), *arguments[2:]]) == 2
     assert "damaged.jpg does not exist or cannot be read" in capsys.readouterr().err
 
 
-def test_scenes_share_neither_digits_nor_backgrounds(tool):
-    maker = tool("make_digit_scenes")
+def test_scenes_share_neither_digits_nor_backgrounds():
     digits = [{image.tobytes() for image, _ in maker._digits(split.part)} for split in maker.SPLITS]
     assert [len(d) for d in digits] == [1197, 200, 400]
     assert sum(map(len, digits)) == len(set.union(*digits))
@@ -153,8 +159,8 @@ def test_scenes_masks_boxes_and_maps_agree(scenes):
         assert torch.equal(classes.view(160, 160), expected)
 
 
-def test_the_same_seed_makes_the_same_scenes(tool, scenes, tmp_path):
-    assert tool("make_digit_scenes").main([str(tmp_path / "again"), "--scenes", "16", "4", "4"]) == 0
+def test_the_same_seed_makes_the_same_scenes(scenes, tmp_path):
+    assert demo.main(["scenes", str(tmp_path / "again"), "--scenes", "16", "4", "4"]) == 0
     for path in scenes.rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(scenes)).read_bytes()
 
@@ -258,18 +264,18 @@ def _spoilt(scenes, folder):
     ("name", "message"),
     [("missing.pth", "does not exist"), ("text.pth", "cannot be read"), ("weights.pth", "no checkpoint of a training")],
 )
-def test_a_wrong_checkpoint_draws_nothing(tool, scenes, tmp_path, monkeypatch, capsys, name, message):
+def test_a_wrong_checkpoint_draws_nothing(scenes, tmp_path, monkeypatch, capsys, name, message):
     monkeypatch.chdir(tmp_path)
     wrong_file(tmp_path / "text.pth")
     torch.save({"state_dict": {"a": torch.zeros(1)}}, "weights.pth")
     image = str(next((scenes / "images/test").glob("*.jpg")))
-    assert tool("mm_predict").main([image, "--checkpoint", name, "--out", "out"]) == 2
+    assert run.main([image, "--model", name, "--out", "out"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_folder_of_scenes_is_kept(tool, scenes, capsys):
+def test_an_existing_folder_of_scenes_is_kept(scenes, capsys):
     before = sorted(path.name for path in scenes.rglob("*"))
-    assert tool("make_digit_scenes").main([str(scenes)]) == 2
+    assert demo.main(["scenes", str(scenes)]) == 2
     assert "exists" in capsys.readouterr().err
     assert sorted(path.name for path in scenes.rglob("*")) == before

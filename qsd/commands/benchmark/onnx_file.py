@@ -1,4 +1,4 @@
-"""The benchmark's exported networks, in ONNX Runtime."""
+"""Exported networks in ONNX Runtime, to be timed."""
 
 import tempfile
 import warnings
@@ -15,10 +15,16 @@ from qsd.export import to_onnx
 
 
 class OnnxFile:
-    """An ONNX file and a session that runs it, with as many threads as torch uses.
+    """An ONNX file and a session that runs it, with as many threads as PyTorch uses.
+
+    Args:
+        path: The file.
 
     Attributes:
-        content: of the file.
+        content: The bytes of the file.
+
+    Raises:
+        QsdError: If ONNX Runtime is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,9 +46,9 @@ class OnnxFile:
         """The file that `qsd.export` writes.
 
         Args:
-            spiking: converted network.
-            images: whose size the file takes, and whose ranges are measured.
-            integer: integers, or floats.
+            spiking: The converted network.
+            images: Images ``[B, C, H, W]``, which give the size of the input and the ranges of activations.
+            integer: Whether the file computes in integers, or else in floats.
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "spiking.onnx"
@@ -54,8 +60,8 @@ class OnnxFile:
         """The file of an ordinary network.
 
         Args:
-            network: in evaluation mode.
-            images: whose size the file takes.
+            network: The network in evaluation mode.
+            images: Images ``[B, C, H, W]``, which give the size of the input.
         """
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -65,10 +71,10 @@ class OnnxFile:
             return cls(path)
 
     def quantized(self, images: Tensor) -> "OnnxFile":
-        """The same by the plain static 8-bit quantization of ONNX Runtime.
+        """The same network after the plain static 8-bit quantization of ONNX Runtime.
 
         Args:
-            images: whose ranges are measured.
+            images: Images ``[B, C, H, W]``, which give the ranges of activations.
         """
         from onnxruntime.quantization import QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -82,7 +88,7 @@ class OnnxFile:
 
 
 class _Reader:
-    """Hands out images one by one, as ONNX Runtime's calibration wants them."""
+    """Gives images one by one, in the form that ONNX Runtime's calibration takes."""
 
     def __init__(self, images: Tensor) -> None:
         self._images: Iterator[Tensor] = iter(images.split(1))

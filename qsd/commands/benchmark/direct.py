@@ -1,4 +1,4 @@
-"""The baseline of the benchmark: direct training of leaky neurons over time, on the same skeleton."""
+"""A baseline: direct training of leaky neurons over time, on the same skeleton."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from qsd.neurons import SpikeNeuron
 
 
 class LeakyIntegrateAndFire(nn.Module):
-    """The neuron of direct training, unrolled over ``[T * B, ...]``; only a baseline to measure against.
+    """The neuron of direct training, unrolled over ``[T * B, ...]``; it is a baseline to measure against.
 
     Args:
         time_steps: T.
-        threshold: membrane at which it fires.
-        amplitude: of a spike.
+        threshold: The membrane potential at which the neuron fires.
+        amplitude: The amplitude of a spike.
     """
 
     def __init__(self, time_steps: int, threshold: float, amplitude: float) -> None:
@@ -23,7 +23,7 @@ class LeakyIntegrateAndFire(nn.Module):
         self.time_steps, self.threshold, self.amplitude = time_steps, threshold, amplitude
 
     def step_size(self, features: int) -> float:
-        """What a spike stands for, for attention that asks its neurons (CSDformer's)."""
+        """The value of a spike, which CSDformer's attention takes from its neurons."""
         del features
         return self.threshold
 
@@ -54,12 +54,12 @@ class RectangularSpike(torch.autograd.Function):
 
 
 class DirectlyTrained(nn.Module):
-    """The same skeleton with leaky neurons, all layers run T times.
+    """The skeleton of a registered network with leaky neurons; all layers run T times.
 
     Args:
-        name: registered name of the network.
+        name: The registered name of the network.
         time_steps: T.
-        arguments: of the network.
+        arguments: Further arguments of the network.
     """
 
     def __init__(self, name: str, time_steps: int, **arguments: Any) -> None:
@@ -72,5 +72,6 @@ class DirectlyTrained(nn.Module):
                     setattr(module, key, LeakyIntegrateAndFire(time_steps, child.threshold, child.amplitude))
 
     def forward(self, images: Tensor) -> Tensor:
-        """The mean of the logits of all steps."""
-        return self.network(images.repeat(self.time_steps, 1, 1, 1)).unflatten(0, (self.time_steps, -1)).mean(0)
+        """The mean of the logits over the time steps."""
+        logits: Tensor = self.network(images.repeat(self.time_steps, 1, 1, 1))
+        return logits.unflatten(0, (self.time_steps, -1)).mean(0)

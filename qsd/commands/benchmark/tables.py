@@ -1,5 +1,6 @@
-"""What the benchmark prints and draws."""
+"""The tables and plots of a benchmark."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ from rich.table import Table
 
 
 def show(console: Console, title: str, results: dict[str, Any]) -> None:
-    """Print the table of a suite."""
-    extra = {
+    """Print the table of a suite.
+
+    Args:
+        console: The console to print on.
+        title: The title of the table.
+        results: The results by case.
+    """
+    extra: dict[str, Callable[[Any], str]] = {
         "peak memory": lambda row: f"{row['peak_memory']['peak'] / 1e9:.2f} GB" if "peak_memory" in row else "",
         "kept bytes": lambda row: f"{row['kept_bytes'] / 1e6:.0f} MB" if "kept_bytes" in row else "",
         "file": lambda row: f"{row['file_bytes'] / 1e6:.1f} MB" if "file_bytes" in row else "",
@@ -44,7 +51,12 @@ def _colour(ratio: dict[str, Any]) -> str:
 
 
 def show_loading(console: Console, results: dict[str, Any]) -> None:
-    """Print how much of the time a training step waits for images."""
+    """Print the share of the time that a training step waits for images.
+
+    Args:
+        console: The console to print on.
+        results: The results of the suite ``"loading"``.
+    """
     console.print(
         f"loading: {100 * results['share_waiting']:.1f} % of the time waiting, {results['workers']} workers; "
         f"{results['seconds_waiting']:.3f} s waiting and {results['seconds_training']:.3f} s training per step; "
@@ -53,7 +65,12 @@ def show_loading(console: Console, results: dict[str, Any]) -> None:
 
 
 def show_sizes(console: Console, results: dict[str, Any]) -> None:
-    """Print the tables of growth."""
+    """Print the tables of growth.
+
+    Args:
+        console: The console to print on.
+        results: The results of the suite ``"sizes"``.
+    """
     for axis, rows in results.items():
         names = list(rows["exponents"])
         table = Table("", *names, title=f"seconds per image over {axis}")
@@ -64,7 +81,12 @@ def show_sizes(console: Console, results: dict[str, Any]) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw bars of the times, and growth on logarithmic axes."""
+    """Draw bars of the times, and growth on logarithmic axes.
+
+    Args:
+        results: The results by suite.
+        path: The PNG file to write.
+    """
     mpl.use("agg")
     from matplotlib import pyplot as plt
 

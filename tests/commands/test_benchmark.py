@@ -8,19 +8,21 @@ import timm
 import torch
 from torch import nn
 
+from qsd.commands.benchmark import command, meter
+from qsd.commands.benchmark.direct import DirectlyTrained, LeakyIntegrateAndFire
 from qsd.functional import spike_count
 
 
 @pytest.fixture
-def program(tool, monkeypatch):
-    """With networks of two blocks, whatever their name."""
+def benchmark(monkeypatch):
+    """The command with networks of two blocks, whatever their name."""
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2))
-    return tool("benchmark")
+    return command
 
 
-def test_quick_inference_and_training_write_ratios_and_a_plot(program, tmp_path, capsys):
-    small = ["--quick", "--no-memory", "--img-size=32", "--batch-size=2", "--output", str(tmp_path)]
-    assert program.main(["inference", "training", "export", *small]) == 0
+def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_path, capsys):
+    small = ["--quick", "--no-memory", "--img-size=32", "--batch-size=2", "--out", str(tmp_path)]
+    assert benchmark.main(["inference", "training", "export", *small]) == 0
     results = json.loads((tmp_path / "benchmark.json").read_text())
     for suite, case, versus, target in (
         ("inference", "count domain", "quantized", 1.0),
@@ -51,9 +53,9 @@ def test_quick_inference_and_training_write_ratios_and_a_plot(program, tmp_path,
     assert "inference, qsd_tiny, 32 px, batch 2" in capsys.readouterr().out
 
 
-def test_loading_tells_how_long_steps_wait_for_images(program, tmp_path, capsys):
-    small = ["--quick", "--img-size=32", "--batch-size=2", "--rounds=2", "--workers=1", "--output", str(tmp_path)]
-    assert program.main(["loading", *small]) == 0
+def test_loading_tells_how_long_steps_wait_for_images(benchmark, tmp_path, capsys):
+    small = ["--quick", "--img-size=32", "--batch-size=2", "--rounds=2", "--workers=1", "--out", str(tmp_path)]
+    assert benchmark.main(["loading", *small]) == 0
     loading = json.loads((tmp_path / "benchmark.json").read_text())["loading"]
     assert loading["workers"] == 1
     assert len(loading["shares"]) == 2
@@ -63,10 +65,10 @@ def test_loading_tells_how_long_steps_wait_for_images(program, tmp_path, capsys)
     assert "% of the time waiting, 1 workers" in capsys.readouterr().out
 
 
-def test_growth_has_exponents(program, tmp_path):
+def test_growth_has_exponents(benchmark, tmp_path):
     assert (
-        program.main(
-            ["sizes", "--quick", "--rounds=1", "--img-size=32", "--sizes", "32", "48", "--output", str(tmp_path)]
+        benchmark.main(
+            ["sizes", "--quick", "--rounds=1", "--img-size=32", "--sizes", "32", "48", "--out", str(tmp_path)]
         )
         == 0
     )
@@ -75,41 +77,40 @@ def test_growth_has_exponents(program, tmp_path):
     assert set(table["exponents"]) == {"count domain", "training step, quantized", "training step, float twin"}
 
 
-def test_peak_memory_is_that_of_the_case_alone(program):
-    options = program.parse(["inference", "--quick"])
+def test_peak_memory_is_that_of_the_case_alone(benchmark):
+    options = benchmark.parse(["inference", "--quick"])
     ballast = torch.ones(100_000_000)  # of this process; must not count
-    peaks = program.peak_memory(options, "inference", "count domain")
-    assert 1e8 < peaks["before"] <= peaks["peak"] < program.resident_peak()
+    peaks = meter.peak_memory(options, "inference", "count domain")
+    assert 1e8 < peaks["before"] <= peaks["peak"] < meter.resident_peak()
     assert ballast.sum() > 0
 
 
-def test_kept_bytes_are_counted_by_storage_without_parameters_and_images(program):
+def test_kept_bytes_are_counted_by_storage_without_parameters_and_images():
     images = torch.randn(2, 3, 8, 8)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid())
-    assert program.kept_bytes(model, images) == 2 * 4 * 64 * 4  # the sigmoid's output; weights and images are there
+    assert meter.kept_bytes(model, images) == 2 * 4 * 64 * 4  # the sigmoid's output; weights and images are there
 
     class Neuron(nn.Module):
         def forward(self, x):
             return spike_count(x, 4)
 
     mask = 2 * 4 * 64  # one byte each
-    assert program.kept_bytes(nn.Sequential(nn.Conv2d(3, 4, 1), Neuron()), images) == mask
+    assert meter.kept_bytes(nn.Sequential(nn.Conv2d(3, 4, 1), Neuron()), images) == mask
 
 
-def test_the_directly_trained_baseline_fires_binary_spikes_over_time_and_has_gradients(tool):
-    networks = tool("benchmark_networks")
+def test_the_directly_trained_baseline_fires_binary_spikes_over_time_and_has_gradients():
     sizes = {"embed_dims": (8, 8, 16, 16), "num_heads": 2, "depth": 4, "layer_scale": 1.0}
-    model = networks.DirectlyTrained("qsd_tiny", 3, num_classes=5, **sizes)
+    model = DirectlyTrained("qsd_tiny", 3, num_classes=5, **sizes)
     spikes = []
     for module in model.modules():
-        if isinstance(module, networks.LeakyIntegrateAndFire):
+        if isinstance(module, LeakyIntegrateAndFire):
             module.register_forward_hook(lambda m, _, out: spikes.append((out, m.amplitude)))
     logits = model(torch.randn(2, 3, 32, 32))
     logits.square().sum().backward()
     assert logits.shape == (2, 5)
     assert all(out.shape[0] == 3 * 2 and set(out.unique().tolist()) <= {0.0, amplitude} for out, amplitude in spikes)
     assert any(bool(p.grad.any()) for p in model.network.stem.parameters())
-    neuron = networks.LeakyIntegrateAndFire(3, 1.0, 1.0)
+    neuron = LeakyIntegrateAndFire(3, 1.0, 1.0)
     # by hand: 0.8 stays, 0.4 + 0.8 fires and leaves 0.2, 0.1 + 0.8 stays
     assert neuron(torch.full((3, 1), 0.8)).flatten().tolist() == [0, 1, 0]
 
@@ -119,13 +120,13 @@ def test_the_directly_trained_baseline_fires_binary_spikes_over_time_and_has_gra
     [
         (["--model", "resnet18"], "model 'resnet18' is unknown or has no float twin"),
         (["--rounds", "0"], "rounds=0 is not positive"),
-        (["--output", "missing"], "the folder missing does not exist"),
+        (["--out", "missing"], "the folder missing does not exist"),
     ],
 )
-def test_mistakes_give_one_line(program, capsys, arguments, message):
-    assert program.main(arguments) == 2
+def test_mistakes_give_one_line(benchmark, capsys, arguments, message):
+    assert benchmark.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
-def test_every_default_model_has_a_float_twin(program):
-    assert all(timm.is_model(f"{name}_ann") for name in program.MODELS)
+def test_every_default_model_has_a_float_twin(benchmark):
+    assert all(timm.is_model(f"{name}_ann") for name in benchmark.MODELS)

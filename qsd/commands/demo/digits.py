@@ -1,0 +1,76 @@
+"""The demonstration of a classifier: training, test, conversion and report."""
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+import qsd_launcher
+from qsd import report
+from qsd.commands.runs import last_metrics, newest_run
+from qsd.data import DigitsData
+from qsd.report.record import ClassifierAccuracy
+from qsd.tasks import load_task
+
+_CONFIG = ["--config", "configs/digits.yaml"]
+
+
+def run(max_images: int | None, options: Sequence[str]) -> int:
+    """Train, test and convert, and print a table of the results.
+
+    The training converts the network on the validation images. Here it is converted again on the test images, which
+    chose nothing, and on which every image is also stepped.
+
+    Args:
+        max_images: The number of test images to convert on; ``None`` for all.
+        options: Further options of ``qsd fit`` and ``qsd test``.
+
+    Returns:
+        The exit code.
+    """
+    start = time.perf_counter()
+    if code := qsd_launcher.main(["fit", *_CONFIG, *options]):
+        return code
+    seconds = time.perf_counter() - start
+    folder = newest_run("digits")
+    best = folder / "checkpoints" / "best.ckpt"
+    if code := qsd_launcher.main(["test", *_CONFIG, *options, "--ckpt_path", str(best)]):
+        return code
+    accuracy = float(last_metrics(newest_run("digits"))["test/accuracy"])
+    images = DigitsData().whole_part("test")
+    stepped = max_images or len(images.dataset)
+    record = report.write_conversion(
+        load_task(best).model,
+        images,
+        folder / "test",
+        report.ConversionOptions(max_images=max_images, step_images=stepped),
+        report.Origin("qsd_tiny", str(best), "test images of DigitsData"),
+    )
+    console = Console()
+    console.print(report.summary(record))
+    console.print(_table(record, accuracy, seconds))
+    # Outside the table, which would shorten the paths.
+    print(f"logs: {folder}")
+    print(f"checkpoint: {best}")
+    print(f"report on validation images: {folder / 'report.html'}")
+    print(f"report on test images: {folder / 'test' / 'report.html'}")
+    return 0
+
+
+def _table(record: report.Record, accuracy: float, seconds: float) -> Table:
+    """The results in rows; a complete record of a classifier holds all of them."""
+    assert isinstance(record.accuracy, ClassifierAccuracy)
+    assert record.delays is not None
+    assert record.energy is not None
+    table = Table("result", "value", title="Handwritten digits, 4-bit weights, T = 4 time steps", title_justify="left")
+    table.add_row("test accuracy", f"{100 * accuracy:.2f} %")
+    table.add_row("test accuracy in binary spikes", f"{100 * record.accuracy.spiking:.2f} %")
+    for row in record.delays.rows:
+        table.add_row(f"stepped, delay {row.delay}", f"{100 * row.accuracy:.2f} %, {row.latency} steps")
+    energy = record.energy.total_mj
+    table.add_row("energy per image, spiking", f"{1e3 * energy.merged:.3g} µJ ({1e3 * energy.unmerged:.3g} unmerged)")
+    table.add_row("energy per image, integer network", f"{1e3 * energy.integer:.3g} µJ")
+    table.add_row("packed network", f"{(record.sizes.file_bytes or 0) / 1e3:.0f} kB")
+    table.add_row("training time, with conversion", f"{seconds:.0f} s")
+    return table

@@ -1,0 +1,101 @@
+"""Classify images with an exported file, or draw the predictions of a detector or segmenter.
+
+For a packed or an ONNX file of qsd export the classes, the time and the energy of each image are printed. For a
+checkpoint .pth of a detector or segmenter the pictures go to the folder --out.
+
+Examples:
+  qsd run IMAGE... --model digits.int8.onnx
+  qsd run IMAGE... --model DETECTOR.pth --out pictures
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qsd import program
+from qsd.commands import openmmlab
+from qsd.commands.predictor import Predictor
+from qsd.errors import QsdError
+from qsd.reading import shown
+
+_REPEATS = 5
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run ``qsd run``.
+
+    Args:
+        args: The arguments; ``None`` for those of the process.
+
+    Returns:
+        The exit code, as of `qsd.program.run`.
+    """
+    return program.run("qsd", _command, args)
+
+
+def _command(args: list[str]) -> None:
+    options = _parser().parse_args(args)
+    if openmmlab.is_checkpoint(options.model):
+        _draw(options)
+        return
+    if options.out is not None:
+        raise QsdError("--out is for detectors and segmenters; classes are printed, so drop it.")
+    if options.top < 1:
+        raise QsdError(f"--top={options.top} is not positive.")
+    predictor = Predictor(Path(options.model))
+    Console().print(_classes(options.images, predictor, options.top))
+
+
+def _parser() -> program.Parser:
+    parser = program.Parser(prog="qsd run", description=__doc__)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--model", required=True, metavar="FILE", help="packed or ONNX file, or .pth of a training")
+    parser.add_argument("--top", type=int, default=1, help="number of classes to print for each image")
+    dense = parser.add_argument_group("detectors and segmenters")
+    dense.add_argument("--out", metavar="DIR", help="folder of the pictures")
+    dense.add_argument("--score", type=float, default=0.3, help="lowest score of a box that is drawn")
+    dense.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    return parser
+
+
+def _draw(options: argparse.Namespace) -> None:
+    if options.out is None:
+        raise QsdError("name the folder of the pictures with --out DIR.")
+    from qsd.mm.drawing import draw_predictions
+
+    written = draw_predictions(options.images, options.model, options.out, options.score, options.device)
+    print(f"{len(written)} pictures in {options.out}")
+
+
+def _classes(images: Sequence[str], predictor: Predictor, top: int) -> Table:
+    """Classes, times and energies of images.
+
+    Args:
+        images: The image files.
+        predictor: The exported network.
+        top: The number of classes to show for each image.
+    """
+    pictures = [predictor.read(path) for path in images]  # all of them first, so that a mistake costs no waiting
+    table = Table("image", "class", "probability", "ms", "µJ", title="Predictions", title_justify="left")
+    table.caption = f"energy: {predictor.energy_of}"
+    for path, picture in zip(images, pictures):
+        predictor.logits(picture)
+        times = []
+        for _ in range(_REPEATS):
+            start = time.perf_counter()
+            logits = predictor.logits(picture)
+            times.append(time.perf_counter() - start)
+        shares, labels = logits[0].softmax(0).topk(min(top, logits.shape[1]))
+        energy = predictor.energy(picture)
+        names = "\n".join(shown(predictor.name(int(label))) for label in labels)
+        percents = "\n".join(f"{100 * share:.1f} %" for share in shares.tolist())
+        cost = "" if energy is None else f"{1e3 * energy:.3g}"
+        # Names of classes and files may hold what rich would take for markup.
+        table.add_row(Text(shown(path)), Text(names), percents, f"{1e3 * statistics.median(times):.2f}", cost)
+    return table
