@@ -119,4 +119,5 @@ class Predictor:
         Args:
             label: The number of the class.
         """
-        return str(label) if self.class_names is None else str(self.class_names[label])
+        names = self.class_names
+        return str(names[label]) if isinstance(names, list | tuple) and label < len(names) else str(label)
