@@ -1,5 +1,5 @@
 # The demonstration: Mask R-CNN on scenes of digits, a small network of 4-bit weights, on two CPU cores.
-#   python tools/make_digit_scenes.py data/digit_scenes
+#   qsd demo scenes data/digit_scenes
 #   qsd fit --config configs/digit_crops.yaml
 #   python tools/mmdet_train.py configs/digits_det.py --pretrained runs/digit_crops/version_0/checkpoints/best.ckpt
 _base_ = ["coco_qsd.py"]

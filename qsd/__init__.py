@@ -1,6 +1,6 @@
-"""Quantized spike-driven vision transformers: training, lossless conversion to binary spikes, and what they cost.
+"""Quantized spike-driven vision transformers: training, lossless conversion to binary spikes, and their cost.
 
-Importing this package makes its models known to timm: ``timm.create_model("qsd_15m", num_classes=10)``.
+Importing this package registers its models with timm: ``timm.create_model("qsd_15m", num_classes=10)``.
 """
 
 from qsd._version import __version__

@@ -32,7 +32,7 @@ _OTHER_WORDS = {
     "onnection closed by peer": "another process has stopped; its message says why.",
 }
 
-# Warnings that mean nothing here.
+# Warnings that do not apply to this package.
 _NOISE = (
     "LightningCLI's args parameter is intended to run from within Python",
     "The '.*' does not have many workers",  # digits are loaded fastest in the training process
@@ -122,7 +122,7 @@ class QsdCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-            # jsonargparse wraps what a constructor says into a list of types that it tried
+            # jsonargparse wraps the error of a constructor into a list of the types that it tried.
             cause: BaseException = error
             while cause.__cause__ is not None or cause.__context__ is not None:
                 cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
@@ -132,7 +132,7 @@ class QsdCLI(LightningCLI):
 
 
 def _share_version(loggers: list[Any]) -> None:
-    # Each logger would count up by itself, the second one past the folder that the first one has just made.
+    # Each logger takes the next free number by itself, and the second would count the folder that the first has made.
     folders = [
         Path(logger.init_args.save_dir, logger.init_args.name or "") for logger in loggers if _has_folder(logger)
     ]
@@ -147,10 +147,10 @@ def _has_folder(logger: Any) -> bool:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Write the complete configuration beside the logs, of fitting only: other runs must not replace it."""
+    """Writes the complete configuration of a training beside its logs; evaluations must not replace it."""
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` when fitting begins."""
+        """Write ``config.yaml`` when a training begins."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
 

@@ -1,15 +1,15 @@
-r"""What the spikes of attention tell about the membranes behind them.
+r"""The information that the spikes of attention carry about the membranes of their neurons.
 
 QSD-Transformer's argument for multi-level spikes and for distillation is that low-bit queries, keys and values are
 distributed badly and lose information ("spike information distortion"). Its propositions are not public; these
 measurements are ours. For every attention layer and each of query, key and value:
 
 - the membrane, in units of the input that fires T spikes: mean, deviation, histogram, bimodality;
-- the spike count: the same, its firing rate (mean count over T), its entropy
+- the spike count: the same quantities, its firing rate (mean count over T), its entropy
   :math:`H(n) = -\sum_i p_i \log_2 p_i` against the most that T spikes can have, :math:`\log_2(T + 1)`;
-- what the count keeps of the membrane: the mutual information of both (the membrane in bins of 1/16) over the
+- the part of the membrane that the count keeps: the mutual information of both (the membrane in bins of 1/16) over the
   membrane's entropy in these bins, and the share of the membrane's variance that the count explains;
-- how far the token similarities are from a teacher's (`qsd.distillation`).
+- the distance of the token similarities from those of a teacher (`qsd.distillation`).
 
 Bimodality is Sarle's coefficient, ``(skewness^2 + 1) / kurtosis``: 5/9 for a uniform distribution, 1/3 for a normal
 one, 1 for two equal points. More than 5/9 hints at two modes.
@@ -28,8 +28,8 @@ from qsd.distillation import PROJECTIONS, AttentionRecorder, Teacher, attention_
 from qsd.errors import QsdError
 from qsd.neurons import SpikeNeuron
 
-# Membranes are counted in bins of 1/16 from -4 to 5 times the input that fires T spikes; what lies outside is counted
-# in the outermost bins.
+# Membranes are counted in bins of 1/16 from -4 to 5 times the input that fires T spikes; values outside of this range
+# are counted in the outermost bins.
 LOWEST, HIGHEST, BINS_PER_UNIT = -4, 5, 16
 BINS = (HIGHEST - LOWEST) * BINS_PER_UNIT
 
@@ -39,10 +39,10 @@ class Distribution:
     """Statistics of membranes or spike counts.
 
     Attributes:
-        mean: of all values.
-        deviation: their standard deviation.
+        mean: Mean of all values.
+        deviation: Standard deviation.
         bimodality: Sarle's coefficient; NaN if all values are equal.
-        histogram: membranes: numbers by bin (`LOWEST`, `HIGHEST`, `BINS_PER_UNIT`); counts: numbers of 0, 1, ... T.
+        histogram: Numbers of membranes by bin (`LOWEST`, `HIGHEST`, `BINS_PER_UNIT`), or of counts 0, 1, ... T.
     """
 
     mean: float
@@ -56,18 +56,18 @@ class Signal:
     """Query, key or value of one attention layer, over all images.
 
     Attributes:
-        layer: dotted name of the attention layer.
+        layer: Dotted name of the attention layer.
         projection: ``"query"``, ``"key"`` or ``"value"``.
         time_steps: T, or ``None`` in a float network, whose outputs are no counts.
-        membrane: the neuron's input, in units of the input that fires T spikes (of 1 in a float network).
-        counts: spikes per image, 0 to T; ``None`` in a float network, and so are the rest.
-        firing_rate: mean count over T.
-        entropy: of the counts, in bits.
+        membrane: Input of the neuron, in units of the input that fires T spikes (of 1 in a float network).
+        counts: Spikes per image, 0 to T; ``None`` in a float network, and so are the rest.
+        firing_rate: Mean count over T.
+        entropy: Entropy of the counts, in bits.
         max_entropy: ``log2(T + 1)`` bits.
-        kept_information: mutual information of counts and binned membranes over the entropy of the latter, 0 to 1.
-        kept_variance: share of the membrane's variance that the counts explain, 0 to 1.
-        silent_heads: share of heads and images in which no neuron fires.
-        teacher_distance: mean distance to the teacher's token similarity, 0 to 2; ``None`` without a teacher.
+        kept_information: Mutual information of counts and binned membranes over the entropy of the latter, 0 to 1.
+        kept_variance: Share of the membrane's variance that the counts explain, 0 to 1.
+        silent_heads: Share of heads and images in which no neuron fires.
+        teacher_distance: Mean distance to the teacher's token similarity, 0 to 2; ``None`` without a teacher.
     """
 
     layer: str
@@ -86,12 +86,12 @@ class Signal:
 
 @dataclass(frozen=True)
 class Information:
-    """What `measure_information` found.
+    """Findings of `measure_information`.
 
     Attributes:
-        images: how many were seen.
-        accuracy: share of them that was classified right; ``None`` without labels.
-        signals: one for every attention layer and projection, in the network's order.
+        images: Number of images.
+        accuracy: Share of images that were classified right; ``None`` without labels.
+        signals: One for every attention layer and projection, in the network's order.
     """
 
     images: int
@@ -108,7 +108,7 @@ class SignalMeter:
 
     Args:
         time_steps: T, or ``None`` in a float network.
-        heads: of the attention layer.
+        heads: Number of heads of the attention layer.
     """
 
     def __init__(self, time_steps: int | None, heads: int) -> None:
@@ -116,12 +116,12 @@ class SignalMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Start afresh."""
+        """Set all sums to zero."""
         levels = (self.time_steps or 0) + 1
         self.joint = torch.zeros(BINS, levels, dtype=torch.int64)  # membranes' bins by counts
         self.powers = torch.zeros(5, dtype=torch.float64)  # sums of the membrane's powers 0 to 4
         self.by_count = torch.zeros(levels, dtype=torch.float64)  # sums of the membrane, by count
-        self.silent = torch.zeros(2, dtype=torch.float64)  # silent heads, and all
+        self.silent = torch.zeros(2, dtype=torch.float64)  # number of silent heads, and of all heads
 
     def update(self, membrane: Tensor, counts: Tensor | None) -> None:
         """Add a batch.
@@ -143,21 +143,21 @@ class SignalMeter:
             self.silent = self.silent.to(device) + torch.stack([(~active).sum(), torch.ones_like(active).sum()])
 
     def reduce(self, add_over_processes: Callable[[Tensor], Tensor]) -> None:
-        """Take the other processes' images in.
+        """Add the images of the other processes.
 
         Args:
-            add_over_processes: the sum of a tensor over all processes.
+            add_over_processes: Gives the sum of a tensor over all processes.
         """
         for name in ("joint", "powers", "by_count", "silent"):
             setattr(self, name, add_over_processes(getattr(self, name)))
 
     def signal(self, layer: str, projection: str, teacher_distance: float | None = None) -> Signal:
-        """What the sums say.
+        """The statistics of all images up to now.
 
         Args:
-            layer: see `Signal`.
-            projection: see `Signal`.
-            teacher_distance: see `Signal`.
+            layer: Dotted name of the attention layer.
+            projection: ``"query"``, ``"key"`` or ``"value"``.
+            teacher_distance: Mean distance to the teacher's token similarity.
         """
         joint, powers = self.joint.cpu(), self.powers.cpu()
         membrane = _distribution((powers[1:] / powers[0].clamp(min=1)).tolist(), joint.sum(1).tolist())
@@ -188,10 +188,10 @@ class SignalMeter:
 
 
 class InformationMeter:
-    """Watch the attention of a network: a `SignalMeter` on each query, key and value neuron.
+    """A `SignalMeter` on each query, key and value neuron of a network.
 
     Args:
-        model: a network with named attention taps.
+        model: A network with named attention taps.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -215,16 +215,16 @@ class InformationMeter:
         return hook
 
     def signals(self, distances: dict[tuple[str, str], float] | None = None) -> list[Signal]:
-        """What was measured, in the network's order.
+        """The statistics of all neurons, in the network's order.
 
         Args:
-            distances: to a teacher, by layer and projection.
+            distances: Distances to a teacher, by layer and projection.
         """
         found = distances or {}
         return [meter.signal(*key, teacher_distance=found.get(key)) for key, meter in self.meters.items()]
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -237,17 +237,17 @@ def measure_information(
     statistics: Any = None,
     max_images: float = inf,
 ) -> Information:
-    """Measure what the spikes of attention tell about the membranes behind them.
+    """Measure the information that the spikes of attention carry about the membranes of their neurons.
 
     Args:
-        model: a network with named attention taps: ours, spiking or float. It is evaluated, and left as it was.
-        batches: images ``[B, C, H, W]``, alone or with labels ``[B]``, such as a data loader.
-        teacher: to compare token similarities with.
-        statistics: mean and standard deviation that the images were normalised with, if the teacher needs them.
-        max_images: stop after so many images (to the next batch).
+        model: A network with named attention taps: ours, spiking or float. It is evaluated, and left as it was.
+        batches: Images ``[B, C, H, W]``, alone or with labels ``[B]``, such as a data loader.
+        teacher: Network to compare token similarities with.
+        statistics: Mean and standard deviation by which the images were normalised, if the teacher needs them.
+        max_images: Number of images, rounded up to whole batches.
 
     Raises:
-        QsdError: if the network has no such attention, or there are no images.
+        QsdError: If the network has no such attention, or there are no images.
     """
     if not attention_layers(model):
         raise QsdError(
@@ -305,7 +305,7 @@ def _attached(hooks: Any) -> Iterator[Any]:
 
 
 def _distribution(moments: list[float], histogram: list[int]) -> Distribution:
-    """From the means of the first four powers."""
+    """A distribution from the means of the first four powers."""
     mean, second, third, fourth = moments
     variance = max(second - mean**2, 0.0)
     if variance <= 1e-12 * max(second, 1e-300):  # rounding
@@ -316,7 +316,7 @@ def _distribution(moments: list[float], histogram: list[int]) -> Distribution:
 
 
 def _entropy(numbers: Tensor) -> float:
-    """In bits, of a distribution that is given by how often each value occurs."""
+    """Entropy in bits of a distribution, given by the number of times that each value occurs."""
     shares = numbers[numbers > 0].double() / numbers.sum()
     return abs(float((shares * shares.log2()).sum()))
 

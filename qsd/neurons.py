@@ -77,7 +77,8 @@ class SpikeNeuron(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
         spikes = lean.fixed_spikes if self.lean else functional.fixed_spikes
-        return spikes(x, self.time_steps, self._threshold, self.amplitude)
+        amplitude = self.threshold if self._amplitude is None else self._amplitude
+        return spikes(x, self.time_steps, self._threshold, amplitude)
 
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, threshold={self.threshold:g}, amplitude={self.amplitude:g}"
@@ -86,7 +87,10 @@ class SpikeNeuron(nn.Module):
 class LearnedStepNeuron(SpikeNeuron):
     """A spike neuron whose threshold is a learned step; subclasses own the parameter.
 
-    The step exists and has a value when the constructor returns.
+    The step exists and has a value when the constructor returns. All parameters of the class are step sizes.
+
+    Attributes:
+        step_name: Name of the parameter.
 
     A neuron behind a product of spikes receives the product of their counts, an integer, and the value of one unit of
     that integer (``scale``). Its threshold absorbs the scale: ``step / scale``, in units of counts. So ties are decided
@@ -99,6 +103,8 @@ class LearnedStepNeuron(SpikeNeuron):
     Raises:
         QsdError: If ``time_steps`` is out of range.
     """
+
+    step_name = "step"
 
     def __init__(self, time_steps: int = 4, amplitude: float | None = None) -> None:
         super().__init__(time_steps, amplitude=amplitude)
@@ -207,6 +213,8 @@ class QcfsNeuron(LearnedStepNeuron):
     authors report that it does not converge.
     """
 
+    step_name = "ceiling"
+
     def __init__(self, time_steps: int = 4, amplitude: float | None = None) -> None:
         super().__init__(time_steps, amplitude)
         self.ceiling = nn.Parameter(torch.tensor(8.0))
@@ -252,6 +260,11 @@ def register_neuron(kind: str, factory: NeuronFactory) -> None:
     if kind in _NEURONS:
         raise QsdError(f"A kind of neuron named {kind!r} is registered already; choose another name.")
     _NEURONS[kind] = factory
+
+
+def neuron_kinds() -> tuple[str, ...]:
+    """The names that `build_neuron` knows."""
+    return tuple(_NEURONS)
 
 
 def build_neuron(

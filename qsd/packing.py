@@ -1,7 +1,6 @@
-"""Networks stored at the precision that they really have, and what they take.
+"""Networks stored at their real precision, and their sizes in bytes.
 
-A spiking network is stored as the trained network and the settings of its conversion, which is done again when it is
-loaded.
+A spiking network is stored as the trained network and the settings of its conversion, which is repeated at loading.
 """
 
 import math
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qsd.models.checkpoints import STEP_NAMES
 from qsd.models.compact import CompactModel
 from qsd.models.packed_file import MERGED, read_packed, write_packed
 from qsd.spiking import SpikingNetwork
-from qsd.spiking.layers import Convolution, SpikingChain, SpikingDense
-from qsd.spiking.network import convert
+from qsd.spiking.conversion import convert
+from qsd.spiking.layers import Convolution
 
 
 def save_packed(model: nn.Module, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
@@ -147,7 +145,7 @@ def model_size(model: nn.Module) -> ModelSize:
     weights = sum(compact.tensors[name].numel() for name in compact.bits)
     bits = sum(compact.tensors[name].numel() * width for name, width in compact.bits.items())
     rest = [(name, tensor) for name, tensor in compact.tensors.items() if name not in compact.bits]
-    floats = sum(t.numel() for name, t in rest if t.is_floating_point() and not name.endswith(STEP_NAMES))
+    floats = sum(t.numel() for name, t in rest if t.is_floating_point() and name not in compact.steps)
     return ModelSize(
         parameters=compact.parameters,
         float_bytes=4 * (weights + floats),
@@ -158,24 +156,8 @@ def model_size(model: nn.Module) -> ModelSize:
 
 
 def _converted_bytes(spiking: SpikingNetwork) -> int:
-    total = 0.0
-    for module in spiking.modules():
-        bits = spiking.trained.bits
-        if isinstance(module, SpikingChain):
-            if module.merged is not None:
-                kernels = [(module.merged, spiking.merged_bits or 32)]
-            else:
-                kernels = [
-                    (factor, bits.get(f"{module.name}.{key}.weight", bits.get(f"{module.name}.weight", 32)))
-                    for key, factor in module.convolutions.items()
-                ]
-            for kernel, width in kernels:
-                vectors = 2 if kernel.frame is None else 3
-                total += kernel.weight.numel() * width / 8 + 4 * vectors * len(kernel.bias)
-        elif isinstance(module, SpikingDense):
-            width = bits.get(f"{module.name}.weight", 32)
-            total += module.weight.numel() * width / 8 + 4 * 2 * len(module.bias)
-    return math.ceil(total)
+    bits = (layer.stored_bits(spiking.trained.bits, spiking.merged_bits) for layer in spiking.layers().values())
+    return math.ceil(sum(bits) / 8)
 
 
 def _quantized_kernels(spiking: SpikingNetwork | None) -> dict[str, Convolution]:

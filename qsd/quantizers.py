@@ -14,12 +14,17 @@ class StepSizeQuantizer(nn.Module):
     strict loading rely on it.
 
     Args:
-        bits: 2 to 8; integers lie in ``[-2**(bits-1), 2**(bits-1) - 1]``, without zero point.
-        out_channels: number of steps.
+        bits: 2 to 8; integers are in ``[-2**(bits-1), 2**(bits-1) - 1]``, without zero point.
+        out_channels: Number of steps.
 
     Raises:
-        QsdError: if ``bits`` is out of range.
+        QsdError: If ``bits`` is out of range.
+
+    Attributes:
+        step_name: Name of the parameter of step sizes.
     """
+
+    step_name = "step"
 
     def __init__(self, bits: int, out_channels: int) -> None:
         super().__init__()
@@ -45,7 +50,7 @@ class StepSizeQuantizer(nn.Module):
 
     @torch.no_grad()
     def integers(self, weight: Tensor) -> Tensor:
-        """The integers that stand for the quantized weights, int8 ``[C_out, ...]``."""
+        """The integers on the grid, int8 ``[C_out, ...]``."""
         step = self.step.view(-1, *[1] * (weight.dim() - 1))
         return (weight / step).round_().clamp_(self.q_min, self.q_max).to(torch.int8)
 
@@ -54,10 +59,10 @@ class StepSizeQuantizer(nn.Module):
 
 
 def on_grid(integers: Tensor, step: Tensor) -> Tensor:
-    """The weights that integers stand for, in the type of the steps.
+    """The weights of integers on the grid, in the type of the steps.
 
     Args:
         integers: ``[C_out, ...]``.
-        step: by output channel, ``[C_out]``.
+        step: Step sizes by output channel, ``[C_out]``.
     """
     return integers.to(step.dtype) * step.view(-1, *[1] * (integers.dim() - 1))

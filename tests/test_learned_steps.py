@@ -4,16 +4,26 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from qsd import QsdError, initialize_neurons
+from qsd import QsdError, initialize_neurons, neurons
 from qsd.functional import learned_spikes, scale_gradient
 from qsd.layers import Mlp, NReluSelfAttention, TokenMean
-from qsd.neurons import FloatNeuron, LsqNeuron, QcfsNeuron, SpikeNeuron, build_neuron
+from qsd.layers.steps import learned_steps, step_names
+from qsd.neurons import (
+    FloatNeuron,
+    LearnedStepNeuron,
+    LsqNeuron,
+    QcfsNeuron,
+    SpikeNeuron,
+    build_neuron,
+    register_neuron,
+)
 
 
 def half_up(x):
@@ -300,3 +310,31 @@ def test_build_neuron_knows_every_kind():
 def test_the_token_mean():
     x = torch.randn(2, 3, 4, 5)
     torch.testing.assert_close(TokenMean()(x), x.mean((2, 3)))
+
+
+def test_a_neuron_of_one_s_own_is_one_entry(monkeypatch):
+    class ThetaNeuron(LearnedStepNeuron):
+        """A step of another name, without a factor on its gradient."""
+
+        step_name = "theta"
+
+        def __init__(self, time_steps=4, amplitude=None):
+            super().__init__(time_steps, amplitude)
+            self.theta = nn.Parameter(torch.ones(()))
+
+        def step_size(self, features):
+            return self.theta
+
+        def initialize(self, x, scale=None):
+            self.theta.fill_(2.0)
+
+    monkeypatch.setattr(neurons, "_NEURONS", dict(neurons._NEURONS))
+    register_neuron("theta", lambda time_steps, _threshold, amplitude: ThetaNeuron(time_steps, amplitude))
+    with pytest.raises(QsdError, match="'theta' is registered already"):
+        register_neuron("theta", ThetaNeuron)
+    model = timm.create_model("csdformer_2_384", activation="theta", embed_dims=16, num_heads=2, depth=1, num_classes=3)
+    steps = learned_steps(model)
+    assert "blocks.0.attn.score_neuron" in steps
+    assert "blocks.0.attn.score_neuron.theta" in step_names(model)
+    assert initialize_neurons(model, torch.randn(2, 3, 32, 32)) == len(steps)
+    assert {float(step) for step in steps.values()} == {2.0}

@@ -1,11 +1,11 @@
-"""The two levels of QSD-Transformer taken apart on few digits: binary or multi-level spikes, with a teacher or without.
+"""An ablation of QSD-Transformer on few digits: binary or multi-level spikes, with and without distillation.
 
 python tools/ablation.py
 
 Every combination of T = 1 and T = 4, without and with distillation, and of 4, 3 and 2 weight bits is trained with
-several seeds; a seed also chooses the training images. The float twin that teaches has seen the same few images. Each
-network's best checkpoint is chosen on validation images; the test images are looked at once, at the end. A second call
-goes on where the first one stopped.
+several seeds; a seed also chooses the training images. The teacher, a float twin, was trained on the same images. The
+best checkpoint of a network is chosen on validation images; the test images are evaluated once, at the end. A second
+call goes on where the first one stopped.
 """
 
 import itertools
@@ -32,6 +32,7 @@ from rich.table import Table
 
 from qsd import program
 from qsd.errors import QsdError
+from qsd.files import replacing
 
 VARIANTS = {
     (1, False): "binary spikes (T = 1)",
@@ -44,16 +45,16 @@ SIZES = {"embed_dims": (16, 32, 64, 80), "depth": 4, "layer_scale": 0.1, "stride
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trainings share; results of other settings are not mixed.
+    """The settings that all trainings share; a folder holds results of one choice of them.
 
     Attributes:
-        images: training images.
-        epochs: of each training.
-        batch_size: images per step.
-        base_lr: learning rate of students, for 256 images.
-        teacher_lr: of teachers.
-        attention_weight: of the distillation.
-        logits_weight: of the distillation.
+        images: Number of training images.
+        epochs: Epochs of each training.
+        batch_size: Images per step.
+        base_lr: Learning rate of students, for 256 images.
+        teacher_lr: Learning rate of teachers, for 256 images.
+        attention_weight: Weight of the distillation of attention.
+        logits_weight: Weight of the distillation of logits.
     """
 
     images: int = 200
@@ -70,10 +71,10 @@ class Run:
     """One training. A teacher has no time steps and no weight bits.
 
     Attributes:
-        seed: of weights, order, augmentation and the choice of training images.
+        seed: Seed of weights, order, augmentation and the choice of training images.
         time_steps: T, or ``None`` for a teacher.
-        weight_bits: of the weights, or ``None`` for a teacher.
-        distilled: whether the seed's teacher teaches.
+        weight_bits: Bits of the weights, or ``None`` for a teacher.
+        distilled: Whether the teacher of the same seed is used.
     """
 
     seed: int
@@ -83,19 +84,19 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """The name of the files of the training."""
         if self.time_steps is None:
             return f"teacher-s{self.seed}"
         return f"t{self.time_steps}-w{self.weight_bits}{'-distilled' if self.distilled else ''}-s{self.seed}"
 
 
 def train(run: Run, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Train and test one network, and write its result under a name of its own, last of all.
+    """Train and test one network, and then write its result to a file of its own.
 
     Args:
-        run: which.
-        settings: of all.
-        folder: where results and the teachers' checkpoints lie.
+        run: The training.
+        settings: The settings of all trainings.
+        folder: The folder of results and of the teachers' checkpoints.
 
     Returns:
         The result: accuracies on validation and test images.
@@ -143,14 +144,13 @@ def train(run: Run, settings: Settings, folder: Path) -> dict[str, Any]:
         result[part] = metrics[f"{part}/accuracy"]
     if not is_teacher:
         Path(checkpoint.best_model_path).unlink()
-    partial = folder / f"{run.name}.part"
-    partial.write_text(json.dumps(result))
-    partial.replace(folder / f"{run.name}.json")
+    with replacing(folder / f"{run.name}.json") as partial:
+        partial.write_text(json.dumps(result))
     return result
 
 
 def prepare_worker() -> None:
-    """One thread each: so many processes use the machine's cores better than as many threads."""
+    """Use one thread: several processes use the cores better than several threads of one process."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -158,7 +158,7 @@ def prepare_worker() -> None:
 
 @contextmanager
 def pool_of(workers: int) -> Iterator[Any]:
-    """Something to submit trainings to: processes, or for 0 this one."""
+    """An executor for trainings: a pool of processes, or this process for 0 workers."""
     if workers > 0:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker) as pool:
@@ -180,13 +180,13 @@ def pool_of(workers: int) -> Iterator[Any]:
 
 
 def run_all(runs: list[Run], settings: Settings, folder: Path, workers: int) -> list[dict[str, Any]]:
-    """Train what has no result yet, teachers first, and return all results.
+    """Run the trainings that have no result yet, teachers first, and return all results.
 
     Args:
-        runs: students.
-        settings: of all.
-        folder: where results lie.
-        workers: processes; 0 trains in this one.
+        runs: The trainings of students.
+        settings: The settings of all trainings.
+        folder: The folder of the results.
+        workers: The number of processes; 0 trains in this one.
     """
     teachers = [Run(seed) for seed in sorted({run.seed for run in runs if run.distilled})]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -206,8 +206,8 @@ def table_of(results: list[dict[str, Any]], settings: Settings) -> Table:
     """Test accuracy in percent, mean and deviation over seeds.
 
     Args:
-        results: of `run_all`.
-        settings: of all.
+        results: The results of `run_all`.
+        settings: The settings of all trainings.
     """
     bits = sorted({r["weight_bits"] for r in results if r["weight_bits"]}, reverse=True)
     seeds = len({r["seed"] for r in results})
@@ -230,10 +230,10 @@ def accuracies(results: list[dict[str, Any]], steps: int | None, bits: int | Non
     """Test accuracy in percent by seed.
 
     Args:
-        results: of `run_all`.
+        results: The results of `run_all`.
         steps: T of the networks.
-        bits: of their weights.
-        distilled: with a teacher or without.
+        bits: Bits of their weights.
+        distilled: Whether they were distilled.
     """
     wanted = (steps, bits, distilled)
     return {
@@ -247,9 +247,9 @@ def gain(
     """Differences between two variants that were trained on the same images from the same seed.
 
     Args:
-        results: of `run_all`.
-        before: T, bits, distilled.
-        after: the same.
+        results: The results of `run_all`.
+        before: T, bits and distillation of one variant.
+        after: T, bits and distillation of the other.
     """
     old, new = accuracies(results, *before), accuracies(results, *after)
     return {seed: new[seed] - old[seed] for seed in old.keys() & new.keys()}
@@ -267,8 +267,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Accuracy over bits, a line per variant, with every seed as a point.
 
     Args:
-        results: of `run_all`.
-        path: of the SVG file.
+        results: The results of `run_all`.
+        path: The SVG file to write.
     """
     bits = sorted({r["weight_bits"] for r in results if r["weight_bits"]}, reverse=True)
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
@@ -285,10 +285,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("test accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    partial = path.with_suffix(".part")
-    with mpl.rc_context({"font.size": 9, "svg.hashsalt": "qsd"}):
+    with replacing(path) as partial, mpl.rc_context({"font.size": 9, "svg.hashsalt": "qsd"}):
         figure.savefig(partial, format="svg", metadata={"Date": None})
-    partial.replace(path)
 
 
 def check_settings(settings: Settings, folder: Path) -> None:
@@ -297,9 +295,8 @@ def check_settings(settings: Settings, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists() and json.loads(path.read_text()) != asdict(settings):
         raise QsdError(f"{folder} holds results of other settings ({path.name}); choose another --out.")
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(asdict(settings)))
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(asdict(settings)))
 
 
 def main(args: list[str] | None = None) -> int:

@@ -21,15 +21,23 @@ class Distillation(Callback):
 
     Args:
         teacher: Checkpoint of a training with qsd, or the name of a model.
+        teacher_weights: Weights of a model by name.
+        teacher_args: Further arguments of the teacher's model.
         **options: Further fields of `qsd.distillation.DistillationOptions`.
 
     Raises:
         QsdError: For a teacher that is missing, does not fit, or has no attention where it is needed.
     """
 
-    def __init__(self, teacher: str, **options: Any) -> None:
+    def __init__(
+        self,
+        teacher: str,
+        teacher_weights: str | None = None,
+        teacher_args: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
-        self.options = DistillationOptions(teacher, **options)
+        self.options = DistillationOptions(teacher, teacher_weights, teacher_args, **options)
         self.terms: DistillationTerms | None = None
         self._teacher: Any = None
         self._trainer: Trainer | None = None

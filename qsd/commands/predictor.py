@@ -69,8 +69,7 @@ class Predictor:
             raise QsdError(f"{path} holds a detector or segmenter; give the checkpoint .pth of its training instead.")
         network = load_packed(path)
         spiking = network if isinstance(network, SpikingNetwork) else to_spike_driven(network)
-        lossless = all(neuron.delay >= spiking.time_steps - 1 for neuron in spiking.neurons().values())
-        self.logits = spiking if lossless else lambda images: spiking.simulate(images).logits
+        self.logits = spiking.evaluate
         self.energy = lambda images: measure_energy(spiking, images).total
         self.energy_of = "spikes of each image"
 

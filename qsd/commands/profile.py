@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qsd import model_size, program
 from qsd.errors import QsdError
-from qsd.models.checkpoints import STEP_NAMES
+from qsd.layers.steps import step_names
 from qsd.neurons import SpikeNeuron
 
 _IMAGENET, _CIFAR = 1_281_167, 50_000  # training images
@@ -118,7 +118,7 @@ def profile(
         name=name,
         image_size=size,
         time_steps=time_steps,
-        parameters=sum(p.numel() for key, p in model.named_parameters() if not key.endswith(STEP_NAMES)),
+        parameters=sum(p.numel() for key, p in model.named_parameters() if key not in step_names(model)),
         packed_bytes=packed_bytes,
         epoch_images=epoch_images,
         epoch_macs=epoch_macs,

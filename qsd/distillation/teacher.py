@@ -17,7 +17,7 @@ from qsd.layers import LinearChain
 from qsd.models.checkpoints import load_weights, read_checkpoint, read_state_dict
 from qsd.models.registered import check_depth, model_of_file
 from qsd.reading import part_of
-from qsd.spiking.rules import fold_norms
+from qsd.spiking.merging import fold_norms
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 

@@ -10,7 +10,7 @@ from qsd.export.onnx import to_onnx
 from qsd.packing import save_packed
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images
-from qsd.spiking.rules import Merge
+from qsd.spiking.merging import Merge
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,9 @@ def check_target(spiking: SpikingNetwork, path: Path) -> None:
     """
     if not path.parent.is_dir():
         raise QsdError(f"the folder {path.parent} does not exist; make it first.")
-    early = next((name for name, neuron in spiking.neurons().items() if neuron.delay < spiking.time_steps - 1), None)
-    if early is not None:
+    if (early := spiking.early_neuron()) is not None:
         raise QsdError(
-            f"neuron {early} fires before its input is complete, and a file without time steps cannot express that; "
+            f"neuron {early.name} fires before its input is complete, which a file without time steps cannot express; "
             "convert with the lossless delays, delay=None."
         )
 

@@ -16,7 +16,7 @@ from qsd.export.integer_weights import IntegerWeights, chain_weights, evaluated_
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.layers import Convolution, SpikingChain
-from qsd.spiking.rules import Merge
+from qsd.spiking.merging import Merge
 
 _LARGEST_RATIO = 2.0**10  # Between the units of two channels: a channel that hardly varies needs no finer levels.
 _TINY = 1e-30  # In place of a range of zero.

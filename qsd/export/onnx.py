@@ -14,7 +14,7 @@ from qsd.export.notes import check_notes, write_note
 from qsd.files import replacing
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
-from qsd.spiking.rules import Merge
+from qsd.spiking.merging import Merge
 
 
 def to_onnx(

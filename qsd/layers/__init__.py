@@ -4,11 +4,11 @@ from qsd.layers.attention import MatrixProduct, NReluSelfAttention, SpikeDrivenS
 from qsd.layers.blocks import ConvBlock, Downsample, Mlp, SepConv, TransformerBlock, conv_norm
 from qsd.layers.chains import BatchNormPad2d, LinearChain, rep_conv
 from qsd.layers.heads import TokenMeanLinear
-from qsd.layers.initialization import initialize_neurons
 from qsd.layers.layer_scale import LayerScale
 from qsd.layers.pooling import SpikeMaxPool2d, TokenMean
 from qsd.layers.quantized import QuantConv2d, QuantLinear, initialize_steps, quantized_weight
 from qsd.layers.recompute import frozen_statistics, recompute
+from qsd.layers.steps import initialize_neurons
 from qsd.lean import set_lean
 
 __all__ = [

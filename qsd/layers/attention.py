@@ -46,23 +46,23 @@ class SpikeDrivenSelfAttention(nn.Module):
     ``clip(floor(I / (4 T^2) + 1/2), 0, T)`` spikes of amplitude ``2 / T`` (QSD-Transformer's published code, written
     on integers).
 
-    The quantities that distillation, analysis and conversion look at are the inputs (membranes) and outputs (counts)
-    of four named modules: ``q_neuron``, ``k_neuron``, ``v_neuron`` (``[B, C, H, W]``, head-major channels) and
-    ``attn_neuron`` (the product, ``[B, C, H, W]``). A forward hook on them sees both.
+    Distillation, analysis and conversion read the inputs (membranes) and outputs (counts) of four named modules:
+    ``q_neuron``, ``k_neuron``, ``v_neuron`` (``[B, C, H, W]``, head-major channels) and ``attn_neuron`` (the product,
+    ``[B, C, H, W]``). A forward hook on them sees both.
 
-    The float twin (``time_steps=None``) has a ReLU for each neuron. ``attention="softmax"`` turns that twin into an
-    ordinary softmax attention without neurons on query, key and value, a stronger teacher.
+    The float twin (``time_steps=None``) has a ReLU in the place of each neuron. ``attention="softmax"`` turns that twin
+    into an ordinary softmax attention without neurons on query, key and value, a stronger teacher.
 
     Args:
-        dim: channels C.
-        num_heads: heads; must divide ``dim``.
+        dim: Channels C.
+        num_heads: Number of heads; must divide ``dim``.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
         attention: ``"linear"``, or ``"softmax"`` (float twin only).
         layer_scale: Initial scale of the branch by channel, or ``None`` for none.
 
     Raises:
-        QsdError: if the heads do not divide the channels, or softmax attention is asked of a spiking network.
+        QsdError: If the heads do not divide the channels, or a spiking network is to have softmax attention.
     """
 
     def __init__(
@@ -121,26 +121,26 @@ class NReluSelfAttention(nn.Module):
     """CSDformer's self-attention: ``neuron(neuron(q k^T / sqrt(d_h)) / N v)``, with ReLUs over N for the softmax.
 
     (Equations 6, 7 and 11.) Query, key, value and scores are integer counts ``0..T``. Both products are computed on
-    integers; what a unit of them is worth, with ``1 / sqrt(d_h)`` and ``1 / N`` in it, goes into the threshold of the
-    neuron behind, which so depends on the number N of tokens. Any grid of tokens is legal.
+    integers. The value of their unit, with ``1 / sqrt(d_h)`` and ``1 / N`` in it, goes into the threshold of the next
+    neuron, which so depends on the number N of tokens. Any grid of tokens is legal.
 
-    Distillation, analysis and conversion look at the inputs (membranes) and outputs (counts) of ``q_neuron``,
+    Distillation, analysis and conversion read the inputs (membranes) and outputs (counts) of ``q_neuron``,
     ``k_neuron``, ``v_neuron`` and ``attn_neuron`` (``[B, C, H, W]``, head-major channels) and ``score_neuron``
     (``[B, heads, N, N]``, query by key); the products come in as integers, beside their scale.
 
-    The float twin (``time_steps=None``) has a ReLU for each neuron; ``attention="softmax"`` makes an ordinary softmax
-    attention of that twin.
+    The float twin (``time_steps=None``) has a ReLU in the place of each neuron; ``attention="softmax"`` makes an
+    ordinary softmax attention of that twin.
 
     Args:
-        dim: channels C.
-        num_heads: heads; must divide ``dim``.
+        dim: Channels C.
+        num_heads: Number of heads; must divide ``dim``.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
         neurons: ``"lsq"`` or ``"qcfs"``, see `qsd.neurons.build_neuron`.
         attention: ``"nrelu"``, or ``"softmax"`` (float twin only).
 
     Raises:
-        QsdError: if the heads do not divide the channels, or softmax attention is asked of a spiking network.
+        QsdError: If the heads do not divide the channels, or a spiking network is to have softmax attention.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Blocks: down-sampling, convolutional block and transformer block of QSD-Transformer; MLP; token mean."""
+"""Blocks: down-sampling, convolutional block and transformer block of QSD-Transformer, and the MLP."""
 
 from typing import Any
 
@@ -25,12 +25,12 @@ def conv_norm(
     """A convolution that keeps the size (at stride 1) and a batch norm.
 
     Args:
-        in_channels: channels of the input ``[B, C_in, H, W]``.
-        out_channels: channels of the output ``[B, C_out, H', W']``.
-        kernel_size: odd side of the kernel; the padding is half of it.
-        stride: stride of the kernel.
-        bias: whether the convolution has a bias of its own.
-        bits: weight bits, 2 to 8, or ``None`` for float weights.
+        in_channels: Channels of the input ``[B, C_in, H, W]``.
+        out_channels: Channels of the output ``[B, C_out, H', W']``.
+        kernel_size: Odd side of the kernel; the padding is half of it.
+        stride: Stride of the kernel.
+        bias: Whether the convolution has a bias of its own.
+        bits: Weight bits, 2 to 8, or ``None`` for float weights.
         layer_scale: Initial scale by channel of a residual branch that ends here, or ``None`` for none.
     """
     conv = QuantConv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias, weight_bits=bits)
@@ -44,11 +44,11 @@ class Downsample(nn.Module):
     """A neuron (unless it sees the image) and a strided convolution with batch norm.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: side of the kernel.
-        stride: stride.
-        first: the input is an image, not a residual stream: no neuron in front.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Side of the kernel.
+        stride: Stride of the kernel.
+        first: Whether the input is an image and no residual stream, without a neuron in front.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
     """
@@ -78,7 +78,7 @@ class SepConv(nn.Module):
     There is no neuron between the depthwise and the second pointwise convolution, as in the published network.
 
     Args:
-        dim: channels of input and output.
+        dim: Channels of input and output.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
     """
@@ -101,13 +101,13 @@ class SepConv(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two convolutions, each behind a neuron: 1x1 with bias in transformer blocks, 3x3 without in conv blocks.
+    """Two convolutions, each with a neuron in front: 1x1 with bias in transformer blocks, 3x3 without in conv blocks.
 
     Args:
-        dim: channels of input and output.
-        hidden: channels between.
-        kernel_size: side of both kernels.
-        bias: whether the convolutions have a bias.
+        dim: Channels of input and output.
+        hidden: Channels between the convolutions.
+        kernel_size: Side of both kernels.
+        bias: Whether the convolutions have a bias.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
         neurons: ``"fixed"``, ``"lsq"`` or ``"qcfs"``, see `qsd.neurons.build_neuron`.
@@ -140,8 +140,8 @@ class ConvBlock(nn.Module):
     """Residual separable convolution and residual pair of dense 3x3 convolutions.
 
     Args:
-        dim: channels.
-        mlp_ratio: channels between the dense convolutions, over ``dim``.
+        dim: Number of channels.
+        mlp_ratio: Channels between the dense convolutions, over ``dim``.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
     """
@@ -167,14 +167,14 @@ class TransformerBlock(nn.Module):
     """Residual attention and residual MLP, each scaled per channel.
 
     Args:
-        dim: channels.
-        num_heads: attention heads.
-        mlp_ratio: channels inside the MLP, over ``dim``.
+        dim: Number of channels.
+        num_heads: Number of attention heads.
+        mlp_ratio: Channels inside the MLP, over ``dim``.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
-        attention: see `SpikeDrivenSelfAttention`.
-        layer_scale: initial scale of both branches (published: 1e-6).
-        drop_path_rate: probability of dropping a branch in training, per image.
+        attention: ``"linear"`` or ``"softmax"``, see `SpikeDrivenSelfAttention`.
+        layer_scale: Initial scale of both branches (published: 1e-6).
+        drop_path_rate: Probability of dropping a branch in training, per image.
     """
 
     def __init__(

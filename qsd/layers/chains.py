@@ -1,35 +1,27 @@
-"""Chains of linear layers without a neuron between them: what lies between the spikes of one neuron and the next.
+"""Chains of linear layers without a neuron between them, from the spikes of one neuron to the membrane of the next.
 
 Every connection of the networks is such a chain, from a single convolution with batch norm to RepConv's six layers.
 """
 
 from collections import OrderedDict
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from qsd.functional import pad_frame
 from qsd.layers.layer_scale import LayerScale
-from qsd.layers.quantized import QuantConv2d, is_lean, lean_form
-from qsd.lean import (
-    framed_convolutions,
-    has_hooks,
-    is_ordinary,
-    norm_in_training,
-    two_norms,
-    working_dtype,
-)
+from qsd.layers.quantized import QuantConv2d, lean_form
+from qsd.lean import Synapse, framed_convolutions, has_hooks, is_ordinary, norm_in_training, two_norms, working_dtype
 
 
 class LinearChain(nn.Sequential):
     """Convolutions and batch norms in a row, with no neuron between: a linear map of spikes (in evaluation).
 
-    In training, norms run together with what lies beside them (see `qsd.lean.norms`), unless `qsd.set_lean` switches
+    In training, norms run together with the layers beside them (see `qsd.lean.norms`), unless `qsd.set_lean` switches
     that off.
 
     Args:
-        layers: the layers by name, in the order of application.
+        layers: The layers by name, in the order of application.
     """
 
     lean = True
@@ -43,38 +35,63 @@ class LinearChain(nn.Sequential):
             return super().forward(x)
         layers = list(self)
         while layers:
-            x, taken = _advance(layers, x)
+            first, taken = layers[0], 0
+            if isinstance(first, nn.BatchNorm2d):
+                x, taken = _norms(x, layers)
+            elif isinstance(first, BatchNormPad2d):
+                x, taken = _framed(x, layers)
+            if not taken:
+                x, taken = first(x), 1
             del layers[:taken]
         return x
 
 
-def _advance(layers: list[nn.Module], x: Tensor) -> tuple[Tensor, int]:
-    """Run the first layers of a row: the result, and how many they were."""
-    first, (second, third) = layers[0], (*layers[1:3], None, None)[:2]
-    if isinstance(first, BatchNormPad2d) and first.is_ordinary() and working_dtype(x) == x.dtype:
-        if _is_bare(second) and _is_bare(third):
-            convs = [(conv.weight, *lean_form(conv)) for conv in (second, third)]
-            return framed_convolutions(x, first.norm, *convs), 3
-    elif is_ordinary(first) and x.dtype == first.weight.dtype:  # mixed types, in autocast, are left to torch
-        if is_ordinary(second):
-            scale = _scale(third)
-            return two_norms(x, first, second, scale), 2 + (scale is not None)
-        scale = _scale(second)
-        return norm_in_training(x, first, scale), 1 + (scale is not None)
-    return first(x), 1
+def _norms(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, int]:
+    """Run the norms at the beginning of a row of layers, and a layer scale that follows them.
+
+    Returns:
+        The result, and the number of layers that ran; none if the first norm has to run by itself.
+    """
+    first = layers[0]
+    if not is_ordinary(first) or x.dtype != first.weight.dtype:  # mixed types, in autocast, are left to torch
+        return x, 0
+    if len(layers) == 1:
+        return norm_in_training(x, first), 1
+    second = layers[1]
+    if is_ordinary(second):
+        scale = _scale(layers[2]) if len(layers) > 2 else None
+        return two_norms(x, first, second, scale), 2 + (scale is not None)
+    scale = _scale(second)
+    return norm_in_training(x, first, scale), 1 + (scale is not None)
 
 
-def _scale(layer: nn.Module | None) -> Tensor | None:
-    """The factors of a layer scale that the norm in front of it can take in; it costs no pass of its own then."""
+def _scale(layer: nn.Module) -> Tensor | None:
+    """The factors of a layer scale that the norm in front of it can absorb, so that it takes no pass of its own."""
     return layer.gamma if isinstance(layer, LayerScale) and not has_hooks(layer) else None
 
 
-def _is_bare(layer: nn.Module | None) -> TypeGuard[QuantConv2d]:
-    return isinstance(layer, QuantConv2d) and layer.bias is None and is_lean(layer) and not has_hooks(layer)
+def _framed(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, int]:
+    """Run a norm with its frame and the two convolutions that follow it, as `_norms` does."""
+    first = layers[0]
+    assert isinstance(first, BatchNormPad2d)
+    if len(layers) < 3 or not first.is_ordinary() or working_dtype(x) != x.dtype:
+        return x, 0
+    depthwise, pointwise = _bare_form(layers[1]), _bare_form(layers[2])
+    if depthwise is None or pointwise is None:
+        return x, 0
+    return framed_convolutions(x, first.norm, depthwise, pointwise), 3
+
+
+def _bare_form(layer: nn.Module) -> tuple[Tensor, Tensor | None, Synapse] | None:
+    """Weight, step sizes and configuration of a convolution that may run together with its neighbours."""
+    if not isinstance(layer, QuantConv2d) or layer.bias is not None or has_hooks(layer):
+        return None
+    form = lean_form(layer)
+    return None if form is None else (layer.weight, *form)
 
 
 class BatchNormPad2d(nn.Module):
-    """Batch norm, then a frame of one pixel that holds what the norm makes of zeros.
+    """Batch norm, then a frame of one pixel with the norm's output for an input of zeros.
 
     With it a padded 3x3 convolution behind a 1x1 convolution equals one 3x3 convolution on zero-padded input. In
     training the frame is taken from the running statistics after this batch's update, and no gradient flows through
@@ -82,7 +99,7 @@ class BatchNormPad2d(nn.Module):
     subclasses of batch norm and would lose the frame.
 
     Args:
-        num_features: channels of the input ``[B, C, H, W]``; the output is ``[B, C, H + 2, W + 2]``.
+        num_features: Channels of the input ``[B, C, H, W]``; the output is ``[B, C, H + 2, W + 2]``.
     """
 
     def __init__(self, num_features: int) -> None:

@@ -8,7 +8,7 @@ class LayerScale(nn.Module):
     """Factor by channel at the end of a residual branch (Touvron et al., CaiT, 2021).
 
     It stands last in the branch's `LinearChain`, so that conversion folds it into the chain's weights. A threshold
-    cannot absorb it: the neurons behind the residual stream see the sum of several branches.
+    cannot absorb it: the neurons that read the residual stream see the sum of several branches.
 
     Args:
         dim: Number of channels C.

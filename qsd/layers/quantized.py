@@ -15,13 +15,13 @@ class QuantConv2d(nn.Conv2d):
     """`torch.nn.Conv2d` with low-bit weights.
 
     Args:
-        in_channels: channels of the input ``[B, C_in, H, W]``.
-        out_channels: channels of the output.
-        kernel_size: side of the square kernel.
-        stride: stride of the kernel.
-        padding: rows and columns of zeros around the input.
-        groups: groups of channels; ``in_channels`` makes it depthwise.
-        bias: whether a float bias is added.
+        in_channels: Channels of the input ``[B, C_in, H, W]``.
+        out_channels: Channels of the output.
+        kernel_size: Side of the square kernel.
+        stride: Stride of the kernel.
+        padding: Rows and columns of zeros around the input.
+        groups: Groups of channels; ``in_channels`` makes it depthwise.
+        bias: Whether a float bias is added.
         weight_bits: 2 to 8, or ``None`` for float weights.
     """
 
@@ -44,23 +44,24 @@ class QuantConv2d(nn.Conv2d):
         initialize_steps(self)
 
     def train(self, mode: bool = True) -> "QuantConv2d":
-        _quantized.pop(self, None)
+        _EVALUATION_WEIGHTS.pop(self, None)
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
-        if not is_lean(self):
+        form = lean_form(self)
+        if form is None:
             return self._conv_forward(x, quantized_weight(self), self.bias)
-        return apply_synapse(x, self.weight, self.bias, *lean_form(self))
+        return apply_synapse(x, self.weight, self.bias, *form)
 
 
 class QuantLinear(nn.Linear):
     """`torch.nn.Linear` with low-bit weights.
 
     Args:
-        in_features: features of the input ``[..., C_in]``.
-        out_features: features of the output.
-        bias: whether a float bias is added.
+        in_features: Features of the input ``[..., C_in]``.
+        out_features: Features of the output.
+        bias: Whether a float bias is added.
         weight_bits: 2 to 8, or ``None`` for float weights.
     """
 
@@ -76,80 +77,78 @@ class QuantLinear(nn.Linear):
         initialize_steps(self)
 
     def train(self, mode: bool = True) -> "QuantLinear":
-        _quantized.pop(self, None)
+        _EVALUATION_WEIGHTS.pop(self, None)
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C_in]`` to ``[..., C_out]``."""
-        if not is_lean(self):
+        form = lean_form(self)
+        if form is None:
             return F.linear(x, quantized_weight(self), self.bias)
-        return apply_synapse(x, self.weight, self.bias, *lean_form(self))
+        return apply_synapse(x, self.weight, self.bias, *form)
 
 
-def is_lean(layer: QuantConv2d | QuantLinear) -> bool:
-    """Whether a layer runs by `qsd.lean.apply_synapse`.
+def lean_form(layer: QuantConv2d | QuantLinear) -> tuple[Tensor | None, Synapse] | None:
+    """Step sizes and static configuration of a layer for `qsd.lean.apply_synapse`, or ``None`` to run it plainly.
 
-    It does only when gradients are recorded and the code is not being compiled, for quantizers of ours without hooks
-    and for zeros as padding.
+    It runs plainly in evaluation and under a compiler, which decides itself what to keep, and where `apply_synapse`
+    would not see everything: quantizers of others or with hooks, and padding other than with zeros.
 
     Args:
         layer: Quantized or float layer.
     """
     if not (layer.lean and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-        return False
-    if isinstance(layer, QuantConv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-        return False
-    quantizer = layer.quantizer
-    return quantizer is None or (type(quantizer) is StepSizeQuantizer and not has_hooks(quantizer))
-
-
-def lean_form(layer: QuantConv2d | QuantLinear) -> tuple[Tensor | None, Synapse]:
-    """Step sizes and static configuration of a layer, for `qsd.lean.apply_synapse`.
-
-    Args:
-        layer: Quantized or float layer.
-    """
-    quantizer, geometry = layer.quantizer, None
+        return None
+    geometry = None
     if isinstance(layer, QuantConv2d):
-        assert not isinstance(layer.padding, str)
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return None
         geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+    quantizer = layer.quantizer
     if quantizer is None:
         return None, Synapse((0, 0), geometry)
+    if type(quantizer) is not StepSizeQuantizer or has_hooks(quantizer):
+        return None
     return quantizer.step, Synapse((quantizer.q_min, quantizer.q_max), geometry)
 
 
-class _Quantized(NamedTuple):
+class _QuantizedWeight(NamedTuple):
+    """A quantized weight and the state of the parameters that it was computed from."""
+
     state: tuple[tuple[object, ...], ...]
     parameters: tuple[Tensor, ...]
     weight: Tensor
 
+    @staticmethod
+    def state_of(parameters: tuple[Tensor, ...]) -> tuple[tuple[object, ...], ...]:
+        return tuple((t.data_ptr(), t._version, t.dtype) for t in parameters)
 
-# Quantized weights of layers in evaluation: outside of the modules, so that no copy, checkpoint or average sees them.
-_quantized: WeakKeyDictionary[nn.Module, _Quantized] = WeakKeyDictionary()
+
+# The quantized weights of layers in evaluation. They are kept outside of the modules, so that copies, checkpoints and
+# averages of a model do not hold them, and disappear with their layer.
+_EVALUATION_WEIGHTS: WeakKeyDictionary[nn.Module, _QuantizedWeight] = WeakKeyDictionary()
 
 
 def quantized_weight(layer: QuantConv2d | QuantLinear) -> Tensor:
     """The weight that the layer computes with: quantized, or the float one if it has no quantizer.
 
     In evaluation without gradients it is computed once, and again when weights or steps change or the layer is put into
-    training or evaluation mode. Do not write into it. (Writing through ``.data`` is what PyTorch does not count as
-    a change.)
+    training or evaluation mode. Do not write into it. (PyTorch does not count writing through ``.data`` as a change.)
 
     Args:
-        layer: quantized or not.
+        layer: Quantized or float layer.
     """
     quantizer, weight = layer.quantizer, layer.weight
     if quantizer is None:
         return weight
     if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_special(weight):
         return quantizer(weight)
-    parameters = (weight, quantizer.step)
-    state = tuple((t.data_ptr(), t._version, t.dtype) for t in parameters)
-    known = _quantized.get(layer)
+    state = _QuantizedWeight.state_of((weight, quantizer.step))
+    known = _EVALUATION_WEIGHTS.get(layer)
     if known is None or known.state != state:
-        # Aliases of the parameters, so that their memory is not given to others.
-        known = _Quantized(state, tuple(t.detach() for t in parameters), quantizer(weight))
-        _quantized[layer] = known
+        # The parameters' memory is held, so that it is not given to other tensors of the same address and version.
+        parameters = weight.detach(), quantizer.step.detach()
+        known = _EVALUATION_WEIGHTS[layer] = _QuantizedWeight(state, parameters, quantizer(weight))
     return known.weight
 
 
@@ -164,7 +163,7 @@ def initialize_steps(model: nn.Module) -> None:
     Call it after float weights were loaded into a quantized model, or weights were initialised anew.
 
     Args:
-        model: any module; quantized layers are found at any depth.
+        model: Any module; quantized layers are found at any depth.
     """
     for module in model.modules():
         if isinstance(module, QuantConv2d | QuantLinear) and module.quantizer is not None:

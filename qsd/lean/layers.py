@@ -120,11 +120,10 @@ def apply_synapse(x: Tensor, weight: Tensor, bias: Tensor | None, step: Tensor |
         step: Step sizes of the weights' grid ``[C_out]``, or ``None`` to compute with the float weights.
         synapse: Static configuration of the layer.
     """
-    dtype = working_dtype(x)
-    if dtype != x.dtype:
-        x = cast(x, dtype)  # within the function, autocast's casts would not be differentiated
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        x = cast(x, working_dtype(x))  # within the function, autocast's casts would not be differentiated
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     return _SynapseFunction.apply(x, weight, bias, step, synapse)
 
 

@@ -40,25 +40,24 @@ class Running(NamedTuple):
     eps: float
 
     @staticmethod
-    def of(norm: nn.BatchNorm2d) -> "Running":
+    def of(norm: nn.BatchNorm2d, x: Tensor) -> "Running":
         """The statistics of a norm that is about to see a batch; the batch is counted.
 
         Args:
             norm: A norm in training mode.
+            x: The batch ``[B, C, H, W]``.
+
+        Raises:
+            ValueError: For a single value per channel, which has no variance, as PyTorch does.
         """
+        if x.numel() // x.shape[1] < 2:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         share = 0.0 if norm.momentum is None else norm.momentum
         if norm.track_running_stats and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
             if norm.momentum is None:
                 share = 1 / float(norm.num_batches_tracked)
         return Running(norm.running_mean, norm.running_var, share, norm.eps)
-
-
-def _check_values(x: Tensor) -> int:
-    values = x.numel() // x.shape[1]
-    if values < 2:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-    return values
 
 
 def norm_in_training(x: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None = None) -> Tensor:
@@ -69,16 +68,11 @@ def norm_in_training(x: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None = Non
         norm: A norm that `is_ordinary`.
         scale: Factor of the output by channel, ``[C]``, or ``None``.
     """
-    _check_values(x)
-    weight, bias = _affine(norm, scale)
-    running_mean, running_var, share, eps = Running.of(norm)
+    weight, bias = (norm.weight, norm.bias) if scale is None else (norm.weight * scale, norm.bias * scale)
+    running_mean, running_var, share, eps = Running.of(norm, x)
     output, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, share, eps)
     note_norm(output, NormOrigin(x, weight, bias, mean, inverse, eps))
     return output
-
-
-def _affine(norm: nn.BatchNorm2d, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    return (norm.weight, norm.bias) if scale is None else (norm.weight * scale, norm.bias * scale)
 
 
 class _TwoNorms(torch.autograd.Function):
@@ -97,7 +91,7 @@ class _TwoNorms(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, g1: Tensor, b1: Tensor, g2: Tensor, b2: Tensor, first: Running, second: Running
     ) -> Tensor:
-        values = _check_values(x)
+        values = x.numel() // x.shape[1]
         mean, var = torch.batch_norm_update_stats(x, first.mean, first.var, first.share)
         between = g1.square() * (var / (var + first.eps))
         inverse = (between + second.eps).rsqrt()
@@ -137,8 +131,8 @@ def two_norms(x: Tensor, first: nn.BatchNorm2d, second: nn.BatchNorm2d, scale: T
         second: Another one.
         scale: Factor of the output by channel, ``[C]``, or ``None``.
     """
-    weight, bias = _affine(second, scale)
-    return _TwoNorms.apply(x, first.weight, first.bias, weight, bias, Running.of(first), Running.of(second))
+    weight, bias = (second.weight, second.bias) if scale is None else (second.weight * scale, second.bias * scale)
+    return _TwoNorms.apply(x, first.weight, first.bias, weight, bias, Running.of(first, x), Running.of(second, x))
 
 
 class _FramedConvs(torch.autograd.Function):
@@ -158,7 +152,6 @@ class _FramedConvs(torch.autograd.Function):
         first: Synapse,
         second: Synapse,
     ) -> Tensor:
-        _check_values(x)
         y = F.batch_norm(x, running.mean, running.var, gamma, beta, True, running.share, running.eps)
         assert running.mean is not None
         assert running.var is not None
@@ -202,4 +195,6 @@ def framed_convolutions(
         first: Weights, step sizes or ``None``, and configuration of the depthwise convolution.
         second: The same of the pointwise convolution.
     """
-    return _FramedConvs.apply(x, norm.weight, norm.bias, *first[:2], *second[:2], Running.of(norm), first[2], second[2])
+    return _FramedConvs.apply(
+        x, norm.weight, norm.bias, *first[:2], *second[:2], Running.of(norm, x), first[2], second[2]
+    )

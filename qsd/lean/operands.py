@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch._subclasses import FakeTensor
 
 from qsd.lean.codes import Layout
 
@@ -146,6 +147,8 @@ def norm_origin(x: Tensor) -> NormOrigin | None:
     origin = _NORMS.get(x.untyped_storage())
     if origin is None or x.shape != origin.x.shape or x.dtype != origin.x.dtype:
         return None
+    if x.is_meta or isinstance(x, FakeTensor):  # shapes without values, to count bytes
+        return origin
     again = _normalised_again(origin)
     return origin if again.stride() == x.stride() and torch.equal(again, x) else None
 

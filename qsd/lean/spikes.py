@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qsd import functional
@@ -62,10 +63,11 @@ def _keeps_codes(x: Tensor, time_steps: int) -> bool:
         return False
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return type(x) in _TENSORS and not x.is_meta
+    return type(x) in _TENSORS
 
 
-_TENSORS = (Tensor, torch.nn.Parameter)
+# Tensors of other classes may not have the memory that codes are compared with.
+_TENSORS = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 class _LearnedSpikes(torch.autograd.Function):

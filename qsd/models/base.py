@@ -1,4 +1,4 @@
-"""What our image classifiers share: timm's contract, over a row of modules whose outputs are features."""
+"""The base of all image classifiers: timm's contract, over a row of modules whose outputs are features."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
-from qsd.layers import QuantLinear
-from qsd.models.checkpoints import STEP_NAMES
+from qsd.layers import LayerScale, QuantLinear
+from qsd.layers.steps import step_names
 
 
 class ImageClassifier(nn.Module):
@@ -17,17 +17,17 @@ class ImageClassifier(nn.Module):
     `build_head`), ``feature_info`` and ``total_stride``, and writes `forward_head`.
 
     Args:
-        num_features: channels in front of the classifier.
-        num_classes: outputs of the classifier; 0 removes it.
-        in_chans: channels of the image.
+        num_features: Channels in front of the classifier.
+        num_classes: Outputs of the classifier; 0 removes it.
+        in_chans: Channels of the image.
         time_steps: T, or ``None`` for ReLUs.
         weight_bits: 2 to 8, or ``None`` for float weights.
-        drop_rate: dropout in front of the classifier.
-        drop_path_rate: stochastic depth of the last block.
+        drop_rate: Dropout in front of the classifier.
+        drop_path_rate: Stochastic depth of the last block.
         global_pool: ``"avg"``.
 
     Raises:
-        QsdError: for values out of range.
+        QsdError: For values out of range.
     """
 
     features_name: str
@@ -71,8 +71,8 @@ class ImageClassifier(nn.Module):
         """Run one module of the row.
 
         Args:
-            module: of the row.
-            x: its input ``[B, C, H, W]``.
+            module: A module of the row.
+            x: Its input ``[B, C, H, W]``.
         """
         return module(x)
 
@@ -80,17 +80,17 @@ class ImageClassifier(nn.Module):
         """A fresh classifier.
 
         Args:
-            num_classes: its outputs; 0 for none.
+            num_classes: Its outputs; 0 for none.
         """
         if num_classes == 0:
             return nn.Identity()
         return QuantLinear(self.num_features, num_classes, weight_bits=self.weight_bits)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images ``[B, in_chans, H, W]`` to the residual stream behind the last block, ``[B, C, H', W']``.
+        """Images ``[B, in_chans, H, W]`` to the residual stream after the last block, ``[B, C, H', W']``.
 
         Raises:
-            QsdError: if the image has another number of channels or is smaller than the total stride.
+            QsdError: If the image has another number of channels or is smaller than the total stride.
         """
         x = self._forward_stem(x)
         for module in self._row:
@@ -112,8 +112,8 @@ class ImageClassifier(nn.Module):
         """Features ``[B, C, H', W']`` to logits ``[B, num_classes]``.
 
         Args:
-            x: what `forward_features` returns.
-            pre_logits: stop in front of the classifier, at ``[B, C]``.
+            x: Output of `forward_features`.
+            pre_logits: Whether to stop in front of the classifier, at ``[B, C]``.
         """
         raise NotImplementedError
 
@@ -133,12 +133,12 @@ class ImageClassifier(nn.Module):
         """Features of chosen modules (QSD-Transformer: stages, CSDformer: blocks), as timm's models return them.
 
         Args:
-            x: images ``[B, in_chans, H, W]``.
-            indices: modules by number, from 0, or how many of the last; ``None`` for all.
-            norm: must be false: there is no norm behind the last one.
-            stop_early: do not run modules behind the last one asked for.
+            x: Images ``[B, in_chans, H, W]``.
+            indices: Modules by number, from 0, or the number of last modules; ``None`` for all.
+            norm: Must be false: no norm follows the last module.
+            stop_early: Whether to stop after the last module that was asked for.
             output_fmt: ``"NCHW"``.
-            intermediates_only: return the list alone.
+            intermediates_only: Whether to return the list alone.
 
         Returns:
             The list of features ``[B, C, H', W']``, after the last module's features unless ``intermediates_only``.
@@ -159,12 +159,12 @@ class ImageClassifier(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the modules behind the last one in ``indices``, and the head.
+        """Remove the modules after the last one in ``indices``, and the head.
 
         Args:
-            indices: as in `forward_intermediates`.
-            prune_norm: without effect: there is no norm behind the last one.
-            prune_head: remove the classifier.
+            indices: As in `forward_intermediates`.
+            prune_norm: Without effect: no norm follows the last module.
+            prune_head: Whether to remove the classifier.
 
         Returns:
             The indices of the modules asked for.
@@ -185,7 +185,7 @@ class ImageClassifier(nn.Module):
         """Put in a fresh classifier.
 
         Args:
-            num_classes: its outputs; 0 for none.
+            num_classes: Its outputs; 0 for none.
             global_pool: ``"avg"`` or ``None``.
         """
         if num_classes < 0 or global_pool not in (None, "avg"):
@@ -195,6 +195,6 @@ class ImageClassifier(nn.Module):
         self.head = self.build_head(num_classes).to(device=reference.device, dtype=reference.dtype)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay must not touch: step sizes and layer scales."""
-        exempt = (*STEP_NAMES, ".layer_scale.gamma")
-        return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
+        """Names of the parameters without weight decay: step sizes and layer scales."""
+        scales = {f"{name}.gamma" for name, module in self.named_modules() if isinstance(module, LayerScale)}
+        return step_names(self) | scales

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
 from qsd.layers.renamed import present_name, rename_parameters
+from qsd.layers.steps import has_no_step, step_names
 from qsd.models.packed_file import KEY, MERGED, read_packed
 from qsd.models.reference import StateDict, convert_reference, is_reference, shortened
 from qsd.quantizers import on_grid
@@ -29,8 +30,6 @@ _HARMLESS: list[Any] = [
     *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
 ]
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
-# How the names of learned steps end, of weights and of neurons: a float network has none.
-STEP_NAMES = (".step", ".ceiling")
 
 
 def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> None:
@@ -168,10 +167,10 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
         optional = head
         state = {name: tensor for name, tensor in state.items() if name not in head}
     # A float network has no step sizes, and neither has a checkpoint of a float network.
-    steps = {name for name in expected if name.endswith(STEP_NAMES)}
-    state = {name: t for name, t in state.items() if name in expected or not name.endswith(STEP_NAMES)}
+    steps = step_names(model)
+    state = {name: t for name, t in state.items() if name in expected or not has_no_step(model, name)}
     counters = {name for name in expected if name.endswith(".num_batches_tracked")}
-    check_weights(state, expected, source, may_lack=optional | steps | counters)
+    check_weights(state, expected, source, steps, may_lack=optional | steps | counters)
     model.load_state_dict(state, strict=False)
     missing = steps - state.keys() - optional
     of_weights = {name for name in missing if name.endswith(".quantizer.step")}
@@ -181,7 +180,11 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
 
 
 def check_weights(
-    state: StateDict, expected: StateDict, source: str, may_lack: frozenset[str] | set[str] = frozenset()
+    state: StateDict,
+    expected: StateDict,
+    source: str,
+    steps: Collection[str],
+    may_lack: Collection[str] = frozenset(),
 ) -> None:
     """Refuse weights that a network cannot use.
 
@@ -189,6 +192,7 @@ def check_weights(
         state: Tensors to be loaded.
         expected: The network's own state dict.
         source: Name of the file, for the message.
+        steps: Names of step sizes, which have to be positive.
         may_lack: Names that may be missing.
 
     Raises:
@@ -198,7 +202,7 @@ def check_weights(
     state = {present_name(name): tensor for name, tensor in state.items()}
     _raise_on_mismatch(
         source,
-        missing=sorted(expected.keys() - state.keys() - may_lack),
+        missing=sorted(expected.keys() - state.keys() - set(may_lack)),
         unexpected=sorted(state.keys() - expected.keys()),
         reshaped=[
             f"{n} {tuple(state[n].shape)} instead of {tuple(expected[n].shape)}" for n in _reshaped(state, expected)
@@ -207,7 +211,7 @@ def check_weights(
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise QsdError(f"{source} has weights that are not finite: {shortened(broken)}; it cannot be used.")
-    bad = [name for name, t in state.items() if name.endswith(STEP_NAMES) and not bool((t > 0).all())]
+    bad = [name for name, t in state.items() if name in steps and not bool((t > 0).all())]
     if bad:
         raise QsdError(f"{source} has step sizes that are not positive: {shortened(bad)}; it cannot be used.")
 

@@ -12,21 +12,24 @@ from torch import Tensor, nn
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.layers.renamed import rename_parameters
-from qsd.models.checkpoints import STEP_NAMES, check_weights
+from qsd.layers.steps import step_names
+from qsd.models.checkpoints import check_weights
 from qsd.models.registered import WEIGHT_ARGUMENTS
 from qsd.quantizers import on_grid
 
 
 @dataclass
 class CompactModel:
-    """What a trained network can be rebuilt from, bit for bit.
+    """The state of a trained network, from which it can be rebuilt bit for bit.
 
     Attributes:
-        tensors: its state dict on the CPU, with int8 integers in place of the weights that are quantized.
-        bits: of those weights, by name.
-        time_steps: T of its neurons, by name.
-        registered: how timm builds it (``name`` and ``arguments``), or ``None`` for a model of the user's own.
-        parameters: how many it has, step sizes not counted.
+        tensors: State dict on the CPU, with int8 integers in place of the weights that are quantized.
+        bits: Width of those weights, by name.
+        time_steps: T of the neurons, by name.
+        registered: Name and arguments by which timm builds the network (``name``, ``arguments``), or ``None`` for a
+            model of the user's own.
+        parameters: Number of parameters, step sizes not counted.
+        steps: Names of the step sizes.
     """
 
     tensors: dict[str, Tensor]
@@ -34,6 +37,7 @@ class CompactModel:
     time_steps: dict[str, int]
     registered: dict[str, Any] | None
     parameters: int
+    steps: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         rename_parameters(self.tensors)  # of files that version 0.1.0 wrote
@@ -44,26 +48,28 @@ class CompactModel:
         """Take a model's state.
 
         Args:
-            model: trained; it is not changed.
+            model: Trained model; it is not changed.
 
         Raises:
-            QsdError: for values that are not finite, and steps that are not positive.
+            QsdError: For values that are not finite, and steps that are not positive.
         """
         model = getattr(model, "_orig_mod", model)  # what `torch.compile` wraps
         state = model.state_dict()
         other = [name for name, value in state.items() if not isinstance(value, Tensor)]
         if other:
             raise QsdError(f"the model's state {other[0]} is no tensor; only tensors can be stored.")
-        check_weights(state, state, "the model")
+        steps = step_names(model)
+        check_weights(state, state, "the model", steps)
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
         bits = {}
         for name, layer in _quantized_layers(model):
             assert layer.quantizer is not None
-            # Times step and over step they stay what they are, in bfloat16 too: its 8 digits suffice for 8 bits.
+            # Multiplied by the step and divided by it again they are the same integers, in bfloat16 too: its 8 binary
+            # digits suffice for 8 bits.
             tensors[f"{name}.weight"] = layer.quantizer.integers(layer.weight).cpu()
             bits[f"{name}.weight"] = layer.quantizer.bits
-        parameters = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(STEP_NAMES))
-        compact = cls(tensors, bits, _time_steps(model), None, parameters)
+        parameters = sum(p.numel() for name, p in model.named_parameters() if name not in steps)
+        compact = cls(tensors, bits, _time_steps(model), None, parameters, frozenset(steps))
         compact.registered = _registration(model, compact)
         return compact
 
@@ -71,7 +77,7 @@ class CompactModel:
         """The state dict of the quantized model: weights are integers times steps.
 
         Args:
-            dtype: type of float to compute in and to return, instead of the stored one.
+            dtype: Float type to compute in and to return, instead of the stored one.
         """
         state = {
             name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
@@ -85,10 +91,10 @@ class CompactModel:
         """The model, ready to be evaluated or trained on.
 
         Args:
-            skeleton: the model to load into, of the same structure; ``None`` to build a registered one.
+            skeleton: A model of the same structure to load into; ``None`` to build a registered one.
 
         Raises:
-            QsdError: if there is no skeleton for a model of the user's own, or it does not fit; it is then unchanged.
+            QsdError: If there is no skeleton for a model of the user's own, or it does not fit; it is then unchanged.
         """
         if skeleton is None:
             if self.registered is None:
@@ -103,13 +109,13 @@ class CompactModel:
         """Give a model of the same structure these weights.
 
         Args:
-            model: it takes over the stored data types, and stays on its device.
-            dtype: see `state_dict`.
+            model: Model to load into; it takes over the stored data types, and stays on its device.
+            dtype: Float type to compute in, instead of the stored one.
 
         Raises:
-            QsdError: if the model does not fit; it is then unchanged.
+            QsdError: If the model does not fit; it is then unchanged.
         """
-        check_weights(self.tensors, model.state_dict(), "the packed model")
+        check_weights(self.tensors, model.state_dict(), "the packed model", step_names(model))
         for what, here, there in (
             ("weight bits", self.bits, {f"{n}.weight": q.quantizer.bits for n, q in _quantized_layers(model)}),
             ("time steps", self.time_steps, _time_steps(model)),
@@ -130,10 +136,10 @@ def build_registered(registered: Mapping[str, Any]) -> nn.Module:
     """Build a registered model.
 
     Args:
-        registered: its ``name`` and ``arguments``.
+        registered: Its ``name`` and ``arguments``.
 
     Raises:
-        QsdError: if timm does not know the name, or the model its arguments.
+        QsdError: If timm does not know the name, or the model its arguments.
     """
     name = registered["name"]
     arguments = {key: value for key, value in registered["arguments"].items() if key not in WEIGHT_ARGUMENTS}
@@ -160,7 +166,7 @@ def _time_steps(model: nn.Module) -> dict[str, int]:
 
 
 def _registration(model: nn.Module, compact: CompactModel) -> dict[str, Any] | None:
-    """How timm builds the model, if that really gives its structure: it may have been changed since."""
+    """Name and arguments of a registered model, unless its structure was changed after it was built."""
     registered = getattr(model, "registered", None)
     if registered is None:
         return None

@@ -1,4 +1,4 @@
-"""CSDformer: a transformer in which nothing resists conversion to binary spikes.
+"""CSDformer: a transformer designed for lossless conversion to binary spikes.
 
 Zhang et al., "CSDformer: A Conversion Method for Fully Spike-Driven Transformer", 2025
 (https://arxiv.org/abs/2509.17461). The skeleton is Spikingformer's, by the paper's parameter counts: a convolutional
@@ -17,19 +17,20 @@ from qsd.functional import drop_path
 from qsd.layers import Mlp, NReluSelfAttention, SpikeMaxPool2d, TokenMean, TokenMeanLinear, conv_norm, recompute
 from qsd.layers.attention import ScoreKind
 from qsd.models.base import ImageClassifier
-from qsd.neurons import build_neuron
+from qsd.neurons import build_neuron, neuron_kinds
 
-Activation = Literal["lsq", "qcfs", "relu"]
+# A kind of neuron with a learned step (see `qsd.neurons.register_neuron`), or ``"relu"`` for the float network.
+Activation = str
 
 
 class PooledConv(nn.Module):
     """A stage of the tokenizer: neuron, max-pool of the spike counts (if it has a stride), 3x3 convolution and norm.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        stride: of the pool, 1 for none.
-        kinds: arguments ``time_steps``, ``weight_bits`` and ``neurons``.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the pool, 1 for none.
+        kinds: Arguments ``time_steps``, ``weight_bits`` and ``neurons``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, kinds: dict[str, Any]) -> None:
@@ -47,12 +48,12 @@ class CsdBlock(nn.Module):
     """Residual attention and residual MLP.
 
     Args:
-        dim: channels.
-        num_heads: attention heads.
-        mlp_ratio: channels inside the MLP, over ``dim``.
-        attention: see `NReluSelfAttention`.
-        drop_path_rate: probability of dropping a branch in training, per image.
-        kinds: arguments ``time_steps``, ``weight_bits`` and ``neurons``.
+        dim: Number of channels.
+        num_heads: Number of attention heads.
+        mlp_ratio: Channels inside the MLP, over ``dim``.
+        attention: ``"nrelu"`` or ``"softmax"``, see `NReluSelfAttention`.
+        drop_path_rate: Probability of dropping a branch in training, per image.
+        kinds: Arguments ``time_steps``, ``weight_bits`` and ``neurons``.
     """
 
     def __init__(
@@ -78,26 +79,27 @@ class CsdBlock(nn.Module):
 class CsdFormer(ImageClassifier):
     """CSDformer for images ``[B, in_chans, H, W]``, any size and shape from the total stride upwards.
 
-    There is no positional embedding. All blocks work on one grid of tokens, which the tokenizer's pools leave.
+    There is no positional embedding. All blocks work on one grid of tokens, the output of the tokenizer's pools.
 
     Args:
-        embed_dims: channels D of the blocks; the tokenizer's five convolutions have D/8, D/4, D/2, D and D.
-        depth: transformer blocks.
-        num_heads: attention heads.
-        mlp_ratio: channels inside the MLPs, over D.
-        num_classes: outputs of the classifier; 0 removes it.
-        in_chans: channels of the image.
-        time_steps: T, the most spikes a neuron fires per image; 0 or ``None`` for ReLUs instead of neurons.
+        embed_dims: Channels D of the blocks; the tokenizer's five convolutions have D/8, D/4, D/2, D and D.
+        depth: Number of transformer blocks.
+        num_heads: Number of attention heads.
+        mlp_ratio: Channels inside the MLPs, over D.
+        num_classes: Outputs of the classifier; 0 removes it.
+        in_chans: Channels of the image.
+        time_steps: T, the largest spike count of a neuron per image; 0 or ``None`` for ReLUs instead of neurons.
         weight_bits: 2 to 8, or 0 or ``None`` for float weights, the paper's choice.
-        activation: ``"lsq"`` (a learned step, the paper's choice), ``"qcfs"``, or ``"relu"`` for the float network.
+        activation: ``"lsq"`` (a learned step, the paper's choice), ``"qcfs"``, ``"relu"`` for the float network, or a
+            kind of learned step of one's own, see `qsd.neurons.register_neuron`.
         attention: ``"nrelu"``, or ``"softmax"`` in a float network.
-        strides: of the four max-pools, 1 for none; ``(1, 1, 2, 2)`` suits images of 32 pixels.
-        drop_rate: dropout in front of the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        global_pool: ``"avg"``; here for timm's sake.
+        strides: Strides of the four max-pools, 1 for none; ``(1, 1, 2, 2)`` suits images of 32 pixels.
+        drop_rate: Dropout in front of the classifier.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        global_pool: ``"avg"``, the only choice; part of timm's contract.
 
     Raises:
-        QsdError: for sizes that do not fit together.
+        QsdError: For sizes that do not fit together.
     """
 
     features_name = "blocks"
@@ -119,8 +121,10 @@ class CsdFormer(ImageClassifier):
         drop_path_rate: float = 0.0,
         global_pool: Literal["avg"] = "avg",
     ) -> None:
-        if activation not in ("lsq", "qcfs", "relu"):
-            raise QsdError(f"activation={activation!r} is unknown; use 'lsq', 'qcfs' or 'relu'.")
+        learned = [kind for kind in neuron_kinds() if kind != "fixed"]
+        if activation not in (*learned, "relu"):
+            names = ", ".join(repr(kind) for kind in learned)
+            raise QsdError(f"activation={activation!r} is unknown; use {names} or 'relu'.")
         if not isinstance(embed_dims, int) or embed_dims < 8 or embed_dims % 8:
             raise QsdError(f"embed_dims={embed_dims!r} is no positive multiple of 8.")
         if depth < 1:
@@ -170,8 +174,8 @@ class CsdFormer(ImageClassifier):
         """Features ``[B, C, H', W']`` to logits ``[B, num_classes]``.
 
         Args:
-            x: what `forward_features` returns.
-            pre_logits: stop in front of the classifier, at the mean over the tokens ``[B, C]``.
+            x: Output of `forward_features`.
+            pre_logits: Whether to stop in front of the classifier, at the mean over the tokens ``[B, C]``.
         """
         x = self.head_neuron(x)
         if pre_logits or self.num_classes == 0:
@@ -182,7 +186,7 @@ class CsdFormer(ImageClassifier):
         """Regular expressions that sort parameters into groups by depth, for layer-wise learning rates.
 
         Args:
-            coarse: one group for all blocks.
+            coarse: Whether to form one group for all blocks.
         """
         return {"stem": r"^stem", "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)"}
 
@@ -190,6 +194,6 @@ class CsdFormer(ImageClassifier):
         """Recompute each block in the backward pass instead of keeping its activations.
 
         Args:
-            enable: switch it on or off.
+            enable: Whether to switch it on or off.
         """
         self.grad_checkpointing = enable

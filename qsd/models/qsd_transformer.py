@@ -19,11 +19,11 @@ from qsd.neurons import build_neuron
 
 
 class Stage(nn.Module):
-    """A down-sampling and the blocks behind it.
+    """A down-sampling and the blocks after it.
 
     Args:
-        downsample: changes channels and size.
-        blocks: keep them.
+        downsample: Changes channels and size.
+        blocks: Keep channels and size.
     """
 
     def __init__(self, downsample: Downsample, blocks: list[nn.Module]) -> None:
@@ -47,24 +47,25 @@ class QsdTransformer(ImageClassifier):
     the strides 4, 8, 16, 16 relative to the image.
 
     Args:
-        embed_dims: channels of the four stages; the stem has half of the first.
-        depth: transformer blocks; three quarters (rounded down) in stage 3, one quarter (rounded down) in stage 4.
-        num_heads: attention heads, in both attention stages.
-        mlp_ratio: channels inside MLPs and dense convolution pairs, over the block's channels.
-        num_classes: outputs of the classifier; 0 removes it.
-        in_chans: channels of the image.
-        time_steps: T, the most spikes a neuron fires per image; 0 or ``None`` for ReLUs instead of neurons. (Where
-            ``timm.create_model`` is asked, 0: it drops arguments that are ``None``.)
+        embed_dims: Channels of the four stages; the stem has half of the first.
+        depth: Number of transformer blocks: three quarters of them (rounded down) in stage 3, one quarter (rounded
+            down) in stage 4.
+        num_heads: Number of attention heads, in both attention stages.
+        mlp_ratio: Channels inside MLPs and dense convolution pairs, over the block's channels.
+        num_classes: Outputs of the classifier; 0 removes it.
+        in_chans: Channels of the image.
+        time_steps: T, the largest spike count of a neuron per image; 0 or ``None`` for ReLUs instead of neurons.
+            (``timm.create_model`` drops arguments that are ``None``: pass 0 there.)
         weight_bits: 2 to 8, or 0 or ``None`` for float weights.
         attention: ``"linear"``, or ``"softmax"`` in a float twin.
-        layer_scale: initial scale of the transformer blocks' branches.
-        drop_rate: dropout in front of the classifier.
-        drop_path_rate: stochastic depth of the last transformer block; it grows linearly from 0 at the first.
-        strides: strides of the five down-samplings; ``(1, 1, 2, 2, 1)`` suits images of 32 pixels.
-        global_pool: ``"avg"``; here for timm's sake.
+        layer_scale: Initial scale of the transformer blocks' branches.
+        drop_rate: Dropout in front of the classifier.
+        drop_path_rate: Stochastic depth of the last transformer block; it grows linearly from 0 at the first.
+        strides: Strides of the five down-samplings; ``(1, 1, 2, 2, 1)`` suits images of 32 pixels.
+        global_pool: ``"avg"``, the only choice; part of timm's contract.
 
     Raises:
-        QsdError: for sizes that do not fit together.
+        QsdError: For sizes that do not fit together.
     """
 
     features_name = "stages"
@@ -133,8 +134,8 @@ class QsdTransformer(ImageClassifier):
         """Features ``[B, C, H', W']`` to logits ``[B, num_classes]``.
 
         Args:
-            x: what `forward_features` returns.
-            pre_logits: stop in front of the classifier, at the head neuron's output ``[B, C]``.
+            x: Output of `forward_features`.
+            pre_logits: Whether to stop in front of the classifier, at the head neuron's output ``[B, C]``.
         """
         x = self.head_neuron(x.mean(dim=(2, 3)))
         x = F.dropout(x, self.drop_rate, self.training)
@@ -144,7 +145,7 @@ class QsdTransformer(ImageClassifier):
         """Regular expressions that sort parameters into groups by depth, for layer-wise learning rates.
 
         Args:
-            coarse: a group per stage instead of per block.
+            coarse: Whether to form a group per stage instead of per block.
         """
         fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         blocks = r"^stages\.(\d+)" if coarse else fine
@@ -154,7 +155,7 @@ class QsdTransformer(ImageClassifier):
         """Recompute each block in the backward pass instead of keeping its activations.
 
         Args:
-            enable: switch it on or off.
+            enable: Whether to switch it on or off.
         """
         for stage in (self.stem, *self.stages):
             stage.grad_checkpointing = enable

@@ -1,6 +1,11 @@
-"""The registered models, as data. Importing this module makes their names known to timm."""
+"""The registered models, as one table. Importing this module makes their names known to timm.
+
+A family is one entry of `FAMILIES`. `register_family` registers one that is defined elsewhere in the same way.
+"""
 
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -10,7 +15,33 @@ from qsd.models.base import ImageClassifier
 from qsd.models.csdformer import CsdFormer
 from qsd.models.qsd_transformer import QsdTransformer
 
-QSD_VARIANTS: dict[str, dict[str, Any]] = {
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: one class, its sizes, and a float twin of each.
+
+    Attributes:
+        cls: Class of the models.
+        title: Name of the family in prose.
+        sizes: Arguments of each variant, by its name.
+        twin: Arguments that make a float twin of a variant; its name ends with ``_ann``.
+        cfg: Gives timm's configuration for the arguments of a variant.
+        hint: The answer to ``pretrained=True``: where weights can be found.
+        out_indices: Modules whose features ``features_only=True`` returns: by number, or how many of the last.
+    """
+
+    cls: type[ImageClassifier]
+    title: str
+    sizes: Mapping[str, Arguments]
+    twin: Arguments
+    cfg: Callable[[Arguments], dict[str, Any]]
+    hint: str
+    out_indices: int | tuple[int, ...]
+
+
+QSD_VARIANTS: dict[str, Arguments] = {
     # Sizes of the published code; the names count float parameters at 1000 classes.
     "qsd_8m": {"embed_dims": (48, 96, 192, 256)},
     "qsd_15m": {"embed_dims": (64, 128, 256, 360)},
@@ -22,7 +53,7 @@ QSD_VARIANTS: dict[str, dict[str, Any]] = {
     "qsd_tiny": {"embed_dims": (16, 32, 64, 80), "depth": 4, "layer_scale": 0.1},
 }
 
-CSD_VARIANTS: dict[str, dict[str, Any]] = {
+CSD_VARIANTS: dict[str, Arguments] = {
     # The paper's names: blocks, then channels. ImageNet's tokenizer pools four times, CIFAR's twice.
     "csdformer_8_384": {"embed_dims": 384, "depth": 8},
     "csdformer_8_512": {"embed_dims": 512, "depth": 8},
@@ -32,10 +63,8 @@ CSD_VARIANTS: dict[str, dict[str, Any]] = {
     "csdformer_4_384": {"embed_dims": 384, "depth": 4, "num_heads": 12, "strides": (1, 1, 2, 2)},
 }
 
-_NOT_STORED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # timm's, about weights
-
-_QSD_TWIN = {"time_steps": None, "weight_bits": None}
-_CSD_TWIN = {"activation": "relu", "weight_bits": None}
+# Arguments of timm that concern weights, and are not stored with a model.
+_NOT_STORED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 _QSD_HINT = (
     "no pretrained weights are distributed with qsd; checkpoints of the published code are linked from the README of "
@@ -80,60 +109,83 @@ _CIFAR = {
     "std": (0.2470, 0.2435, 0.2616),
 }
 
+FAMILIES = [
+    Family(
+        QsdTransformer,
+        "QSD-Transformer",
+        QSD_VARIANTS,
+        {"time_steps": None, "weight_bits": None},
+        lambda _arguments: _QSD_CFG,
+        _QSD_HINT,
+        (0, 1, 2, 3),
+    ),
+    Family(
+        CsdFormer,
+        "CSDformer",
+        CSD_VARIANTS,
+        {"activation": "relu", "weight_bits": None},
+        lambda arguments: {**_CSD_CFG, **_CIFAR} if "strides" in arguments else _CSD_CFG,
+        _CSD_HINT,
+        1,
+    ),
+]
 
-def _csd_cfg(sizes: dict[str, Any]) -> dict[str, Any]:
-    return {**_CSD_CFG, **_CIFAR} if "strides" in sizes else _CSD_CFG
+default_cfgs: dict[str, Any] = {}
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"{variant}{suffix}": cfg
-        for suffix in ("", "_ann")
-        for variant, cfg in (
-            *((variant, _QSD_CFG) for variant in QSD_VARIANTS),
-            *((variant, _csd_cfg(sizes)) for variant, sizes in CSD_VARIANTS.items()),
-        )
-    }
-)
+def register_family(family: Family) -> None:
+    """Make the variants of a family and their float twins known to timm.
+
+    Args:
+        family: The family.
+    """
+    if family not in FAMILIES:
+        FAMILIES.append(family)
+    for variant, sizes in family.sizes.items():
+        twin = {**sizes, **family.twin}
+        cfg = family.cfg(sizes)
+        default_cfgs.update(generate_default_cfgs({variant: cfg, f"{variant}_ann": cfg}))
+        _register(family, variant, sizes, f"{family.title} {dict(sizes)}.")
+        _register(family, f"{variant}_ann", twin, f"Float twin of {variant}: ReLU neurons and float weights.")
 
 
-def _register(
-    kind: type[ImageClassifier],
-    name: str,
-    arguments: dict[str, Any],
-    out_indices: int | tuple[int, ...],
-    hint: str,
-    description: str,
-) -> None:
+def family_of(name: str) -> Family:
+    """The family of a registered model.
+
+    Args:
+        name: Name of a variant or of a float twin.
+
+    Raises:
+        QsdError: If no family has it.
+    """
+    variant = name.removesuffix("_ann")
+    found = next((family for family in FAMILIES if variant in family.sizes), None)
+    if found is None:
+        raise QsdError(f"model {name!r} belongs to no family; register one with qsd.models.variants.register_family.")
+    return found
+
+
+def _register(family: Family, name: str, arguments: Arguments, description: str) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> Any:
         if pretrained:
-            raise QsdError(f"{name}: {hint}")
+            raise QsdError(f"{name}: {family.hint}")
         model: Any = build_model_with_cfg(
-            kind,
+            family.cls,
             name,
             False,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            feature_cfg={"out_indices": family.out_indices, "feature_cls": "getter"},
             **{**arguments, **kwargs},
         )
-        # For those who store the model and want to build it again.
+        # Packed files store this, so that the model can be built again by its name.
         model.registered = {"name": name, "arguments": {k: v for k, v in kwargs.items() if k not in _NOT_STORED}}
         return model
 
+    # timm takes an entry point's name, module and configuration from these attributes.
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = __name__
     entrypoint.__doc__ = description
     setattr(sys.modules[__name__], name, register_model(entrypoint))
 
 
-for _name, _sizes in QSD_VARIANTS.items():
-    _stages = (0, 1, 2, 3)
-    _register(QsdTransformer, _name, _sizes, _stages, _QSD_HINT, f"QSD-Transformer {_sizes}.")
-    _twin = {**_sizes, **_QSD_TWIN}
-    _text = f"Float twin of {_name}: float weights, ReLU neurons."
-    _register(QsdTransformer, f"{_name}_ann", _twin, _stages, _QSD_HINT, _text)
-
-for _name, _sizes in CSD_VARIANTS.items():
-    _register(CsdFormer, _name, _sizes, 1, _CSD_HINT, f"CSDformer {_sizes}.")
-    _twin = {**_sizes, **_CSD_TWIN}
-    _text = f"Float twin of {_name}: the tailored transformer, ReLU neurons."
-    _register(CsdFormer, f"{_name}_ann", _twin, 1, _CSD_HINT, _text)
+for _family in FAMILIES:
+    register_family(_family)

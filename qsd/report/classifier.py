@@ -53,7 +53,6 @@ class ClassifierMeasurements(Measurements):
         return to_spike_driven(trained, delay, options.merge_rule, options.merged_bits, example=self.example)
 
     def accuracy(self, count: Callable[[str, Tensor], None]) -> ClassifierAccuracy:
-        lossless = all(neuron.delay >= self.spiking.time_steps - 1 for neuron in self.spiking.neurons().values())
         images = right_trained = right_spiking = same = 0
         title = "accuracy" if self.progress else None
         for batch, labels in image_batches(self.loader, self.trained, self.options.max_images, title):
@@ -62,7 +61,7 @@ class ClassifierMeasurements(Measurements):
                     "the images have no labels, so no accuracy can be measured; give batches (images, labels)."
                 )
             with self.spiking.runtime.counting(count):
-                logits = self.spiking(batch) if lossless else self.spiking.simulate(batch).logits
+                logits = self.spiking.evaluate(batch)
             classes, expected = logits.argmax(1), self.trained(batch).argmax(1)
             images += len(batch)
             right_trained += int((expected == labels).sum())
@@ -74,7 +73,7 @@ class ClassifierMeasurements(Measurements):
             quantized=right_trained / images,
             spiking=right_spiking / images,
             class_agreement=same / images,
-            way="count" if lossless else "simulate",
+            way="count" if self.spiking.lossless else "simulate",
             dtype=str(next(self.trained.parameters()).dtype).removeprefix("torch."),
         )
 

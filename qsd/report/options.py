@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from qsd.energy import PRESETS, Preset
 from qsd.errors import QsdError
-from qsd.spiking.rules import Merge, check_merge
+from qsd.spiking.merging import Merge, check_merge
 
 Stage = Literal["compare", "delays", "activity", "audit", "energy"]
 STAGES: tuple[Stage, ...] = get_args(Stage)

@@ -3,9 +3,11 @@
 from qsd.spiking.audit import Audit, audit_spike_driven
 from qsd.spiking.calibration import Calibration, calibrate_delays
 from qsd.spiking.compare import Comparison, compare_counts
-from qsd.spiking.network import SpikingNetwork, count_spikes, to_spike_driven
+from qsd.spiking.conversion import to_spike_driven
+from qsd.spiking.counts import count_spikes
+from qsd.spiking.network import SpikingNetwork
+from qsd.spiking.results import Stream, Trace
 from qsd.spiking.rules import Conversion, register_conversion
-from qsd.spiking.runtime import Stream, Trace
 
 __all__ = [
     "Audit",

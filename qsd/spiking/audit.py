@@ -1,4 +1,4 @@
-"""The audit: what every synaptic operation of a converted network really was given, on real images."""
+"""The audit: the inputs of every synaptic operation of a converted network, on real images."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -9,25 +9,27 @@ from torch import Tensor
 
 from qsd.errors import QsdError
 from qsd.spiking.batches import Images, image_batches
-from qsd.spiking.network import Delay, SpikingNetwork
-from qsd.spiking.watch import Operation, Watch, integer_bits, is_binary
+from qsd.spiking.names import Delay
+from qsd.spiking.network import SpikingNetwork
+from qsd.spiking.operations import integer_bits, is_binary
+from qsd.spiking.watch import Operation, Watch
 
 Status = Literal["binary", "integer", "analog", "unproven"]
 
 
 @dataclass
 class AuditedOperation:
-    """A synaptic operation, and the worst that it was given.
+    """A synaptic operation, and the least spike-like input that it had.
 
     Attributes:
-        name: dotted name of the layer in the trained model, or of the module whose ``forward`` computes it.
+        name: Dotted name of the layer in the trained model, or of the module whose ``forward`` computes it.
         operation: ``"convolution"``, ``"linear"``, ``"product"`` of two activations, ``"pool"`` (a maximum of spikes,
-            or of their running sums), or ``"other"``: something that is neither linear nor a neuron.
-        status: what it was given: ``"binary"`` (0 and 1 only; for a product: on both sides), ``"integer"``,
-            ``"analog"``, or ``"unproven"`` if nothing but zeros came.
-        bits: width of the widest integer that came; for a product of the operand that is not binary.
-        stem: it sees the images themselves, and cannot be spike-driven.
-        note: what is wrong with it, in words.
+            or of their running sums), or ``"other"``: neither linear nor a neuron.
+        status: Kind of the input: ``"binary"`` (0 and 1 only; for a product: on both sides), ``"integer"``,
+            ``"analog"``, or ``"unproven"`` if all inputs were zero.
+        bits: Width of the widest integer input; for a product of the operand that is not binary.
+        stem: Whether it sees the images themselves, and cannot be spike-driven.
+        note: The reason why it is not spike-driven, in words.
     """
 
     name: str
@@ -39,7 +41,7 @@ class AuditedOperation:
 
     @property
     def spike_driven(self) -> bool:
-        """Only additions, gated by spikes: a binary input; for a product one binary operand and an integer one.
+        """Whether it only adds where a spike falls: a binary input; for a product one binary and one integer operand.
 
         A max-pool may compare running sums of spikes: each grows by one where a spike falls.
         """
@@ -49,11 +51,11 @@ class AuditedOperation:
 
 @dataclass
 class Audit:
-    """What `audit_spike_driven` found.
+    """Findings of `audit_spike_driven`.
 
     Attributes:
-        operations: in the order of execution.
-        images: how many were looked at.
+        operations: In the order of execution.
+        images: Number of images.
     """
 
     operations: list[AuditedOperation] = field(default_factory=list)
@@ -61,21 +63,21 @@ class Audit:
 
     @property
     def spike_driven(self) -> bool:
-        """Every operation but the stem's adds weights or integers where a spike falls, and nothing else."""
+        """Whether every operation but the stem's only adds weights or integers where a spike falls."""
         return all(operation.spike_driven or operation.stem for operation in self.operations)
 
     def check(self) -> None:
         """Raise unless the network is spike-driven.
 
         Raises:
-            QsdError: naming the operations that are not, or that saw no spike.
+            QsdError: Names the operations that are not, or that saw no spike.
         """
         wrong = [o for o in self.operations if not (o.spike_driven or o.stem) and o.status != "unproven"]
         if wrong:
             listed = "; ".join(f"{o.name} ({o.operation}): {o.note}" for o in wrong[:3])
             more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             inner = any(o.note == _INNER for o in wrong)
-            mend = "convert with merge=True" if inner else "put a neuron in front, or build it from qsd.layers"
+            mend = "convert with merge='all'" if inner else "put a neuron in front, or build it from qsd.layers"
             raise QsdError(
                 f"{len(wrong)} of {len(self.operations)} operations are not spike-driven: {listed}{more}. To mend it, "
                 f"{mend}."
@@ -124,17 +126,17 @@ def audit_spike_driven(
     in the next operation's input.
 
     Args:
-        spiking: the converted network.
+        spiking: The converted network.
         images: ``[B, C, H, W]``, or a data loader.
-        delay: as in `SpikingNetwork.simulate`.
-        max_images: stop after so many.
-        progress: show a progress bar.
+        delay: Overrides the stored delays, as in `SpikingNetwork.simulate`.
+        max_images: Largest number of images.
+        progress: Whether to show a progress bar.
 
     Returns:
         The findings; ``audit.check()`` raises if one of them is not spike-driven.
 
     Raises:
-        QsdError: if there are no images.
+        QsdError: If there are no images.
     """
     auditor = Auditor(spiking, delay)
     seen = 0
@@ -148,8 +150,8 @@ class Auditor:
     """An audit in progress, of a network that is run from outside; `audit_spike_driven` runs one itself.
 
     Args:
-        spiking: the converted network.
-        delay: as in `SpikingNetwork.simulate`.
+        spiking: The converted network.
+        delay: Overrides the stored delays, as in `SpikingNetwork.simulate`.
     """
 
     def __init__(self, spiking: SpikingNetwork, delay: Delay = None) -> None:
@@ -158,7 +160,7 @@ class Auditor:
         self._watch = Watch(spiking, lambda operation: _look(operation, self._found))
 
     def run(self, images: Tensor) -> Any:
-        """Step through the network and look on.
+        """Step through the network and note the inputs of its operations.
 
         Args:
             images: ``[B, C, H, W]``, or currents.
@@ -170,10 +172,10 @@ class Auditor:
             return self.spiking.simulate(images, self.delay).logits
 
     def audit(self, images: int) -> Audit:
-        """What was found up to here.
+        """The findings up to now.
 
         Args:
-            images: how many were looked at.
+            images: Number of images that the runs belong to.
         """
         return Audit(list(self._found.values()), images)
 
@@ -198,7 +200,9 @@ def _look(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) 
 
 
 def _judge(operation: Operation) -> tuple[Status, int | None, str]:
-    """Status, bits, and what is wrong."""
+    """Status, bits, and the reason why it is not spike-driven."""
+    if operation.kind == "other":  # However the values look: nothing but neurons may do more than add.
+        return "analog", None, operation.note
     active = operation.activations
     if not all(bool(x.any()) for x in active):
         return "unproven", None, ""
@@ -214,7 +218,7 @@ def _judge(operation: Operation) -> tuple[Status, int | None, str]:
         return "binary", 1, ""
     if operation.kind == "pool" and None not in widths:
         return "integer", _widest(widths), ""
-    if operation.kind in ("pool", "other"):
+    if operation.kind == "pool":
         return "analog", None, f"{operation.torch_name} of values that are no spikes"
     if operation.layer is not None and operation.name != operation.layer.name:
         return "analog", None, _INNER

@@ -18,14 +18,14 @@ def image_batches(
     """Batches of images ``[B, C, H, W]``, on the network's device and in its type, and their labels ``[B]`` if known.
 
     Args:
-        data: images, one batch of them, or an iterable (a data loader) of tensors, or of tuples or lists that begin
+        data: Images, one batch of them, or an iterable (a data loader) of tensors, or of tuples or lists that begin
             with images and perhaps labels.
-        network: whose buffers or parameters tell device and type.
-        max_images: stop after so many.
-        progress: title of a progress bar, or ``None`` for none.
+        network: Network whose buffers or parameters tell device and type.
+        max_images: Largest number of images.
+        progress: Title of a progress bar, or ``None`` for none.
 
     Raises:
-        QsdError: if there are no images, or a batch begins with something else.
+        QsdError: If there are no images, or a batch does not begin with a tensor.
     """
     like = next((t for t in [*network.parameters(), *network.buffers()] if t.is_floating_point()), torch.empty(0))
     seen = 0

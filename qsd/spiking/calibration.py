@@ -1,4 +1,7 @@
-"""Short delays where they cost nothing: the smallest delay of every neuron layer within an accuracy budget (ours)."""
+"""Short delays where they cost nothing: the smallest delay of every neuron layer within an accuracy budget.
+
+The method is this package's own.
+"""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,14 +18,14 @@ from qsd.spiking.network import SpikingNetwork
 
 @dataclass
 class LayerCost:
-    """What one neuron layer costs if it alone fires early.
+    """The loss if one neuron layer alone fires early.
 
     Attributes:
-        neuron: dotted name.
-        delay: tried.
-        accuracy: then, 0 to 1.
-        agreement: share of images with the class of the lossless network.
-        logit_error: root mean square change of the logits over their deviation.
+        neuron: Dotted name.
+        delay: Delay of the neuron.
+        accuracy: Accuracy with it, 0 to 1.
+        agreement: Share of images with the class of the lossless network.
+        logit_error: Root mean square change of the logits over their deviation.
     """
 
     neuron: str
@@ -34,17 +37,17 @@ class LayerCost:
 
 @dataclass
 class Calibration:
-    """Delays by neuron, and what they were chosen by.
+    """Delays by neuron, and the measurements that they were chosen by.
 
     Attributes:
-        delays: by dotted name; hand them to `to_spike_driven` or `SpikingNetwork.simulate`, or call `apply`.
-        accuracy: with them, on the images of the calibration.
-        lossless_accuracy: at T - 1 everywhere.
-        latency: with them, in steps.
-        lossless_latency: at T - 1 everywhere.
-        images: measured on.
-        labelled: accuracies are shares of right classes; else of the lossless network's classes.
-        costs: of every layer and delay alone.
+        delays: Delays by dotted name; pass them to `to_spike_driven` or `SpikingNetwork.simulate`, or call `apply`.
+        accuracy: Accuracy with them, on the images of the calibration.
+        lossless_accuracy: Accuracy at T - 1 everywhere.
+        latency: Latency with them, in time steps.
+        lossless_latency: Latency at T - 1 everywhere.
+        images: Number of images.
+        labelled: Whether accuracies are shares of right classes; else of the lossless network's classes.
+        costs: Loss of every layer and delay alone.
     """
 
     delays: dict[str, int]
@@ -60,7 +63,7 @@ class Calibration:
         """Store the delays in a network's neurons.
 
         Args:
-            spiking: the network that was calibrated, or another of the same names.
+            spiking: The network that was calibrated, or another one whose neurons have the same names.
         """
         for name, neuron in spiking.neurons().items():
             neuron.delay = self.delays.get(name, neuron.delay)
@@ -70,7 +73,7 @@ class Calibration:
         return asdict(self)
 
     def table(self) -> Table:
-        """A table for the terminal: what every layer costs alone, and what was chosen."""
+        """A table for the terminal: the accuracy with every layer early alone, and the chosen delays."""
         tried = sorted({cost.delay for cost in self.costs})
         title = (
             f"Delays on {self.images} images: accuracy {100 * self.lossless_accuracy:.2f} % to "
@@ -100,15 +103,15 @@ def calibrate_delays(
     that are neither for training nor for the final test.
 
     Args:
-        spiking: the converted network; it is not changed.
+        spiking: The converted network; it is not changed.
         images: ``[B, C, H, W]``, or a data loader; with labels accuracy is that of the classes, else the share of the
             lossless network's classes that stay.
-        max_accuracy_drop: share of images, 0 to 1, that may be lost.
-        max_images: use so many.
-        progress: show a progress bar.
+        max_accuracy_drop: Share of images, 0 to 1, that may be lost.
+        max_images: Largest number of images.
+        progress: Whether to show a progress bar.
 
     Raises:
-        QsdError: if the budget is no share, or there are no images.
+        QsdError: If the budget is no share, or there are no images.
     """
     if not 0 <= max_accuracy_drop <= 1:
         raise QsdError(f"max_accuracy_drop={max_accuracy_drop} is no share of images from 0 to 1.")

@@ -7,6 +7,7 @@ queue, as a chip would hold the current of a residual connection until its branc
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,36 +15,36 @@ from torch import Tensor
 
 @dataclass
 class Window:
-    """Where a tick lies in the window of a layer's input.
+    """The place of a tick in the window of a layer's input.
 
     Attributes:
-        step: 1 in the first tick of an image's window; 0 while no image is there.
+        step: 1 in the first tick of an image's window; 0 while no image is present.
         time_steps: T.
-        constant: the input is an image, there for the whole window.
-        state: what the layer keeps between ticks.
+        constant: Whether the input is an image, which is present for the whole window.
+        state: State of the layer, kept between ticks.
     """
 
     step: int
     time_steps: int
     constant: bool
-    state: dict[str, Tensor]
+    state: dict[str, Any]
 
     @property
     def begins(self) -> bool:
-        """A new image begins in this tick."""
+        """Whether a new image begins in this tick."""
         return self.step == 1
 
     @property
     def open(self) -> bool:
-        """Input of an image arrives in this tick."""
+        """Whether input of an image arrives in this tick."""
         return self.within(0, self.time_steps)
 
     def within(self, after: int, length: int) -> bool:
-        """Whether the tick is one of ``length`` that begin ``after`` ticks behind the window's start.
+        """Whether the tick is one of ``length`` ticks that begin ``after`` ticks later than the window.
 
         Args:
-            after: in ticks.
-            length: in ticks.
+            after: Number of ticks.
+            length: Number of ticks.
         """
         return after < self.step <= after + length
 
@@ -54,16 +55,16 @@ class Clock:
 
     Attributes:
         time_steps: T.
-        images: how many follow one another.
-        interval: ticks from one to the next.
-        tick: the present one, from 1.
+        images: Number of images that follow one another.
+        interval: Ticks from one image to the next.
+        tick: Number of the present tick, from 1.
     """
 
     time_steps: int
     images: int
     interval: int
     tick: int = 0
-    _states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _states: dict[str, dict[str, Any]] = field(default_factory=dict)
     _queues: list[deque[Tensor]] = field(default_factory=list)
     _site: int = 0
 
@@ -76,7 +77,7 @@ class Clock:
         """Number of the image that a signal carries, and the step of its window (0: none).
 
         Args:
-            arrival: the signal's offset.
+            arrival: Window offset of the signal.
         """
         number, step = divmod(self.tick - arrival - 1, self.interval)
         return (number, step + 1) if 0 <= number < self.images else (number, 0)
@@ -85,18 +86,18 @@ class Clock:
         """The present tick as a layer sees it.
 
         Args:
-            name: of the layer.
-            arrival: its input's offset.
-            constant: whether the input is an image.
+            name: Name of the layer's call.
+            arrival: Window offset of its input.
+            constant: Whether the input is an image.
         """
         return Window(self.image(arrival)[1], self.time_steps, constant, self._states.setdefault(name, {}))
 
     def hold(self, x: Tensor, ticks: int) -> Tensor:
-        """What went in here so many ticks ago (zeros at first). Calls are told apart by their order in a tick.
+        """Delay a signal; zeros come out at first. Calls are told apart by their order in a tick.
 
         Args:
-            x: a signal.
-            ticks: to wait.
+            x: Signal of this tick.
+            ticks: Number of ticks to wait.
         """
         if self._site == len(self._queues):
             self._queues.append(deque([torch.zeros_like(x)] * ticks))

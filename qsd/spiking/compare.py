@@ -6,9 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qsd.neurons import SpikeNeuron
 from qsd.precision import full_float32
 from qsd.spiking.batches import Images, image_batches
-from qsd.spiking.network import SpikingNetwork, named_calls, watch_neurons
+from qsd.spiking.counts import named_calls, watch_neurons
+from qsd.spiking.network import SpikingNetwork
 
 
 @dataclass
@@ -16,14 +18,14 @@ class Comparison:
     """Agreement of a trained network and its spiking form.
 
     Attributes:
-        dtype: number format of both.
+        dtype: Number format of both.
         way: ``"count"`` domain, or ``"simulate"`` at the lossless delay.
-        images: compared.
-        changed_images: with another count at any neuron.
-        equal_classes: images of the same class.
-        farthest_first_difference: distance from a threshold, in steps, of the neurons at which an image's counts begin
-            to differ; the largest over all images, ``None`` if none differ. Rounding decides there: it is tiny unless
-            something is wrong.
+        images: Number of images.
+        changed_images: Images with another count at any neuron.
+        equal_classes: Images of the same class.
+        farthest_first_difference: Distance from a threshold, in thresholds, of the neurons at which an image's counts
+            begin to differ; the largest over all images, ``None`` if none differ. Where rounding alone is the cause it
+            is tiny.
     """
 
     dtype: str
@@ -35,7 +37,7 @@ class Comparison:
 
     @property
     def equal_counts(self) -> bool:
-        """All counts of all neurons are equal."""
+        """Whether all counts of all neurons are equal."""
         return self.changed_images == 0
 
     @property
@@ -60,47 +62,58 @@ def compare_counts(
 ) -> Comparison:
     """Run a trained network and its spiking form on real images and compare every neuron's count and the class.
 
-    In float64 both are equal. In float32 a sum that lies on a threshold up to rounding can tip the other way, and what
-    follows it changes: `Comparison.farthest_first_difference` shows that nothing else is the cause.
+    In float64 both are equal. In float32 a membrane potential within rounding error of a threshold may be rounded to
+    the other side, which changes the count and, with it, counts downstream: `Comparison.farthest_first_difference`
+    shows that nothing else is the cause.
 
     Args:
-        trained: the trained network, in evaluation; compared in the number format of its parameters.
-        spiking: converted from it, in the same format.
+        trained: The trained network, in evaluation; compared in the number format of its parameters.
+        spiking: The spiking network converted from it, in the same format.
         images: ``[B, C, H, W]``, or a data loader.
-        way: count domain, or simulation at delay T - 1.
-        max_images: stop after so many.
-        progress: show a progress bar.
+        way: Count domain, or simulation at delay T - 1.
+        max_images: Largest number of images.
+        progress: Whether to show a progress bar.
     """
     comparison = Comparison("", way)
     title = f"compare ({way})" if progress else None
     for batch, _ in image_batches(images, spiking, max_images, title):
         counts: dict[str, Tensor] = {}
-        with watch_neurons(trained, lambda neuron, *inputs: neuron.drive(*inputs)) as drives:
+        with watch_neurons(trained, counts_and_drives) as calls:
             expected = trained(batch)
         with spiking.runtime.counting(counts):
             logits = spiking(batch) if way == "count" else spiking.simulate(batch, spiking.time_steps - 1).logits
         comparison.dtype = str(batch.dtype).removeprefix("torch.")
         comparison.images += len(batch)
         comparison.equal_classes += int((logits.argmax(-1) == expected.argmax(-1)).sum())
-        _explain(comparison, named_calls(drives), counts, spiking.time_steps)
+        _explain(comparison, named_calls(calls), counts)
     return comparison
 
 
-def distance_to_threshold(drive: Tensor) -> float:
-    """The largest distance of some neurons from a threshold, in steps.
+def counts_and_drives(neuron: SpikeNeuron, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """The counts of a trained neuron by its own rule, and its input in units of the threshold.
 
     Args:
-        drive: their input in units of the threshold, of any shape, not empty.
+        neuron: The neuron.
+        inputs: Its inputs.
+    """
+    return neuron.counts(*inputs), neuron.drive(*inputs)
+
+
+def distance_to_threshold(drive: Tensor) -> float:
+    """The largest distance of some neurons from a threshold, in thresholds.
+
+    Args:
+        drive: Their input in units of the threshold, in any shape, not empty.
     """
     above = drive + 0.5  # thresholds lie at odd multiples of half a step
     return float((above - above.round()).abs().max())
 
 
-def _explain(comparison: Comparison, drives: dict[str, Tensor], counts: dict[str, Tensor], time_steps: int) -> None:
+def _explain(comparison: Comparison, calls: dict[str, tuple[Tensor, Tensor]], counts: dict[str, Tensor]) -> None:
     """Find each image's first neuron (in the order of execution) that differs, and how far it is from a threshold."""
     changed: Tensor | None = None
-    for name, drive in drives.items():
-        different = ((drive + 0.5).floor().clamp(0, time_steps) != counts[name]).flatten(1)
+    for name, (expected, drive) in calls.items():
+        different = (expected != counts[name]).flatten(1)
         changed = different.new_zeros(len(drive)) if changed is None else changed
         first = different.any(1) & ~changed
         if bool(first.any()):

@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from qsd.errors import QsdError
+from qsd.layers.steps import step_names
 from qsd.models import load_weights
 from qsd.models.checkpoints import check_weights
 from qsd.tasks.guards import StepSizeGuard, check_before_saving, check_loss
@@ -285,7 +286,7 @@ class ClassificationTask(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that do not fit; remember the order of their names, if the training goes on."""
-        check_weights(checkpoint["state_dict"], self.state_dict(), "the checkpoint")
+        check_weights(checkpoint["state_dict"], self.state_dict(), "the checkpoint", step_names(self))
         self.neurons_are_set = True
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             return

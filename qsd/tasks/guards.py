@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from qsd.errors import QsdError
-from qsd.models.diagnosis import collapsed_step, first_non_finite, non_finite_parameter
+from qsd.layers.steps import collapsed_step
+from qsd.models.diagnosis import first_non_finite, non_finite_parameter
 
 
 class StepSizeGuard(Callback):

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qsd.layers import initialize_neurons
-from qsd.models.diagnosis import learned_steps
+from qsd.layers.steps import learned_steps
 
 
 def initialize_from_batch(

@@ -37,8 +37,10 @@ def restore_by_name(optimizer: Optimizer, model: nn.Module) -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         group[_NAMES] = [names[id(parameter)] for parameter in group["params"]]
-    optimizer.register_state_dict_post_hook(_store_type)
-    optimizer.register_load_state_dict_pre_hook(_take_order)
+    # timm's Lookahead passes states through to the optimizer within it, whose groups it shares.
+    stored: Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
+    stored.register_state_dict_post_hook(_store_type)
+    stored.register_load_state_dict_pre_hook(_take_order)
 
 
 def _store_type(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -77,7 +79,7 @@ def _other_groups(names: list[str]) -> QsdError:
 
 def _check_type(state: Mapping[str, Any], optimizer: Optimizer) -> None:
     """Refuse the state of another optimizer. A file of version 0.1.0 tells it by the options of its groups alone."""
-    current = type(optimizer).__name__
+    current = type(getattr(optimizer, "_base_optimizer", optimizer)).__name__
     saved = state.get(_TYPE)
     if saved is None and all(
         group.keys() - _COMMON == current_group.keys() - _COMMON

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from qsd.models.diagnosis import learned_steps
+from qsd.layers.steps import learned_steps
 
 
 def step_parameters(model: nn.Module) -> set[int]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qsd import QsdError, measure_energy, to_spike_driven
-from qsd.energy import Geometry, _dense_macs, fan_out
+from qsd.energy import Geometry, dense_macs, fan_out
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.neurons import SpikeNeuron
 from qsd.spiking.layers import SpikingChain
@@ -147,9 +147,9 @@ def test_dense_operations_of_qsd_15m_are_the_known_ones():
     spiking(torch.zeros(1, 3, 224, 224))
     for module in spiking.network.modules():
         if isinstance(module, SpikingChain):
-            factors = [Geometry.of(c) for c in module.convolutions.values()]
-            factored += sum(_dense_macs(factors, *shapes[module.name]))
-            merged += sum(_dense_macs([Geometry.merged(factors)], *shapes[module.name]))
+            factors = [c.geometry for c in module.convolutions.values()]
+            factored += sum(dense_macs(factors, *shapes[module.name]))
+            merged += sum(dense_macs([Geometry.merged(factors)], *shapes[module.name]))
     tokens, products = 14 * 14, 0.0
     for dim, blocks in ((256, 6), (360, 2)):
         products += blocks * 2 * tokens * dim * dim / 8

@@ -170,7 +170,7 @@ def test_every_synaptic_layer_but_the_stem_sees_binary_spikes(name, trained, con
 
 def test_without_merging_the_audit_names_inner_layers(trained):
     model, scenes = trained("ade20k_qsd")
-    with pytest.raises(QsdError, match="merge=True"):
+    with pytest.raises(QsdError, match="merge='all'"):
         qsd.mm.convert_model(model, merge=False).audit(scenes[:1]).check()
 
 

@@ -39,4 +39,4 @@ def test_two_processes_train_and_validate(config, coco, ade, tmp_path):
     # Four images, one for each process and step.
     assert checkpoint.stem == ("epoch_1" if detects else "iter_2")
     assert torch.load(checkpoint, weights_only=False)["meta"]["iter"] == 2
-    assert "spikes/mean" in scalars(tmp_path)[-1]
+    assert "spikes/rate" in scalars(tmp_path)[-1]

@@ -82,7 +82,7 @@ def test_the_detector_s_demonstration_learns_and_is_tested(tool, detector, scene
     logged = scalars(detector)
     losses = [row["loss"] for row in logged if "loss" in row]
     assert losses[-1] < losses[0]
-    (rate,) = (row["spikes/mean"] for row in logged if "spikes/mean" in row)
+    (rate,) = (row["spikes/rate"] for row in logged if "spikes/mean" in row)
     assert 0 < rate < 1
     assert (
         logged[-1]["spiking/latency_steps"]
@@ -93,7 +93,7 @@ def test_the_detector_s_demonstration_learns_and_is_tested(tool, detector, scene
     options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}", "model.test_cfg.rcnn.score_thr=0.0"]
     assert tool("mmdet_test").main([config, checkpoint, *options]) == 0
     (result,) = tmp_path.rglob("2*.json")
-    assert {"coco/bbox_mAP_50", "coco/segm_mAP_50", "spikes/mean"} <= json.loads(result.read_text()).keys()
+    assert {"coco/bbox_mAP_50", "coco/segm_mAP_50", "spikes/rate"} <= json.loads(result.read_text()).keys()
 
 
 def test_the_segmenter_s_demonstration_learns_and_is_tested(tool, segmenter, scenes, tmp_path):

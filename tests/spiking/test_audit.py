@@ -63,7 +63,7 @@ def test_inner_layers_of_unmerged_chains_are_named_as_analog(merge, analog):
     named = [o.name for o in audit.operations if o.status == "analog" and not o.stem]
     assert all(any(n.endswith(end) for n in named) for end in analog)
     assert all(n.endswith((".depthwise", ".pointwise", ".pointwise2")) for n in named)
-    with pytest.raises(QsdError, match=r"are not spike-driven: .*an inner layer of a chain.*merge=True"):
+    with pytest.raises(QsdError, match=r"are not spike-driven: .*an inner layer of a chain.*merge='all'"):
         audit.check()
 
 

@@ -10,19 +10,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qsd import QsdError
+from qsd import QsdError, audit_spike_driven, load_packed, measure_energy, save_packed
 from qsd.layers import LinearChain, QuantConv2d, QuantLinear, SepConv, conv_norm, rep_conv
 from qsd.neurons import LsqNeuron, QcfsNeuron, SpikeNeuron
 from qsd.spiking import count_spikes, register_conversion, to_spike_driven
 from qsd.spiking.layers import SpikingChain, SpikingMaxPool
-from qsd.spiking.rules import RULES, fold_norms, merge_factors
+from qsd.spiking.merging import fold_norms, merge_factors
+from qsd.spiking.rules import RULES
 from tests.helpers.networks import NAMES, SMALL, assert_same_counts, dense_network
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_registered_variant_converts_without_loss(name):
-    model = dense_network(name)
-    assert_same_counts(model, to_spike_driven(model), torch.randn(2, 3, 32, 48, dtype=torch.float64))
+def test_every_registered_variant_converts_without_loss_and_goes_through_audit_energy_and_files(name, tmp_path):
+    model, images = dense_network(name), torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    spiking = to_spike_driven(model)
+    assert_same_counts(model, spiking, images)
+    audit_spike_driven(spiking, images).check()
+    energy = measure_energy(spiking, images, progress=False)
+    assert {layer.name for layer in energy.layers} >= {n for n, m in spiking.layers().items() if m.role == "synapse"}
+    assert all(layer.energy_mj["merged"] > 0 for layer in energy.layers)
+    for stored in (model, spiking):
+        save_packed(stored, tmp_path / "packed.safetensors")
+        assert torch.equal(load_packed(tmp_path / "packed.safetensors")(images), stored(images))
 
 
 @pytest.mark.parametrize("time_steps", [1, 2, 3, 4, 6, 8])
@@ -300,7 +309,7 @@ def test_a_hard_reset_breaks_exactness_of_the_whole_network(monkeypatch):
     model = dense_network("csdformer_4_256")
     spiking, images = to_spike_driven(model), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     exact, hard = count_spikes(model, images), {}
-    monkeypatch.setattr("qsd.spiking.layers.fire", hard_reset)
+    monkeypatch.setattr("qsd.spiking.layers.neuron.fire", hard_reset)
     with spiking.runtime.counting(hard):
         spiking.simulate(images)
     wrong = torch.cat([(hard[name] != exact[name]).flatten() for name in exact])
@@ -339,7 +348,7 @@ def test_layers_without_a_rule_are_named_and_can_get_one():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"merge": "all"}, "merge='all' is unknown"),
+        ({"merge": "some"}, "merge='some' is unknown; use 'all', 'none', 'rep' or 'sep'"),
         ({"merge": False, "merged_bits": 4}, "merged_bits needs merged kernels"),
         ({"merged_bits": 1}, "merged_bits=1 is not from 2 to 16"),
         ({"delay": -1}, "is negative"),
@@ -359,6 +368,6 @@ def test_networks_that_cannot_be_converted_say_why():
         to_spike_driven(dense_network()).simulate(torch.randn(1, 3, 32, 32, dtype=torch.float64), record="nothing")
     two = LinearChain(a=QuantConv2d(4, 4, 3, padding=1), b=QuantConv2d(4, 4, 3, padding=1))
     model = nn.Sequential(conv_norm(3, 4, 3), SpikeNeuron(4), two, SpikeNeuron(4))
-    with pytest.raises(QsdError, match="chain 2 is no single convolution; convert it with merge=False"):
+    with pytest.raises(QsdError, match="chain 2 is no single convolution; convert it with merge='none'"):
         to_spike_driven(model)
     to_spike_driven(model, merge=False)

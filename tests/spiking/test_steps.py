@@ -16,7 +16,7 @@ def integrate(currents, threshold, delay):
     steps = len(currents)
     runtime = Runtime(steps)
     neuron = DelayedNeuron(SpikeNeuron(steps, threshold=float(threshold)), "n", delay, runtime)
-    with runtime.running("step", batch=currents.shape[1]):
+    with runtime.running("step"):
         return neuron(currents.flatten(0, 1)).view(currents.shape)
 
 

@@ -14,7 +14,9 @@ from qsd.commands.benchmark.direct import DirectlyTrained
 from qsd.commands.benchmark.onnx_file import OnnxFile
 from qsd.commands.benchmark.settings import Settings
 from qsd.distillation import AttentionRecorder, Teacher, attention_loss, logits_loss
-from qsd.spiking.network import convert
+from qsd.models import CsdFormer
+from qsd.models.variants import family_of
+from qsd.spiking.conversion import convert
 
 
 @dataclass
@@ -163,7 +165,7 @@ def _training(settings: Settings) -> list[Case]:
     """Training steps: float twin and quantized network, eager and compiled, with a teacher, and direct training."""
     images = settings.images()
     labels = torch.randint(settings.num_classes, (len(images),), device=images.device)
-    csdformer = settings.name.startswith("csdformer")
+    csdformer = family_of(settings.name).cls is CsdFormer
     eager, compiled = (1.25, 1.1) if csdformer else (1.2, 1.1)
 
     def step(network: nn.Module) -> Callable[[], Any]:

@@ -10,6 +10,8 @@ from qsd.commands.benchmark.cases import cases_of, size_cases
 from qsd.commands.benchmark.meter import Meter, kept_bytes, peak_memory, summary
 from qsd.commands.benchmark.onnx_file import OnnxFile
 from qsd.commands.benchmark.settings import Settings
+from qsd.models import CsdFormer
+from qsd.models.variants import family_of
 
 
 def compare(suite: str, settings: Settings) -> dict[str, Any]:
@@ -31,7 +33,7 @@ def compare(suite: str, settings: Settings) -> dict[str, Any]:
             # With a teacher, more than the forward pass of the student keeps tensors.
             if name.endswith("eager") and not name.startswith("distilled"):
                 results[name]["kept_bytes"] = kept_bytes(network, images)
-        _add_kept_ratios(results, 0.75 if settings.name.startswith("csdformer") else 0.8)
+        _add_kept_ratios(results, 0.75 if family_of(settings.name).cls is CsdFormer else 0.8)
     if suite == "export":
         for name, network in networks.items():
             if isinstance(network, OnnxFile):

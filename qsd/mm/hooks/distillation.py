@@ -27,6 +27,8 @@ class DistillationHook(Hook):
     Args:
         teacher: Checkpoint of a float twin: a detector or segmenter (``.pth``, of which the backbone is taken) or a
             classifier (``.ckpt``); or the name of a model.
+        teacher_weights: Weights of a model by name.
+        teacher_args: Further arguments of the teacher's model.
         weight: Deprecated name of ``attention_weight``.
         **options: Further fields of `qsd.distillation.DistillationOptions`, but for those of logits.
 
@@ -34,13 +36,20 @@ class DistillationHook(Hook):
         QsdError: For a teacher that is missing or has no attention, and for weights out of range.
     """
 
-    def __init__(self, teacher: str, weight: Any = None, **options: Any) -> None:
+    def __init__(
+        self,
+        teacher: str,
+        teacher_weights: str | None = None,
+        teacher_args: dict[str, Any] | None = None,
+        weight: Any = None,
+        **options: Any,
+    ) -> None:
         if weight is not None:
             warnings.warn("DistillationHook: weight is now called attention_weight.", FutureWarning, stacklevel=2)
             options["attention_weight"] = weight
         if {"logits_weight", "logits_kind", "temperature"} & options.keys():
             raise QsdError("DistillationHook distils attention alone: detectors and segmenters have no image logits.")
-        self.options = DistillationOptions(teacher, **options)
+        self.options = DistillationOptions(teacher, teacher_weights, teacher_args, **options)
         self.terms: DistillationTerms | None = None
 
     def before_train(self, runner: Runner) -> None:

@@ -7,7 +7,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from qsd.errors import QsdError
-from qsd.models.diagnosis import collapsed_step
+from qsd.layers.steps import collapsed_step
 
 
 @HOOKS.register_module()

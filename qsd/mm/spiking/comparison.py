@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qsd.mm.spiking.model import Batch, ConvertedModel, predict
 from qsd.precision import full_float32
-from qsd.spiking.compare import Comparison, distance_to_threshold
-from qsd.spiking.network import watch_neurons
+from qsd.spiking.compare import Comparison, counts_and_drives, distance_to_threshold
+from qsd.spiking.counts import watch_neurons
 
 # Parts of a prediction that are equal or not; for all other parts the largest difference counts.
 _LABELS = ("labels", "masks", "sem_seg")
@@ -56,7 +56,7 @@ def compare_model(
     title = f"compare ({comparison.dtype}, {way})"
     for batch in batches if not progress else track(batches, title, transient=True):
         counts: dict[str, list[Tensor]] = {}
-        with watch_neurons(trained, lambda neuron, *inputs: neuron.drive(*inputs)) as drives:
+        with watch_neurons(trained, counts_and_drives) as calls:
             (expected,) = predict(trained, batch)
         with spiking.counting(partial(_append, counts)):
             if way == "count":
@@ -64,7 +64,7 @@ def compare_model(
             else:
                 (found,) = spiking.simulate(batch, spiking.time_steps - 1).samples
         comparison.images += 1
-        _compare_counts(comparison, drives, counts, spiking.time_steps)
+        _compare_counts(comparison, calls, counts)
         _compare_predictions(comparison, contents(expected), contents(found))
     return comparison
 
@@ -84,13 +84,14 @@ def _append(found: dict[str, list[Tensor]], call: str, counts: Tensor) -> None:
 
 
 def _compare_counts(
-    comparison: DetectionComparison, drives: list[tuple[str, Tensor]], counts: dict[str, list[Tensor]], time_steps: int
+    comparison: DetectionComparison,
+    trained: list[tuple[str, tuple[Tensor, Tensor]]],
+    counts: dict[str, list[Tensor]],
 ) -> None:
     """Find the first neuron layer of the image, in the order of the trained model's execution, that differs."""
     calls = {name: iter(found) for name, found in counts.items()}
-    for name, drive in drives:
+    for name, (expected, drive) in trained:
         count = next(calls.get(name, iter(())), None)
-        expected = (drive + 0.5).floor().clamp(0, time_steps)
         if count is None or count.shape != expected.shape or not torch.equal(count, expected):
             comparison.changed_images += 1
             alike = count is not None and count.shape == expected.shape

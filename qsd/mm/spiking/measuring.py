@@ -126,12 +126,10 @@ class DetectorMeasurements(Measurements):
 
     def accuracy(self, count: Callable[[str, Tensor], None]) -> DenseAccuracy:
         """Metrics of the trained and the spiking model; the inputs of each segment are counted on the way."""
-        lossless = self.spiking.lossless
 
         def run(name: str, x: Tensor) -> Any:
             self.inputs[name] = self.inputs.get(name, 0) + len(x)
-            network = self.spiking.segments[name]
-            return network(x) if lossless else network.simulate(x).logits
+            return self.spiking.segments[name].evaluate(x)
 
         trained = self._metrics_of(self.trained) if self.evaluator else {}
         with self.spiking.running(run), self.spiking.counting(count):
@@ -140,7 +138,7 @@ class DetectorMeasurements(Measurements):
         return DenseAccuracy(
             kind="segmenter" if segmenter else "detector",
             images=len(self.images),
-            way="count" if lossless else "simulate",
+            way="count" if self.spiking.lossless else "simulate",
             dtype=str(next(self.trained.parameters()).dtype).removeprefix("torch."),
             metrics=[Metric(name=key, quantized=trained[key], spiking=value) for key, value in spiking.items()],
         )

@@ -23,8 +23,8 @@ from qsd.errors import QsdError
 from qsd.mm.spiking.segments import DENSE, cut, dense_head
 from qsd.spiking import Audit, SpikingNetwork, Trace, to_spike_driven
 from qsd.spiking.audit import Auditor
-from qsd.spiking.network import Delay
-from qsd.spiking.rules import Merge
+from qsd.spiking.merging import Merge
+from qsd.spiking.names import Delay
 
 Batch = dict[str, Any]
 
@@ -90,8 +90,7 @@ class ConvertedModel(nn.Module):
     @property
     def lossless(self) -> bool:
         """Whether every neuron waits for at least T - 1 time steps."""
-        neurons = [neuron for network in self.segments.values() for neuron in network.neurons().values()]
-        return all(neuron.delay >= self.time_steps - 1 for neuron in neurons)
+        return all(network.lossless for network in self.segments.values())
 
     def train(self, mode: bool = True) -> "ConvertedModel":
         """Stay in evaluation: a converted model is not trained."""

@@ -1,0 +1,118 @@
+"""What a layer tells about its cost: the operations of one call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Operations of the network as it is, with each merged chain as one kernel, and of the network with all factors.
+BY_NETWORK = ("merged", "unmerged")
+
+
+def both(number: float) -> dict[str, float]:
+    """The same number of operations, merged or not.
+
+    Args:
+        number: Number of operations.
+    """
+    return dict.fromkeys(BY_NETWORK, number)
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Inputs of one call of a layer.
+
+    Attributes:
+        tensors: Spike counts ``[B, ...]``, or where time steps are taken binary spikes ``[T * B, ...]``.
+        time_steps: T of the network.
+        stepped: Whether time steps are taken.
+        image: Whether the inputs are functions of images alone, which are the same in every time step.
+    """
+
+    tensors: tuple[Tensor, ...]
+    time_steps: int
+    stepped: bool
+    image: bool
+
+    @property
+    def images(self) -> float:
+        """Number of images."""
+        length = len(self.tensors[0])
+        return length / self.time_steps if self.stepped and not self.image else length
+
+    def counts(self, x: Tensor) -> Tensor:
+        """Sums over the window, ``[B, ...]``.
+
+        Args:
+            x: One of the tensors.
+        """
+        return self.steps(x).sum(0) if self.stepped else x
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Spikes by time step, ``[T, B, ...]``, where time steps are taken.
+
+        Args:
+            x: One of the tensors.
+        """
+        return x.reshape(self.time_steps, len(x) // self.time_steps, *x.shape[1:])
+
+    def cells(self, x: Tensor) -> float:
+        """Neurons times time steps: the most spikes that could come in.
+
+        Args:
+            x: One of the tensors.
+        """
+        return x.numel() if self.stepped else x.numel() * self.time_steps
+
+
+@dataclass
+class Operations:
+    """Operations of one call of a layer, of all images together.
+
+    Attributes:
+        spikes: Spikes that came in.
+        cells: Neurons times time steps that could have fired them; their quotient is the firing rate.
+        additions: Accumulates, ``merged`` and ``unmerged`` (see `both`).
+        macs: Multiply-accumulates, ``merged`` and ``unmerged``, of a layer that sees images or other analog values.
+        dense: Multiply-accumulates of the unmerged layer in an ordinary network, whose inputs are numbers.
+        rate: Firing rate in the papers' convention, rate x T x dense operations; ``None`` for that of the spikes.
+        zero_skipping: Accumulates of a product if zeros of its integer operand are skipped.
+    """
+
+    spikes: float = 0.0
+    cells: float = 0.0
+    additions: dict[str, float] = field(default_factory=lambda: both(0.0))
+    macs: dict[str, float] = field(default_factory=lambda: both(0.0))
+    dense: float = 0.0
+    rate: float | None = None
+    zero_skipping: float | None = None
+
+    @property
+    def firing_rate(self) -> float:
+        """The firing rate in the papers' convention."""
+        if self.rate is not None:
+            return self.rate
+        return self.spikes / self.cells if self.cells else 0.0
+
+
+def synaptic_operations(
+    inputs: LayerInputs, fan_out: Callable[[str], Tensor], dense: list[float], merged: float | None = None
+) -> Operations:
+    """Operations of a synapse: every spike is added to as many outputs as it is connected with.
+
+    Args:
+        inputs: Inputs of the call.
+        fan_out: Gets ``"merged"`` or ``"unmerged"`` and returns the number of outputs of the first linear map that each
+            input is added to, in a shape that broadcasts to the input's.
+        dense: Multiply-accumulates of each factor for one image.
+        merged: Multiply-accumulates of the merged kernel for one image; ``None`` for the sum of the factors'.
+    """
+    (x,), images = inputs.tensors, inputs.images
+    total = images * sum(dense)
+    if inputs.image:  # the current is the same in every time step, and computed once
+        return Operations(macs={"merged": total if merged is None else images * merged, "unmerged": total}, dense=total)
+    additions = {key: float((x.double() * fan_out(key)).sum()) for key in BY_NETWORK}
+    # All factors but the first see analog values, once per image, on currents summed over the window.
+    macs = {"merged": 0.0, "unmerged": images * sum(dense[1:])}
+    return Operations(float(x.sum(dtype=torch.float64)), inputs.cells(x), additions, macs, total)

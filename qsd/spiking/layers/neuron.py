@@ -1,0 +1,221 @@
+"""The spiking neuron."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsd.errors import QsdError
+from qsd.functional import spike_count
+from qsd.neurons import SpikeNeuron
+from qsd.spiking.clock import Window
+from qsd.spiking.layers.base import TimedLayer
+from qsd.spiking.layers.costs import LayerInputs, Operations
+from qsd.spiking.names import matches
+from qsd.spiking.runtime import Runtime
+from qsd.spiking.steps import charge, fire
+
+Potential = float | Tensor
+
+_NEURONS_AT_A_TIME = 2**16
+
+
+class DelayedNeuron(TimedLayer):
+    """Delayed integrate-and-fire neuron: charges in steps 1..T, may fire in steps d+1..d+T of its window.
+
+    At ``d >= T - 1`` it fires exactly the trained neuron's count, for every input (theorem: all input is in before the
+    first chance to fire, and T chances follow). Its spikes are 0 or 1. Their amplitude lies in the weights of the next
+    layer. Where the spikes meet an operation that is no layer of the engine (``scaled``), they are multiplied by it
+    here, which is exact too, but not spike-driven.
+
+    A neuron whose input is a product of spikes gets, beside the integer currents, the value of their unit. Its
+    threshold is divided by that value, anew for every size of the image.
+
+    A neuron of other dynamics overrides `threshold_at`, `start`, `charge`, `fire` and, for the count domain,
+    `spike_counts`. Steps and ticks are composed of these, so that they agree by construction.
+
+    Args:
+        trained: The trained neuron.
+        name: Its dotted name in the trained model.
+        delay: d, in time steps.
+        runtime: Runtime of the converted network.
+    """
+
+    role = "neuron"
+
+    def __init__(self, trained: SpikeNeuron, name: str, delay: int, runtime: Runtime) -> None:
+        super().__init__(name, runtime)
+        self.delay = delay
+        self.time_steps, self.threshold, self.amplitude = trained.time_steps, trained.threshold, trained.amplitude
+        self.drive = trained.drive
+        self.scaled = False
+
+    def step_size(self, features: int) -> float:
+        """The input that one spike stands for, as the neurons of `qsd.neurons` tell it.
+
+        Args:
+            features: Size of the layer; without effect.
+        """
+        del features
+        return self.threshold
+
+    # -- dynamics ------------------------------------------------------------------------------------------------------
+
+    def threshold_at(self, scale: float = 1.0) -> Potential:
+        """The threshold in units of the input.
+
+        A tensor that broadcasts to one time step of the input, ``[B, ...]``, gives every neuron its own threshold,
+        which `fire` may change in place.
+
+        Args:
+            scale: Value of one unit of the input, where the input is a product of spikes.
+        """
+        return self.threshold / scale
+
+    def start(self, threshold: Potential) -> Potential:
+        """The membrane potential at the beginning of a window; half a threshold rounds to the nearest count.
+
+        Args:
+            threshold: See `threshold_at`.
+        """
+        return threshold / 2
+
+    def charge(self, membrane: Tensor, current: Tensor) -> None:
+        """Add a step's current to the membrane, in place.
+
+        Args:
+            membrane: Potential of some neurons.
+            current: Their input of this step, in the same shape.
+        """
+        charge(membrane, current)
+
+    def fire(self, membrane: Tensor, threshold: Any, spikes: Tensor) -> None:
+        """Write this step's spikes, and lower the membrane where a neuron fires, in place.
+
+        Args:
+            membrane: Potential of some neurons after the charge.
+            threshold: A number, or a tensor of the same shape, see `threshold_at`.
+            spikes: Receives 0 and 1, in the same shape and type.
+        """
+        fire(membrane, threshold, spikes)
+
+    def spike_counts(self, x: Tensor, *scale: float) -> Tensor:
+        """The counts that the neuron fires at the lossless delay, in closed form.
+
+        Args:
+            x: Input, accumulated over the window ``[B, ...]``.
+            scale: Value of one unit of the input, where the input is a product of spikes.
+        """
+        return spike_count(x / self.threshold_at(*scale) if scale else self.drive(x), self.time_steps)
+
+    # -- the three ways to run -----------------------------------------------------------------------------------------
+
+    def window_offset(self) -> int:
+        return self.runtime.run.delay(self.name, self.delay)
+
+    def busy_steps(self) -> int:
+        return self.time_steps + self.window_offset()
+
+    def source(self) -> "DelayedNeuron | None":
+        return None if self.scaled else self
+
+    def operations(self, inputs: LayerInputs) -> Operations | None:
+        del inputs
+        return None  # updates of membranes are in no convention of the field
+
+    def stored_bits(self, weight_bits: Mapping[str, int], merged_bits: int | None) -> float:
+        del weight_bits, merged_bits
+        return 0.0  # one threshold for a whole layer
+
+    def _emit(self, spikes: Tensor) -> Tensor:
+        return spikes * self.amplitude if self.scaled else spikes
+
+    def count(self, *inputs: Any) -> Tensor:
+        counts = self.spike_counts(*inputs)
+        self.runtime.hand_out(self.call, counts)
+        return self._emit(counts)
+
+    def step(self, constant: bool, *inputs: Any) -> Tensor:
+        x, *scale = inputs
+        if constant:
+            raise self._sees_an_image()
+        run, steps, delay = self.runtime.run, self.time_steps, self.window_offset()
+        threshold, records = self.threshold_at(*scale), matches(self.call, run.record)
+        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+            x = x.contiguous()
+        currents = self.runtime.split(x)
+        spikes = torch.empty_like(currents)
+        shape = (steps + delay if records else 0, *currents.shape[1:])
+        potentials = currents.new_empty_strided(shape, currents.stride())
+        chunks = zip(
+            *(_chunks(tensor) for tensor in (currents, spikes, potentials)),
+            _as_chunks(self.start(threshold), currents[0]),
+            _as_chunks(threshold, currents[0]),
+        )
+        for current, spike, potential, start, limit in chunks:
+            membrane = start[0].clone() if isinstance(start, Tensor) else torch.full_like(current[0], start)
+            limit = limit[0].clone() if isinstance(limit, Tensor) else limit
+            for t in range(steps + delay):
+                if t < steps:
+                    self.charge(membrane, current[t])
+                if records:
+                    potential[t] = membrane
+                if t >= delay:
+                    self.fire(membrane, limit, spike[t - delay])
+        run.trace.counts[self.call] = spikes.sum(0, dtype=torch.uint8)
+        if records:
+            run.trace.spikes[self.call], run.trace.membrane[self.call] = spikes.bool(), potentials
+        return self._emit(spikes.flatten(0, 1))
+
+    def tick(self, window: Window, *inputs: Any) -> Tensor:
+        x, *scale = inputs
+        if window.constant:
+            raise self._sees_an_image()
+        spikes, delay, state = torch.zeros_like(x), self.window_offset(), window.state
+        if window.begins:
+            threshold = self.threshold_at(*scale)
+            state["membrane"], state["count"] = _filled(self.start(threshold), x), torch.zeros_like(x)
+            state["threshold"] = _filled(threshold, x) if isinstance(threshold, Tensor) else threshold
+        if window.open:
+            self.charge(state["membrane"], x)
+        if window.within(delay, self.time_steps):
+            self.fire(state["membrane"], state["threshold"], spikes)
+            state["count"] = state["count"] + spikes
+        if window.step == delay + self.time_steps:
+            self.runtime.hand_out(self.call, state["count"])
+        return self._emit(spikes)
+
+    def _sees_an_image(self) -> QsdError:
+        return QsdError(
+            f"neuron {self.name} sees an image: put a convolution or linear layer of ours before it; if the input is "
+            "currents and no image, convert with currents=True."
+        )
+
+    def extra_repr(self) -> str:
+        return f"time_steps={self.time_steps}, threshold={self.threshold:g}, delay={self.delay}"
+
+
+def _filled(value: Potential, like: Tensor) -> Tensor:
+    """A new tensor in the shape of another, of one value or of values that broadcast."""
+    if isinstance(value, Tensor):
+        return torch.empty_like(like).copy_(value)
+    return torch.full_like(like, value)
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Parts of ``[T, B, ...]`` in the order of memory, ``[T, N]``.
+
+    Neurons do not see each other. Some thousands at a time, their membranes stay in the processor's cache.
+    """
+    size = x[0].numel() if len(x) else x.stride(0)
+    return x.as_strided((len(x), size), (x.stride(0), 1)).split(_NEURONS_AT_A_TIME, dim=1)
+
+
+def _as_chunks(value: Potential, like: Tensor) -> Iterator[Any]:
+    """A number for every chunk, or the chunks of values that broadcast to one step, in the layout of that step."""
+    if isinstance(value, Tensor):
+        yield from _chunks(_filled(value, like)[None])
+        return
+    while True:
+        yield value
