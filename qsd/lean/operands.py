@@ -87,7 +87,7 @@ def save_operand(x: Tensor) -> tuple[SavedOperand, Tensor]:
     """
     codes = _CODES.get(x.untyped_storage())
     if codes is not None and codes.layout.matches(codes.packed, x):
-        return SavedOperand(codes.layout, x.dtype, x.shape, x.stride(), x.storage_offset()), codes.packed
+        return SavedOperand(codes.layout, x.dtype, x.shape, x.stride(), int(x.storage_offset())), codes.packed
     return SavedOperand(None, x.dtype, x.shape, (), 0), x
 
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from qsd import functional
 from qsd.functional import dot, fixed_drive, learned_gradients
 from qsd.lean.codes import dense, fire, flat
-from qsd.lean.operands import NormOrigin, norm_origin, note_codes
+from qsd.lean.operands import norm_origin, note_codes
 
 
 class _FixedSpikes(torch.autograd.Function):
@@ -114,14 +114,15 @@ class _LearnedSpikes(torch.autograd.Function):
         slope = (1 if amplitude is None else amplitude) / threshold
         threshold_gradient = None
         if kept:
-            total = dot(passed, kept[0]) if ctx.eps is None else _dot_with_norm(passed, NormOrigin(*kept, ctx.eps))
+            total = dot(passed, kept[0]) if ctx.eps is None else _dot_with_norm(passed, ctx.eps, *kept)
             threshold_gradient = -total / threshold * slope
         return passed.mul_(slope), threshold_gradient, amplitude_gradient, None
 
 
-def _dot_with_norm(grad: Tensor, origin: NormOrigin) -> Tensor:
-    """The sum of a gradient times a batch norm's output."""
-    x, weight, bias, mean, inverse, eps = origin
+def _dot_with_norm(
+    grad: Tensor, eps: float, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
+) -> Tensor:
+    """The sum of a gradient times a batch norm's output, by the tensors of its `NormOrigin`."""
     _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
         grad, x, weight, None, None, mean, inverse, True, eps, [False, True, True]
     )

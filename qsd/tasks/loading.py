@@ -12,6 +12,7 @@ from qsd.packing import load_packed
 from qsd.reading import part_of
 from qsd.spiking import SpikingNetwork
 from qsd.tasks.classification import ClassificationTask
+from qsd.tasks.hyper_parameters import check_hyper_parameters
 
 
 def load_task(path: str | Path) -> ClassificationTask:
@@ -36,6 +37,7 @@ def load_task(path: str | Path) -> ClassificationTask:
         found = f"a {type(state[other]).__name__} named {other!r}" if state else "nothing"
         raise QsdError(f"{path} has {found} in its state_dict, where tensors belong.")
     check_depth(str(path), arguments, state)
+    check_hyper_parameters(ClassificationTask, saved, path)
     known = inspect.signature(ClassificationTask).parameters
     settings = {key: value for key, value in saved.items() if key in known}
     settings |= {"model": name, "model_args": arguments, "init_from": None}  # weights come from this file alone
