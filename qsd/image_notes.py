@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -10,6 +10,7 @@ from qsd.errors import QsdError
 from qsd.schema import Schema, parse
 
 _REMEDY = "write it with qsd export"
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _Channels = Annotated[list[float], Field(min_length=1, max_length=64)]
 _Side = Annotated[int, Field(ge=1, le=2**14)]
 
@@ -34,7 +35,7 @@ class ImageNotes(Schema):
     std: _Channels
     img_size: Annotated[list[_Side], Field(min_length=2, max_length=2)]
     crop_pct: Annotated[float, Field(gt=0, le=2)] = 1.0
-    interpolation: str = "bilinear"
+    interpolation: Interpolation = "bilinear"
     energy_mj: dict[str, float | None] = Field(default_factory=dict)
 
 

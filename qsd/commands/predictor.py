@@ -48,9 +48,8 @@ class Predictor:
         self.class_names = facts.class_names
         self._grey = len(facts.mean) == 1
         height, width = facts.img_size
-        interpolation: Any = facts.interpolation  # an unknown one is refused by the transform
         self._transform = eval_transform(
-            (height, width), interpolation, facts.crop_pct, mean=tuple(facts.mean), std=tuple(facts.std)
+            (height, width), facts.interpolation, facts.crop_pct, mean=tuple(facts.mean), std=tuple(facts.std)
         )
 
     def _load_packed(self, path: Path) -> None:

@@ -8,8 +8,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from qsd.data.base import ImageData, Part
 from qsd.data.dataset import ImageFiles, Transform
 from qsd.data.files import ImageFinder, class_folders
-from qsd.data.transforms import Interpolation, crop_transform, eval_transform
+from qsd.data.transforms import crop_transform, eval_transform
 from qsd.errors import QsdError
+from qsd.image_notes import Interpolation
 from qsd.reading.files import shown
 from qsd.reading.images import ExifOrientation
 

@@ -16,7 +16,6 @@ from qsd.layers import QuantConv2d, QuantLinear
 from qsd.layers.renamed import rename_parameters
 from qsd.layers.steps import step_names
 from qsd.models.checkpoints import check_weights
-from qsd.models.registered import WEIGHT_ARGUMENTS
 from qsd.quantizers import on_grid
 
 # A constructor may register a parameter more than once, and a file holds at least one tensor per layer.
@@ -159,8 +158,7 @@ def build_registered(registered: Mapping[str, Any]) -> nn.Module:
     Raises:
         QsdError: If timm does not know the name, or the model its arguments.
     """
-    name = registered["name"]
-    arguments = {key: value for key, value in registered["arguments"].items() if key not in WEIGHT_ARGUMENTS}
+    name, arguments = registered["name"], registered["arguments"]
     if not is_model(name):
         raise QsdError(f"model {name!r} is not registered; import the package that registers it, or pass model=...")
     try:

@@ -68,6 +68,7 @@ def shortened(command):
     return [(Path(w).parent / "last_checkpoint").read_text() if w.endswith(".pth") else w for w in words]
 
 
+@pytest.mark.timeout(900)  # a dozen trainings, tests and conversions
 def test_the_commands_run_one_after_the_other(workplace, tool, monkeypatch):
     monkeypatch.chdir(workplace)
     for command in COMMANDS:
