@@ -5,7 +5,6 @@ thousand boxes take seconds.
 """
 
 import logging
-import math
 import os
 import stat
 from collections.abc import Sequence
@@ -20,15 +19,14 @@ from pydantic_core import from_json
 from rich.progress import Progress
 
 from qsd.errors import QsdError
+from qsd.mm.outlines import NUMBERS, are_polygons, floats, polygon_problem, run_problem, shortened
 from qsd.reading.files import FileError, regular_file, shown
 
 logger = logging.getLogger(__name__)
 
 _LARGE = 100_000_000  # bytes of a file from which on a progress bar is shown
 _CHUNK = 20_000  # annotations whose outlines are checked at a time
-_NUMBERS = frozenset({int, float})
 _IDS = frozenset({int, str})
-_POINTS = 6  # numbers of the smallest polygon, a triangle
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class _File:
         if not set(map(type, values)) <= kinds:
             index = next(i for i, value in enumerate(values) if type(value) not in kinds)
             wanted = " or ".join(sorted(kind.__name__ for kind in kinds))
-            problem = f"has {field}={_short(values[index])}, where {wanted} belongs"
+            problem = f"has {field}={shortened(values[index])}, where {wanted} belongs"
             raise self.error(part, index, entries, problem)
         return values
 
@@ -92,7 +90,7 @@ class _File:
         if len(set(values)) < len(values):
             first: dict[Any, int] = {}
             index = next(i for i, value in enumerate(values) if first.setdefault(value, i) != i)
-            raise self.error(part, index, entries, f"repeats {field}={_short(values[index])} of an earlier entry")
+            raise self.error(part, index, entries, f"repeats {field}={shortened(values[index])} of an earlier entry")
         return values
 
 
@@ -119,10 +117,10 @@ def check_annotations(path: str | Path, use: Use) -> dict[str, int]:
     ids = file.unique("images", images, "id", _IDS)
     sizes = {}
     for field in ("height", "width"):
-        sizes[field] = file.column("images", images, field, _NUMBERS)
+        sizes[field] = file.column("images", images, field, NUMBERS)
         if images and not all(value >= 1 for value in sizes[field]):  # NaN fails, too
             index = next(i for i, value in enumerate(sizes[field]) if not value >= 1)
-            raise file.error("images", index, images, f"has {field}={_short(sizes[field][index])}, which is no size")
+            raise file.error("images", index, images, f"has {field}={shortened(sizes[field][index])}, which is no size")
     if use.folder is not None:
         check_images([os.path.join(use.folder, name) for name in names])
     categories = _check_categories(file, content, use)
@@ -132,7 +130,7 @@ def check_annotations(path: str | Path, use: Use) -> dict[str, int]:
     annotations = file.entries(content, "annotations")
     counts["annotations"] = len(annotations)
     places = {identity: index for index, identity in enumerate(ids)}
-    shapes = np.stack([_floats(sizes["height"]), _floats(sizes["width"])], 1).reshape(-1, 2)
+    shapes = np.stack([floats(sizes["height"]), floats(sizes["width"])], 1).reshape(-1, 2)
     with Progress(transient=True, disable=path.stat().st_size < _LARGE) as progress:
         used, read = _check_boxes(file, annotations, places, shapes, categories, counts)
         if use.masks:
@@ -233,16 +231,18 @@ def _check_boxes(
     counts["of other images or classes, or ignored"] = len(annotations) - len(read)
     entries, file.numbers = [annotations[i] for i in read], read
     boxes = file.column(part, entries, "bbox", frozenset({list}))
-    areas = file.column(part, entries, "area", _NUMBERS)
-    if set(map(len, boxes)) - {4} or set(map(type, chain.from_iterable(boxes))) - _NUMBERS:
-        index = next(i for i, b in enumerate(boxes) if len(b) != 4 or not all(type(n) in _NUMBERS for n in b))
-        raise file.error(part, index, entries, f"has bbox={_short(boxes[index])}, where [x, y, width, height] belongs")
-    values = _floats(boxes).reshape(-1, 4)
+    areas = file.column(part, entries, "area", NUMBERS)
+    if set(map(len, boxes)) - {4} or set(map(type, chain.from_iterable(boxes))) - NUMBERS:
+        index = next(i for i, b in enumerate(boxes) if len(b) != 4 or not all(type(n) in NUMBERS for n in b))
+        raise file.error(
+            part, index, entries, f"has bbox={shortened(boxes[index])}, where [x, y, width, height] belongs"
+        )
+    values = floats(boxes).reshape(-1, 4)
     bad = ~np.isfinite(values).all(1) | (values[:, 2:] < 0).any(1)
     if bad.any():
         index = int(bad.argmax())
-        raise file.error(part, index, entries, f"has bbox={_short(boxes[index])}, which is no box")
-    area = _floats(areas)
+        raise file.error(part, index, entries, f"has bbox={shortened(boxes[index])}, which is no box")
+    area = floats(areas)
     if np.isnan(area).any():
         raise file.error(part, int(np.isnan(area).argmax()), entries, "has area=NaN")
     shape = shapes[[places[owners[i]] for i in read]].reshape(-1, 2)[:, ::-1]
@@ -272,97 +272,22 @@ def _check_masks(
         indices = chosen[start : start + _CHUNK]
         outlines = [annotations[i].get("segmentation") for i in indices]
         polygons = [part for outline in outlines if type(outline) is list for part in outline]
-        if not _are_polygons(polygons) or not all(outline and type(outline) in (list, dict) for outline in outlines):
+        if not are_polygons(polygons) or not all(outline and type(outline) in (list, dict) for outline in outlines):
             index, problem = next(
                 (i, problem)
                 for i, outline in zip(indices, outlines)
-                if (problem := _polygon_problem(outline)) is not None
+                if (problem := polygon_problem(outline)) is not None
             )
             raise file.error("annotations", index, annotations, problem)
         for index, outline in zip(indices, outlines):
             if type(outline) is dict:
                 height, width = shapes[places[annotations[index]["image_id"]]]
-                if (problem := _run_problem(outline, int(height), int(width))) is not None:
+                if (problem := run_problem(outline, int(height), int(width))) is not None:
                     raise file.error("annotations", index, annotations, problem)
         progress.advance(task, len(indices))
-
-
-def _are_polygons(polygons: list[Any]) -> bool:
-    if set(map(type, polygons)) - {list}:
-        return False
-    lengths = set(map(len, polygons))
-    if any(length < _POINTS or length % 2 for length in lengths):
-        return False
-    numbers = list(chain.from_iterable(polygons))
-    return set(map(type, numbers)) <= _NUMBERS and bool(np.isfinite(_floats(numbers)).all())
-
-
-def _floats(numbers: Sequence[Any]) -> np.ndarray[Any, Any]:
-    """Numbers, or rows of them, as floats; whole numbers beyond their range are infinite."""
-    try:
-        return np.array(numbers, float)
-    except OverflowError:
-        return np.vectorize(lambda number: math.inf if abs(number) > 1e300 else float(number), otypes=[float])(
-            np.array(numbers, object)
-        )
-
-
-def _polygon_problem(outline: Any) -> str | None:
-    if type(outline) is dict:
-        return None if outline else "has an empty segmentation"
-    if type(outline) is not list:
-        return "has no field 'segmentation'" if outline is None else f"has segmentation={_short(outline)}"
-    if not outline:
-        return "has an empty segmentation"
-    for polygon in outline:
-        if type(polygon) is not list or not all(type(number) in _NUMBERS for number in polygon):
-            return f"has a polygon that is no list of numbers: {_short(polygon)}"
-        if len(polygon) < _POINTS or len(polygon) % 2:
-            return f"has a polygon of {len(polygon)} numbers; at least {_POINTS}, and an even number, make one"
-        if not np.isfinite(_floats(polygon)).all():
-            return "has a polygon with coordinates that are not finite"
-    return None
-
-
-def _run_problem(outline: dict[str, Any], height: int, width: int) -> str | None:
-    size, counts = outline.get("size"), outline.get("counts")
-    if size != [height, width]:
-        return f"has run lengths of the size {_short(size)} in an image of [{height}, {width}]"
-    if isinstance(counts, str):
-        runs = _runs_of(counts)
-    elif isinstance(counts, list) and all(type(run) is int for run in counts):
-        runs = counts
-    else:
-        return f"has run lengths counts={_short(counts)}, where a list of whole numbers or a text belongs"
-    if runs is None or any(run < 0 for run in runs) or sum(runs) != height * width:
-        found = "cannot be decoded" if runs is None else f"cover {sum(runs)} pixels"
-        return f"has run lengths that {found}, in an image of {height * width}"
-    return None
-
-
-def _runs_of(text: str) -> list[int] | None:
-    """Decode COCO's compressed run lengths: five bits a character, and differences to the run before last."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        code = ord(character) - 48
-        if not 0 <= code < 64 or shift > 60:
-            return None
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:
-            if code & 16:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return None if shift else runs
 
 
 def _report(path: Path, counts: dict[str, int]) -> None:
     passed = [f"{number} {kind}" for kind, number in counts.items() if number and kind not in ("images", "annotations")]
     rest = f"; not used as boxes: {', '.join(passed)}" if passed else ""
     logger.info("%s: %d images, %d annotations%s.", shown(path), counts["images"], counts["annotations"], rest)
-
-
-def _short(value: Any) -> str:
-    return shown(repr(value) if not isinstance(value, float) else f"{value:g}")[:60]
