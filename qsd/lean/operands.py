@@ -1,6 +1,6 @@
 """The record of where tensors come from, and how an operand is kept for the backward pass.
 
-A neuron notes the codes of its output, a batch norm its input; a layer that is handed the tensor, or any view of it,
+A neuron notes the codes of its output, a batch norm its input; a layer that receives the tensor, or any view of it,
 finds the note by the tensor's storage. A note is never believed: before a float tensor is dropped, its values are
 compared bit by bit with those that follow from the note. So whatever happens to a tensor between two layers (a change
 in place or through ``.data``, a copy, another learned step), gradients are those of the values that the layer computed
