@@ -272,24 +272,6 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return _ScaleGradient.apply(x, factor)
 
 
-def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The product ``q (k^T v)`` of spike-driven self-attention, linear in the number of tokens.
-
-    On integer-valued counts the result is an exact integer as long as it stays below 2**24 in float32 (it is at most
-    ``N * d_h * T**3``), which is why it never runs in half precision: exact ties at a threshold are common, and the
-    sums leave float16's range.
-
-    Args:
-        query: ``[B, heads, d_h, N]``, and so are key and value.
-        key: See ``query``.
-        value: See ``query``.
-
-    Returns:
-        ``[B, heads, d_h, N]``, in float32 or better.
-    """
-    return exact_matmul(exact_matmul(value, key.transpose(-1, -2)), query)
-
-
 def product_dtype(left: Tensor, right: Tensor) -> torch.dtype:
     """The type in which two tensors of counts are multiplied: float32 or better.
 

@@ -89,6 +89,22 @@ def read_object(text: str | bytes, source: str, remedy: str) -> dict[str, Any]:
     return content
 
 
+def check_version(content: Mapping[str, Any], newest: int, source: str) -> None:
+    """Refuse a file of a later version, before its fields are checked.
+
+    Args:
+        content: Content of the file.
+        newest: Newest version that this package reads.
+        source: Name of the file, for the message.
+
+    Raises:
+        QsdError: If the version is newer.
+    """
+    version = content.get("version")
+    if isinstance(version, int) and version > newest:
+        raise QsdError(f"{source} has version {version} of the format; this qsd reads {newest}: update it.")
+
+
 def describe(error: ValidationError, source: str, remedy: str) -> str:
     """One line for the first of the errors that pydantic found.
 

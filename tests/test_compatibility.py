@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import qsd
 from qsd import QsdError, report
 from qsd.distillation import build_teacher
+from qsd.packing import read_notes
 from qsd.tasks import ClassificationTask, load_task
 from tests.helpers.training import FewDigits, make_trainer
 from tests.helpers.version_0_1_0 import FOLDER, moments, parameters, present, unpacked
@@ -170,3 +171,13 @@ def test_what_cannot_be_restored_is_refused_with_one_line(change, damage, messag
     with pytest.raises(QsdError, match=message) as error:
         resume(path, tmp_path / "run", change=change)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["trained", "spiking"])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_packed_files_take_the_same_bytes_and_names_as_before(name, kind, tmp_path):
+    written = unpacked(f"{name}_{kind}.safetensors", tmp_path)
+    again = tmp_path / "again.safetensors"
+    qsd.save_packed(qsd.load_packed(written), again, notes=read_notes(written))
+    assert again.stat().st_size == written.stat().st_size
+    assert load_file(again).keys() == load_file(written).keys()

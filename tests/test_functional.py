@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsd.functional import drop_path, linear_attention, lsq_quantize, spike_count
+from qsd.functional import drop_path, lsq_quantize, spike_count
+from qsd.layers import MatrixProduct, SpikeProduct
 
 
 def test_half_counts_round_up():
@@ -97,7 +98,8 @@ def test_attention_product_is_the_exact_integer_also_under_autocast(autocast):
     query, key, value = (torch.randint(0, 5, (2, 3, 7, 300)) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         dtype = torch.bfloat16 if autocast else torch.float32
-        product = linear_attention(query.to(dtype), key.to(dtype), value.to(dtype))
+        matrix = SpikeProduct()(value.to(dtype), key.to(dtype).transpose(-1, -2))
+        product = MatrixProduct()(matrix, query.to(dtype))
     slow = torch.einsum("bhdn,bhdm,bhem->bhen", query, key, value)  # int64
     assert product.dtype == torch.float32
     assert torch.equal(product.long(), slow)

@@ -17,9 +17,12 @@ import qsd
 from qsd import QsdError, load_packed, model_size, save_packed, to_spike_driven
 from qsd.layers import LinearChain, QuantConv2d, QuantLinear, conv_norm, quantized_weight, rep_conv
 from qsd.models.packed_file import read_packed, write_packed
+from qsd.models.packed_header import PackedHeader
 from qsd.neurons import SpikeNeuron
 from qsd.packing import read_notes
 from tests.helpers.networks import SMALL, randomize_norms, randomize_steps
+
+HEADER = PackedHeader(kind="quantized", model=None, parameters=0, time_steps={}, conversion=None, notes={})
 
 
 def trained(name="qsd_tiny", **kwargs):
@@ -163,7 +166,7 @@ def test_merged_integers_are_in_the_file_and_are_what_the_network_computes_with(
     merged = [name for name in tensors if name.startswith("merged/") and name.endswith("weight")]
     assert len(merged) == 4 + 4 * 4  # a SepConv per convolutional block, four projections per attention
     for name in merged:
-        assert header["packed"][name]["bits"] == 5
+        assert header.packed[name].bits == 5
         assert int(tensors[name].abs().max()) == 15
         kernel = spiking.chains()[name.removeprefix("merged/").removesuffix(".weight")].merged
         scale = tensors[name.replace("weight", "scale")].view(-1, 1, 1, 1)
@@ -185,12 +188,12 @@ def test_integers_of_any_width_survive_in_their_width(data, bits):
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.safetensors")
-        write_packed(path, {}, {}, {"x": (integers, bits)})
+        write_packed(path, HEADER, {}, {"x": (integers, bits)})
         header, tensors = read_packed(path)
         with safe_open(path, "pt") as file:
             stored = file.get_tensor("x").numel()
     assert torch.equal(tensors["x"].to(torch.int16), integers)
-    assert header["packed"]["x"]["bits"] == bits
+    assert header.packed["x"].bits == bits
     assert stored <= math.ceil(integers.numel() * bits / 8)
     assert tensors["x"].dtype == (torch.int8 if bits <= 8 else torch.int16)
 

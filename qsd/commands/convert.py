@@ -114,7 +114,7 @@ def _convert_classifier(options: Namespace) -> report.Record:
     trained, name = load_trained(options.checkpoint)
     trained = trained.to(options.device)
     if options.calibrate is not None:
-        spiking = to_spike_driven(trained, None, chosen.merge_rule, options.merged_bits)
+        spiking = to_spike_driven(trained, None, chosen.merge, options.merged_bits)
         calibration = calibrate_delays(spiking, data.whole_part("val"), options.calibrate, options.max_images)
         Console().print(calibration.table())
         chosen = replace(chosen, delay=calibration.delays)

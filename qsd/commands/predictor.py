@@ -12,6 +12,7 @@ from qsd.data import BadImage, load_image
 from qsd.data.transforms import eval_transform
 from qsd.errors import QsdError
 from qsd.export import read_note
+from qsd.image_notes import read_image_notes
 from qsd.packing import read_notes
 from qsd.spiking import SpikingNetwork
 
@@ -41,17 +42,14 @@ class Predictor:
         self.energy_of: str
         self._notes: dict[str, Any]
         load(path)
-        missing = [key for key in ("mean", "std", "img_size") if key not in self._notes]
-        if missing:
-            raise QsdError(f"{path} does not hold the {missing[0]} of its images; write it with qsd export.")
-        self.class_names = self._notes.get("class_names")
-        self._grey = len(self._notes["mean"]) == 1
+        facts = read_image_notes(self._notes, path)
+        # An integer network does not show its spikes; the export measured its energy.
+        self._noted_energy = facts.energy_mj.get("integer")
+        self.class_names = facts.class_names
+        self._grey = len(facts.mean) == 1
+        height, width = facts.img_size
         self._transform = eval_transform(
-            tuple(self._notes["img_size"]),
-            self._notes.get("interpolation", "bilinear"),
-            self._notes.get("crop_pct", 1.0),
-            mean=tuple(self._notes["mean"]),
-            std=tuple(self._notes["std"]),
+            (height, width), facts.interpolation, facts.crop_pct, mean=tuple(facts.mean), std=tuple(facts.std)
         )
 
     def _load_packed(self, path: Path) -> None:
@@ -79,10 +77,8 @@ class Predictor:
         header = read_note(session.get_modelmeta().custom_metadata_map, path)
         self._notes = {**header["notes"], "img_size": header["image"][1:]}
         self.logits = lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-        # An integer network does not show its spikes; the export measured its energy.
-        noted = self._notes.get("energy_mj", {}).get("integer")
         self.energy_of = "mean of the integer network on the images of the export"
-        self.energy = lambda _: noted
+        self.energy = lambda _: self._noted_energy
 
     def read(self, path: str) -> Tensor:
         """Read an image as the network takes it.
@@ -109,4 +105,6 @@ class Predictor:
         Args:
             label: The number of the class.
         """
-        return str(label) if self.class_names is None else str(self.class_names[label])
+        return (
+            str(label) if self.class_names is None or label >= len(self.class_names) else str(self.class_names[label])
+        )

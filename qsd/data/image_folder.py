@@ -8,8 +8,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from qsd.data.base import ImageData, Part
 from qsd.data.dataset import ImageFiles, Transform
 from qsd.data.files import class_folders, list_images
-from qsd.data.transforms import Interpolation, crop_transform, eval_transform
+from qsd.data.transforms import crop_transform, eval_transform
 from qsd.errors import QsdError
+from qsd.image_notes import Interpolation
 
 _FOLDERS: dict[Part, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
 

@@ -1,6 +1,6 @@
 """The augmentation and the preprocessing of the published recipes, built by timm."""
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from PIL import Image, ImageOps
 from timm.data import auto_augment
@@ -9,8 +9,7 @@ from torchvision import transforms
 
 from qsd.data.dataset import Transform
 from qsd.errors import QsdError
-
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+from qsd.image_notes import Interpolation
 
 
 def crop_transform(img_size: tuple[int, int], interpolation: Interpolation, **options: Any) -> Transform:

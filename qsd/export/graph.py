@@ -158,7 +158,9 @@ class _NeuronNode(_LayerNode):
     def forward(self, *inputs: Any) -> Tensor:
         x, scale = inputs if len(inputs) == 2 else (*inputs, 1.0)
         neuron = self.layer
-        counts = self.node((x,), torch.uint8, threshold=float(neuron.threshold / scale))
+        threshold = neuron.threshold_at(scale)
+        # Neurons with a threshold each have no single number for it. A writer of theirs asks the layer.
+        counts = self.node((x,), torch.uint8, threshold=0.0 if isinstance(threshold, Tensor) else float(threshold))
         return counts.float() * neuron.amplitude if neuron.scaled else counts
 
     def step_size(self, features: int) -> float:
@@ -174,7 +176,7 @@ class LayerCall:
         layer: The converted layer.
         inputs: Names of the values that it gets.
         output: Name of the value that it gives.
-        threshold: Threshold of a neuron, in units of its input; 0 for other layers.
+        threshold: The one threshold of a layer of neurons, in units of its input; 0 for other layers.
     """
 
     layer: Any

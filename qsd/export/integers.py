@@ -69,7 +69,7 @@ class IntegerGraph:
         self.model.opset_import.extend(imports)
         self.model.opset_import.append(self.onnx.helper.make_opsetid(RUNTIME_DOMAIN, 1))
 
-    # -- questions of a writer -----------------------------------------------------------------------------------------
+    # -- facts for writers --------------------------------------------------------------------------------------------
 
     def holds_counts(self, value: str) -> bool:
         """Whether a value holds spike counts, as unsigned bytes; other values are floats.
@@ -97,7 +97,7 @@ class IntegerGraph:
         is_output = any(output.name == value for output in self.model.graph.output)
         return self._calls.get(users[0].output[0]) if len(users) == 1 and not is_output else None
 
-    # -- what a writer does --------------------------------------------------------------------------------------------
+    # -- additions by writers ------------------------------------------------------------------------------------------
 
     def add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """Add an operation.

@@ -139,7 +139,7 @@ class NirGraph:
             elif inputs:
                 sources[node.output[0]] = inputs[0]
 
-    # -- what a writer does --------------------------------------------------------------------------------------------
+    # -- additions by writers ------------------------------------------------------------------------------------------
 
     def signal(self, value: str) -> Signal:
         """A value that was written before.

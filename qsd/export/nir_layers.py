@@ -4,13 +4,11 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qsd.errors import QsdError
 from qsd.export.graph import LayerCall
 from qsd.export.nir_graph import NirGraph, Signal, writes_nir
 from qsd.spiking.layers import (
-    Convolution,
     DelayedNeuron,
     SpikingChain,
     SpikingDense,
@@ -19,6 +17,7 @@ from qsd.spiking.layers import (
     SpikingProduct,
     SpikingQuery,
 )
+from qsd.spiking.merging import dense_kernel
 
 # NIR has no products: they are found in the traced graph and refused by the names of the neurons.
 writes_nir.leave_to_torch(SpikingProduct, SpikingQuery)
@@ -45,7 +44,8 @@ def _chain(chain: SpikingChain, call: LayerCall, graph: NirGraph) -> Signal:
     constant, bound, nodes = torch.zeros_like(x.constant), x.bound, x.nodes
     share = 1.0 if x.binary else 1 / graph.spiking.time_steps  # An image is there in every step.
     for i, (key, factor) in enumerate(factors.items()):
-        weight = _without_groups(factor) * (1.0 if i else share)
+        # nir 1.0 cannot read grouped convolutions, so that their weights are filled up with zeros.
+        weight = dense_kernel(factor).cpu().float() * (1.0 if i else share)
         padding = factor.padding + (factor.frame is not None)  # Only pointwise convolutions have a frame.
         bias = np.zeros(len(weight), np.float32)  # It goes through the clock.
         size = tuple(constant.shape[1:])
@@ -54,18 +54,6 @@ def _chain(chain: SpikingChain, call: LayerCall, graph: NirGraph) -> Signal:
         constant = factor(constant.unsqueeze(0).to(factor.weight))[0].cpu().float()
         bound *= float(factor.weight.detach().cpu().float().abs().flatten(1).sum(1).max())
     return Signal(nodes, constant, bound + float(constant.abs().max()), x.arrival)
-
-
-def _without_groups(factor: Convolution) -> Tensor:
-    """The weights ``[C_out, C_in, k, k]`` of an equal convolution with one group: nir 1.0 cannot read others."""
-    weight, groups = factor.weight.detach().cpu().float(), factor.groups
-    if groups == 1:
-        return weight
-    blocks = weight.unflatten(0, (groups, -1))
-    dense = blocks.new_zeros(groups, blocks.shape[1], groups, *blocks.shape[2:])
-    for group in range(groups):
-        dense[group, :, group] = blocks[group]
-    return dense.flatten(2, 3).flatten(0, 1)
 
 
 @writes_nir(SpikingDense)

@@ -3,11 +3,37 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from qsd.errors import QsdError
+from qsd.schema import Schema, Size, TimeSteps, check_version, parse_json, read_object
 
 KEY = "qsd"  # The entry of the ONNX metadata that holds the note, as JSON.
+
+VERSION = 1
+_REMEDY = "write the file again with qsd export"
+
+
+class OnnxNote(Schema):
+    """The note of an ONNX file, as JSON; files of 0.1.0 have the same one without a version.
+
+    Attributes:
+        version: Version of this form.
+        kind: Numbers that the network computes with.
+        time_steps: T.
+        image: ``[C, H, W]``.
+        inner: Smallest and largest step size and zero point of the grids of inner activations, by name.
+        notes: Further facts, such as names of classes.
+    """
+
+    version: Literal[1] = 1
+    kind: Literal["float", "integer"]
+    time_steps: TimeSteps
+    image: Annotated[list[Size], Field(min_length=3, max_length=3)]
+    inner: dict[str, tuple[float, float, int]]
+    notes: dict[str, Any]
 
 
 def check_notes(notes: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -41,14 +67,11 @@ def write_note(
         grids: Grids of the inner activations by name (`qsd.export.grids.Grid`); empty for floats.
         notes: Further facts, see `check_notes`.
     """
-    header = {
-        "kind": kind,
-        "time_steps": time_steps,
-        "image": list(image),
-        "inner": {name: [float(g.unit.min()), float(g.unit.max()), g.zero_point] for name, g in grids.items()},
-        "notes": dict(notes),
-    }
-    return {KEY: json.dumps(header)}
+    inner = {name: (float(g.unit.min()), float(g.unit.max()), int(g.zero_point)) for name, g in grids.items()}
+    header = OnnxNote.model_validate(
+        {"kind": kind, "time_steps": time_steps, "image": list(image), "inner": inner, "notes": dict(notes)}
+    )
+    return {KEY: json.dumps(header.model_dump())}
 
 
 def read_note(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
@@ -62,8 +85,10 @@ def read_note(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
         ``kind``, ``time_steps``, ``image``, ``inner`` and ``notes``.
 
     Raises:
-        QsdError: If the file has no note.
+        QsdError: If the file has no note, or one of a newer version, or one with a field that does not fit.
     """
     if KEY not in metadata:
         raise QsdError(f"{path} was not written by qsd.export; write it with qsd export.")
-    return json.loads(metadata[KEY])
+    source = f"the note of ONNX file {path}"
+    check_version(read_object(metadata[KEY], source, _REMEDY), VERSION, source)
+    return parse_json(OnnxNote, metadata[KEY], source, _REMEDY).model_dump()

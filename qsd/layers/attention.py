@@ -19,7 +19,9 @@ ScoreKind = Literal["nrelu", "softmax"]
 class SpikeProduct(nn.Module):
     """Product ``left @ right`` of two tensors of spike counts, exact and never in half precision.
 
-    In the converted network both operands are binary in every time step.
+    In float32 integers are exact below 2**24. Half precision would round the sums, and exact ties at a threshold, which
+    are common in products of counts, would be decided differently. In the converted network both operands are binary in
+    every time step.
     """
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:

@@ -28,6 +28,16 @@ def present_name(name: str) -> str:
     return f"{parent}.{renamed}" if parent else renamed
 
 
+def former_name(name: str) -> str:
+    """The name that a parameter has in files which every version reads: packed files keep those of version 0.1.0.
+
+    Args:
+        name: Dotted name of today.
+    """
+    former = next((old for old, new in RENAMED.items() if name == new or name.endswith(f".{new}")), None)
+    return name if former is None else name.removesuffix(RENAMED[former]) + former
+
+
 def rename_parameters(state: MutableMapping[str, Any], prefix: str = "") -> None:
     """Give the entries of a state dict their present names, in place.
 

@@ -13,6 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
 from qsd.errors import QsdError
+from qsd.mm.checkpoint import read_config, read_meta
 from qsd.models.checkpoints import read_checkpoint
 
 
@@ -54,15 +55,13 @@ def load_model(
     """
     with torch.serialization.safe_globals(_IN_CHECKPOINTS):
         content = read_checkpoint(checkpoint)
-    meta = content.get("meta") or {}
-    if "cfg" not in meta or "state_dict" not in content:
-        raise QsdError(f"{checkpoint} is no checkpoint of a training with mmdet or mmseg.")
-    config = Config.fromstring(meta["cfg"], ".py")
+    meta = read_meta(content, checkpoint)
+    config = read_config(meta.cfg, f"checkpoint {checkpoint}")
     root = config.get("data_root")
     config.merge_from_dict(dict(options or {}))
     if root is not None and config.data_root != root:
         move_data(config, root, config.data_root)
-    return build_model(config, content["state_dict"], meta["dataset_meta"]).to(device), config
+    return build_model(config, content["state_dict"], meta.dataset_meta).to(device), config
 
 
 def build_model(config: Config, weights: Mapping[str, Tensor], dataset_meta: Mapping[str, Any]) -> Any:

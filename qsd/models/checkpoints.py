@@ -122,8 +122,11 @@ def read_checkpoint(path: str | Path) -> Any:
 def _unpacked(path: Path) -> dict[str, Tensor]:
     header, tensors = read_packed(path)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(MERGED)}
-    for name in header["packed"].keys() & tensors.keys():
-        tensors[name] = on_grid(tensors[name], tensors[f"{name.removesuffix('weight')}quantizer.step"])
+    for name in header.packed.keys() & tensors.keys():
+        step = tensors.get(f"{name.removesuffix('weight')}quantizer.step")
+        if step is None or step.shape != tensors[name].shape[:1]:
+            raise QsdError(f"packed file {path} cannot be read: {name} has no step size.")
+        tensors[name] = on_grid(tensors[name], step)
     return tensors
 
 

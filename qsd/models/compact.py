@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d, QuantLinear
@@ -15,6 +17,9 @@ from qsd.layers.renamed import rename_parameters
 from qsd.layers.steps import step_names
 from qsd.models.checkpoints import check_weights
 from qsd.quantizers import on_grid
+
+# A constructor may register a parameter more than once, and a file holds at least one tensor per layer.
+_PARAMETERS_PER_TENSOR = 4
 
 
 @dataclass
@@ -100,6 +105,8 @@ class CompactModel:
                 raise QsdError(
                     "this is a model of your own, which timm cannot build: pass one of the same structure, model=..."
                 )
+            with torch.device("meta"), _at_most(_PARAMETERS_PER_TENSOR * len(self.tensors)):
+                self._check_fit(build_registered(self.registered))  # before memory is allocated
             skeleton = build_registered(self.registered)
         self.load_into(skeleton)
         return skeleton
@@ -114,7 +121,15 @@ class CompactModel:
         Raises:
             QsdError: If the model does not fit; it is then unchanged.
         """
-        check_weights(self.tensors, model.state_dict(), "the packed model", step_names(model))
+        self._check_fit(model)
+        state = self.state_dict(dtype)
+        with torch.no_grad():
+            for name, target in model.state_dict(keep_vars=True).items():
+                target.data = state[name].to(target.device, copy=True)
+
+    def _check_fit(self, model: nn.Module) -> None:
+        expected = model.state_dict()
+        check_weights(self.tensors, expected, "the packed model", step_names(model))
         for what, here, there in (
             ("weight bits", self.bits, {f"{n}.weight": q.quantizer.bits for n, q in _quantized_layers(model)}),
             ("time steps", self.time_steps, _time_steps(model)),
@@ -125,10 +140,13 @@ class CompactModel:
                     f"the packed model does not fit: {what} of {name} are {here.get(name)} in the file, "
                     f"{there.get(name)} in the model."
                 )
-        state = self.state_dict(dtype)
-        with torch.no_grad():
-            for name, target in model.state_dict(keep_vars=True).items():
-                target.data = state[name].to(target.device, copy=True)
+        for name, tensor in self.tensors.items():
+            if name not in self.bits and tensor.is_floating_point() != expected[name].is_floating_point():
+                kind = str(expected[name].dtype).removeprefix("torch.")
+                raise QsdError(
+                    f"the packed model does not fit: {name} is {str(tensor.dtype).removeprefix('torch.')} in the "
+                    f"file, {kind} in the model."
+                )
 
 
 def build_registered(registered: Mapping[str, Any]) -> nn.Module:
@@ -145,8 +163,33 @@ def build_registered(registered: Mapping[str, Any]) -> nn.Module:
         raise QsdError(f"model {name!r} is not registered; import the package that registers it, or pass model=...")
     try:
         return model_entrypoint(name)(**arguments)
-    except TypeError as error:
-        raise QsdError(f"model {name!r} does not take its stored arguments {arguments}: {error}.") from error
+    except QsdError:
+        raise
+    except Exception as error:  # Arguments may come from a file, and constructors do not check them.
+        reason = " ".join(str(error).split())
+        raise QsdError(f"model {name!r} does not take its stored arguments {arguments}: {reason}.") from error
+
+
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Stop the construction of a model that registers more parameters, as one of a million blocks would.
+
+    Raises:
+        QsdError: Within the block, at the first parameter too many.
+    """
+    registered = 0
+
+    def count(*_: Any) -> None:
+        nonlocal registered
+        registered += 1
+        if registered > parameters:
+            raise QsdError("the packed model does not fit the model: its stored arguments build a larger one.")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -50,7 +50,7 @@ class ClassifierMeasurements(Measurements):
 
     def convert(self, trained: Any, delay: int | dict[str, int] | None) -> SpikingNetwork:
         options = self.options
-        return to_spike_driven(trained, delay, options.merge_rule, options.merged_bits, example=self.example)
+        return to_spike_driven(trained, delay, options.merge, options.merged_bits, example=self.example)
 
     def accuracy(self, count: Callable[[str, Tensor], None]) -> ClassifierAccuracy:
         images = right_trained = right_spiking = same = 0

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from qsd.report import words
-from qsd.report.record import AuditedOperation, ComparedCounts, DenseAccuracy, EnergyRecord, Record
+from qsd.report.costs import EnergyRecord
+from qsd.report.record import AuditedOperation, ComparedCounts, DenseAccuracy, Record
 from qsd.report.rendering import Finding, scientific, significant
 
 

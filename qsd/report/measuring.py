@@ -24,6 +24,7 @@ from qsd.packing import ModelSize
 from qsd.precision import full_float32
 from qsd.quantizers import StepSizeQuantizer
 from qsd.report import record as records
+from qsd.report.costs import EnergyRecord, Sizes
 from qsd.report.files import FILES, write_record
 from qsd.report.options import STAGES, ConversionOptions
 from qsd.report.record import Record
@@ -204,8 +205,8 @@ def measure(measurements: Measurements, origin: Origin) -> Record:
         neurons=[] if activity is None else activity.neurons(accuracy.images),
         raster=None if activity is None else measurements.raster(),
         audit=None if audit is None else records.AuditRecord.model_validate(audit.to_dict()),
-        energy=None if energy is None else records.EnergyRecord.model_validate(energy.to_dict()),
-        sizes=records.Sizes(**asdict(measurements.sizes())),
+        energy=None if energy is None else EnergyRecord.model_validate(energy.to_dict()),
+        sizes=Sizes(**asdict(measurements.sizes())),
         segments=measurements.segments(),
     )
 

@@ -2,18 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from qsd.energy import PRESETS, Preset
 from qsd.errors import QsdError
-from qsd.spiking.merging import Merge, check_merge
+from qsd.spiking.merging import Merge, MergeChoice, check_merge, merge_choice
 
 Stage = Literal["compare", "delays", "activity", "audit", "energy"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-MergeWord = Literal["all", "none", "rep", "sep"]
-MERGES: tuple[MergeWord, ...] = get_args(MergeWord)
-_WORDS: dict[Any, MergeWord] = {True: "all", False: "none"}
-_FLAGS: dict[MergeWord, Merge] = {"all": True, "none": False}
+MERGES: tuple[MergeChoice, ...] = get_args(MergeChoice)
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class ConversionOptions:
             ``"energy"``.
     """
 
-    merge: bool | MergeWord = "all"
+    merge: Merge = "all"
     merged_bits: int | None = None
     delay: int | dict[str, int] | None = None
     preset: Preset = "fp32"
@@ -52,10 +49,8 @@ class ConversionOptions:
             QsdError: For the first value that is wrong.
         """
         object.__setattr__(self, "stages", tuple(self.stages))
-        if self.merge not in (True, False, *MERGES):
-            raise QsdError(f"merge={self.merge!r} is unknown; use one of {', '.join(MERGES)}.")
-        object.__setattr__(self, "merge", _WORDS.get(self.merge, self.merge))
-        check_merge(self.merge_rule, self.merged_bits)
+        object.__setattr__(self, "merge", merge_choice(self.merge))
+        check_merge(self.merge, self.merged_bits)
         delays = self.delay.values() if isinstance(self.delay, Mapping) else [self.delay]
         for delay in delays:
             if delay is not None and delay < 0:
@@ -82,11 +77,6 @@ class ConversionOptions:
         unknown = [stage for stage in self.stages if stage not in known]
         if unknown:
             raise QsdError(f"stage {unknown[0]!r} is unknown; choose from {', '.join(known)}.")
-
-    @property
-    def merge_rule(self) -> Merge:
-        """``merge`` as the conversion engine takes it."""
-        return _FLAGS.get(self.merge, self.merge)  # type: ignore[arg-type]
 
     @property
     def stepped_images(self) -> int:

@@ -4,8 +4,9 @@ from typing import Any
 
 from qsd import plots
 from qsd.report import words
+from qsd.report.costs import EnergyRecord
 from qsd.report.findings import audit_finding, findings
-from qsd.report.record import DenseAccuracy, EnergyRecord, Record
+from qsd.report.record import DenseAccuracy, Record
 from qsd.report.rendering import PageFigure, page_figure, render, series, significant
 
 Figures = dict[str, list[PageFigure]]

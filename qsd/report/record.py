@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qsd.energy import Preset
 from qsd.errors import QsdError
-from qsd.report.options import MergeWord, Stage
-from qsd.schema import Delay, Schema, Share, Size, TimeSteps, parse, read_object
+from qsd.report.costs import Count, EnergyRecord, EnergyTotals, Sizes
+from qsd.report.options import Stage
+from qsd.schema import Delay, Schema, Share, Size, TimeSteps, check_version, parse, read_object
+from qsd.spiking.merging import MergeChoice
 
 VERSION = 1
 REMEDY = "write it again with `qsd convert`"
 Way = Literal["count", "simulate"]
-Count = Annotated[float, Field(ge=0)]  # of operations per image, so not always whole
 
 
 class ModelFacts(Schema):
@@ -52,7 +52,7 @@ class Data(Schema):
 class Settings(Schema):
     """How the network was converted; see `qsd.report.ConversionOptions`."""
 
-    merge: MergeWord
+    merge: MergeChoice
     merged_bits: Annotated[int, Field(ge=2, le=16)] | None
     delay: Delay | dict[str, Delay] | None
 
@@ -196,76 +196,6 @@ class AuditRecord(Schema):
     operations: list[AuditedOperation]
 
 
-class MergedAndUnmerged(Schema):
-    """Accumulates per image, with merged chains of convolutions and factor by factor."""
-
-    merged: Count
-    unmerged: Count
-
-
-class Multiplications(MergedAndUnmerged):
-    """Multiply-accumulates per image; ``integer`` is the dense count of the factored layer."""
-
-    integer: Count
-
-
-class EnergyColumns(Schema):
-    """Energy per image in mJ, by convention; see `qsd.energy`."""
-
-    merged: Count
-    unmerged: Count
-    papers: Count
-    integer: Count
-
-
-class EnergyTotals(EnergyColumns):
-    """The sums over all layers; one more counts the first layer's multiply-accumulates in every time step."""
-
-    papers_stem_per_step: Count
-
-
-class EnergyLayer(Schema):
-    """Operations and energy of one layer, per image; see `qsd.energy.LayerEnergy`."""
-
-    name: str
-    kind: str
-    spikes: Count
-    rate: Count | None
-    additions: MergedAndUnmerged
-    macs: Multiplications
-    zero_skipping: Count | None
-    energy_mj: EnergyColumns
-
-
-class EnergyRecord(Schema):
-    """Operations and energy; see `qsd.energy.Energy`."""
-
-    preset: Preset
-    mac_pj: Count
-    ac_pj: Count
-    time_steps: TimeSteps
-    merged: bool
-    bits: Size
-    images: Size
-    layers: list[EnergyLayer]
-    total_mj: EnergyTotals
-
-
-class Sizes(Schema):
-    """Bytes of the weights; see `qsd.packing.ModelSize`.
-
-    Attributes:
-        file_bytes: Size of the packed file; ``None`` if none was written.
-    """
-
-    parameters: int
-    float_bytes: int
-    packed_bytes: int
-    converted_bytes: int | None
-    float_equivalents: float
-    file_bytes: int | None = None
-
-
 class Segment(Schema):
     """A part of a detector or segmenter that runs on spikes between two decisions that are not spiking.
 
@@ -343,9 +273,7 @@ class Record(Schema):
             QsdError: If the text is no record, is of a newer version, or has a field that does not fit.
         """
         content = read_object(text, source, REMEDY)
-        version = content.get("version", 0)
-        if isinstance(version, int) and version > VERSION:
-            raise QsdError(f"{source} has version {version}; this qsd reads up to {VERSION}: update it.")
+        check_version(content, VERSION, source)
         return parse(cls, content if "version" in content else _from_first_release(content), source, REMEDY)
 
     @classmethod
@@ -372,10 +300,6 @@ def _from_first_release(content: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(conversion, dict) and isinstance(conversion.get("merge"), bool):
         new["conversion"] = {**conversion, "merge": "all" if conversion["merge"] else "none"}
     if isinstance(accuracy, dict):
-        if "metrics" not in accuracy:
-            kind = "classifier"
-        else:
-            names = [str(m.get("name")) for m in accuracy["metrics"] or () if isinstance(m, dict)]
-            kind = "segmenter" if any(name.endswith("mIoU") for name in names) else "detector"
-        new["accuracy"] = {"kind": kind, **accuracy}
+        dense = "segmenter" if "decode_head." in str(content.get("audit")) + str(content.get("neurons")) else "detector"
+        new["accuracy"] = {"kind": dense if "metrics" in accuracy else "classifier", **accuracy}
     return new

@@ -167,7 +167,7 @@ class ClassificationTask(LightningModule):
         resumed, self._resumed = self._resumed, None
         if resumed is not None:
             for state in resumed["optimizer_states"]:
-                add_names(state, resumed["names"], optimizer)
+                add_names(state, resumed["names"], optimizer, self)
         scheduler = warmup_and_cosine(self.trainer, optimizer, lr, h["min_lr"], h["warmup_epochs"])
         return {
             "optimizer": optimizer,

@@ -9,6 +9,7 @@ from qsd.models.checkpoints import read_checkpoint
 from qsd.packing import load_packed
 from qsd.spiking import SpikingNetwork
 from qsd.tasks.classification import ClassificationTask
+from qsd.tasks.hyper_parameters import check_hyper_parameters
 
 
 def load_task(path: str | Path) -> ClassificationTask:
@@ -21,12 +22,15 @@ def load_task(path: str | Path) -> ClassificationTask:
         QsdError: If the file cannot be read or is something else.
     """
     checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint.get("hyper_parameters", {}):
+    settings = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(settings, dict) or "model" not in settings:
         raise QsdError(
             f"{path} is no checkpoint of a training with qsd: it does not say which model its weights are of."
         )
+    check_hyper_parameters(ClassificationTask, settings, path)
     try:
-        return ClassificationTask.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        # The weights are in the checkpoint: the file that the training started from is not opened again.
+        return ClassificationTask.load_from_checkpoint(path, map_location="cpu", weights_only=True, init_from=None)
     except QsdError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

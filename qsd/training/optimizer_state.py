@@ -10,7 +10,7 @@ Files of version 0.1.0 contain no names. `add_names` derives them from the order
 order in which that version passed the parameters to its optimizer.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from qsd.errors import QsdError
 from qsd.layers.renamed import present_name
+from qsd.layers.steps import step_names
 
 Group = dict[str, Any]
 _NAMES, _TYPE = "param_names", "optimizer"
@@ -93,45 +94,71 @@ def _check_type(state: Mapping[str, Any], optimizer: Optimizer) -> None:
         )
 
 
-def add_names(state: dict[str, Any], tensors: Iterable[str], optimizer: Optimizer, prefix: str = "") -> None:
+def add_names(state: dict[str, Any], tensors: Iterable[str], optimizer: Optimizer, model: nn.Module) -> None:
     """Add the names of parameters to an optimizer state of version 0.1.0, in place. A state with names stays as it is.
 
     In version 0.1.0 the groups were filled in the order of the model's parameters, which is the order of its state
-    dict. Groups stood in the order of today or in that of their first parameters. The shapes in the state tell which.
+    dict. The groups stood in one of several orders; the numbers and shapes in the state tell which.
 
     Args:
         state: State of the optimizer in the file.
         tensors: Names of the file's state dict, in its order.
         optimizer: The optimizer of this training, after `restore_by_name`.
-        prefix: Prefix of the names in the file that the names in the optimizer lack.
+        model: The model whose parameters it updates.
 
     Raises:
-        QsdError: If no order agrees with the state.
+        QsdError: If not exactly one order agrees with the state.
     """
     groups = state["param_groups"]
     if all(_NAMES in group for group in groups):
         return
     _check_type(state, optimizer)
-    place = {present_name(name.removeprefix(prefix)): index for index, name in enumerate(tensors)}
-    candidates = [dict(zip(group[_NAMES], group["params"])) for group in optimizer.param_groups]
-    unknown = [name for group in candidates for name in group if name not in place]
+    place = {present_name(name): index for index, name in enumerate(tensors)}
+    current = [dict(zip(group[_NAMES], group["params"])) for group in optimizer.param_groups]
+    unknown = [name for group in current for name in group if name not in place]
     if unknown:
         raise _other_groups(unknown)
-    candidates = [dict(sorted(group.items(), key=lambda item: place[item[0]])) for group in candidates]
-    by_first = sorted(candidates, key=lambda group: min(place[name] for name in group))
-    for order in (candidates, by_first):
-        if _agrees(groups, state["state"], order):
-            for group, names in zip(groups, order):
-                group[_NAMES] = list(names)
-            return
-    raise QsdError(
-        "the optimizer state is of version 0.1.0 and does not agree with the parameter groups of this training; "
-        f"{_HINT}."
-    )
+    current = [dict(sorted(group.items(), key=lambda item: place[item[0]])) for group in current]
+    orders = {tuple(tuple(group) for group in order): order for order in _orders(current, place, step_names(model))}
+    agreeing = [order for order in orders.values() if _agrees(groups, state["state"], order)]
+    if len(agreeing) != 1:
+        raise QsdError(
+            "the optimizer state is of version 0.1.0 and does not agree with the parameter groups of this training; "
+            f"{_HINT}."
+        )
+    for group, names in zip(groups, agreeing[0]):
+        group[_NAMES] = list(names)
+
+
+def _orders(
+    current: list[dict[str, Tensor]], place: Mapping[str, int], steps: set[str]
+) -> Iterator[list[dict[str, Tensor]]]:
+    """The orders in which version 0.1.0 may have passed groups to an optimizer.
+
+    Args:
+        current: Groups of today, each in the order of that version.
+        place: Position of each parameter in the file.
+        steps: Names of step sizes.
+    """
+
+    def first(groups: list[dict[str, Tensor]]) -> int:
+        return min(place[name] for group in groups for name in group)
+
+    yield current
+    # By first parameter: detectors and segmenters.
+    yield [group for groups in sorted(([group] for group in current), key=first) for group in groups]
+    # By first parameter, where the step sizes of a layer follow its other parameters: classifiers with layer decay.
+    layers: list[list[dict[str, Tensor]]] = []
+    for group in current:
+        if layers and len(layers[-1]) == 1 and group.keys() <= steps:
+            layers[-1].append(group)
+        else:
+            layers.append([group])
+    yield [group for groups in sorted(layers, key=first) for group in groups]
 
 
 def _agrees(groups: list[Group], state: Mapping[int, Any], order: list[dict[str, Tensor]]) -> bool:
-    """Whether numbers of parameters, shapes, and which groups decay are those of the given groups."""
+    """Whether the numbers of parameters and the shapes of a state are those of the given groups."""
     if [len(group["params"]) for group in groups] != [len(group) for group in order]:
         return False
     pairs = [

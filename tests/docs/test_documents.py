@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 import qsd
+import qsd_launcher
 from qsd.data import DigitsData, ImageArray
 from qsd.export import to_onnx
 from qsd.report import ConversionOptions
@@ -27,11 +28,13 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     tomllib = None
 
-qsd_launcher = pytest.importorskip("qsd_launcher")
 COMMANDS = [command for command in commands() if not MM.match(command)]
 TRAINING = ("fit", "validate", "test", "predict")
 # Commands that no test of this file runs, and the reason.
-EXEMPT = {"python tools/ablation.py": "39 trainings; tests/test_distillation_tools.py runs it with tiny ones"}
+EXEMPT = {
+    "python tools/ablation.py": "39 trainings; tests/test_distillation_tools.py runs it with tiny ones",
+    "python docs/pictures/draw.py": "tests/docs/test_site.py draws the pictures",
+}
 
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2}
 CSD_SIZES = {"embed_dims": 8, "num_heads": 2, "depth": 1}
@@ -52,7 +55,7 @@ SUBCOMMANDS = {
     "profile": ([], "8.257 G"),
     "import-checkpoint": (["--num-heads=4"], "imported.ckpt: "),
     "benchmark": (["--quick", "--rounds=1", "--img-size=32", "--no-memory"], "benchmark.json"),
-    "demo": (["--max-images=8", "--", "--trainer.fast_dev_run=false", *DEMO], "test accuracy"),
+    "demo": (["--max-images=2", "--", "--trainer.fast_dev_run=false", *DEMO], "test accuracy"),
     "--help": ([], "import-checkpoint"),
 }
 TOOLS = {
@@ -97,12 +100,12 @@ def _few_digits():
 # -- trainings ---------------------------------------------------------------------------------------------------------
 
 
-def shorten_conversions(patch):
-    """Let trainings end with the conversion alone, on two images; the subcommands below measure everything."""
+def shorten_conversions(patch, **values):
+    """Let conversions measure on two images, and nothing beside the accuracy unless ``stages`` are given."""
     check = ConversionOptions.__post_init__
 
     def shorten(options):
-        for name, value in (("stages", ()), ("max_images", 2), ("step_images", 1)):
+        for name, value in {"stages": (), "max_images": 2, "step_images": 1, **values}.items():
             object.__setattr__(options, name, value)
         check(options)
 
@@ -193,7 +196,7 @@ def _noise(self, part):
 
 
 @pytest.mark.parametrize("command", of_kind(f"qsd ({'|'.join(SUBCOMMANDS)})"))
-def test_subcommands(command, workplace, tree, finished, capsys):
+def test_subcommands(command, workplace, tree, finished, exported, monkeypatch, capsys):
     bring_run(command, finished)
     if "CHECKPOINT" in command:
         import_reference("CHECKPOINT")
@@ -202,26 +205,41 @@ def test_subcommands(command, workplace, tree, finished, capsys):
         for name in ("BEFORE", "AFTER", "TEACHER"):
             shutil.copy(trained, name)
     if command.startswith("qsd run"):
-        _export_a_network()
+        _bring_exported_file(exported)
+    if command == "qsd demo":
+        shorten_conversions(monkeypatch, stages=("delays", "energy"))
     words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]
     short, says = SUBCOMMANDS[words[0]]
     assert qsd_launcher.main([*words, *short]) == 0
     assert says in capsys.readouterr().out
+    if words[0] == "export":
+        shutil.copy("digits.onnx", exported)
     if words[0] == "demo":
         for path in ("report.html", "test/report.html", "checkpoints/best.ckpt"):
             assert (workplace / "runs/digits/version_0" / path).is_file()
 
 
-def _export_a_network():
-    """What the command before it writes, and an image."""
-    spiking = qsd.to_spike_driven(timm.create_model("qsd_tiny", num_classes=3, **SIZES).eval())
-    notes = {"class_names": ["cat", "dog", "cow"], "mean": [0.5] * 3, "std": [0.2] * 3}
-    to_onnx(spiking, "digits.onnx", notes=notes)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Where the command before ``qsd run`` leaves its file."""
+    return tmp_path_factory.mktemp("exported") / "digits.onnx"
+
+
+def _bring_exported_file(exported):
+    """The file of the command before, or another one if that ran in another process, and an image."""
+    if exported.is_file():
+        shutil.copy(exported, "digits.onnx")
+    else:
+        spiking = qsd.to_spike_driven(timm.create_model("qsd_tiny", num_classes=3, **SIZES).eval())
+        to_onnx(
+            spiking, "digits.onnx", notes={"class_names": ["cat", "dog", "cow"], "mean": [0.5] * 3, "std": [0.2] * 3}
+        )
     Image.new("RGB", (40, 30), (200, 100, 0)).save("IMAGE", "PNG")
 
 
 @pytest.mark.parametrize("command", [command for command in of_kind("python ") if command not in EXEMPT])
-def test_tools(command, workplace, tree, tool, capsys):
+def test_tools(command, workplace, tree, tool, monkeypatch, capsys):
+    shorten_conversions(monkeypatch)
     script, *arguments = (str(tree) if word == "DIR" else word for word in shlex.split(command)[1:])
     short, says = TOOLS[Path(script).stem]
     assert tool(Path(script).stem).main([*arguments, *short]) == 0

@@ -10,7 +10,6 @@ import pytest
 
 from tests.helpers import ROOT
 
-pytest.importorskip("qsd_launcher")
 needs_sphinx = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("sphinx", "myst_parser", "furo")), reason="needs the extra docs"
 )

@@ -81,7 +81,7 @@ def test_the_detector_s_demonstration_learns_and_is_tested(tool, detector, scene
     logged = scalars(detector)
     losses = [row["loss"] for row in logged if "loss" in row]
     assert losses[-1] < losses[0]
-    (rate,) = (row["spikes/rate"] for row in logged if "spikes/mean" in row)
+    (rate,) = (row["spikes/rate"] for row in logged if "spikes/rate" in row)
     assert 0 < rate < 1
     assert (
         logged[-1]["spiking/latency_steps"]

@@ -4,8 +4,8 @@ import timm
 import torch
 
 from qsd.neurons import SpikeNeuron
-from qsd.report import Record, record
-from qsd.report.record import EnergyColumns
+from qsd.report import Record, costs, record
+from qsd.report.costs import EnergyColumns
 
 
 def _made_up(model="qsd_tiny", time_steps=4, layers=12):
@@ -48,11 +48,11 @@ def _made_up(model="qsd_tiny", time_steps=4, layers=12):
         audit=record.AuditRecord(
             images=16, spike_driven=True, operations=[_operation(name, i) for i, name in enumerate(operations)]
         ),
-        energy=record.EnergyRecord(
+        energy=costs.EnergyRecord(
             preset="fp32", mac_pj=4.6, ac_pj=0.9, time_steps=time_steps, merged=True, bits=3, images=200, layers=layers,
-            total_mj=record.EnergyTotals(**totals, papers_stem_per_step=totals["papers"] * 1.1),
+            total_mj=costs.EnergyTotals(**totals, papers_stem_per_step=totals["papers"] * 1.1),
         ),
-        sizes=record.Sizes(
+        sizes=costs.Sizes(
             parameters=15_100_000, float_bytes=60_500_000, packed_bytes=7_700_000, file_bytes=7_800_000,
             converted_bytes=147_600_000, float_equivalents=1.9e6,
         ),
@@ -63,13 +63,13 @@ def _made_up(model="qsd_tiny", time_steps=4, layers=12):
 def _layer(random, name, i):
     kind = "stem" if i == 0 else "head" if name == "head" else "product" if "attn.attn" in name else "synapse"
     merged, unmerged, papers = random.exponential(0.02, 3).tolist()
-    return record.EnergyLayer(
+    return costs.EnergyLayer(
         name=name,
         kind=kind,
         spikes=3e5,
         rate=None if i == 0 else 0.2,
-        additions=record.MergedAndUnmerged(merged=4e7 * merged, unmerged=2e7 * merged),
-        macs=record.Multiplications(merged=0.0, unmerged=1e6, integer=5e6),
+        additions=costs.MergedAndUnmerged(merged=4e7 * merged, unmerged=2e7 * merged),
+        macs=costs.Multiplications(merged=0.0, unmerged=1e6, integer=5e6),
         zero_skipping=3e6,
         energy_mj=EnergyColumns(merged=merged, unmerged=unmerged, papers=papers, integer=merged * 0.7),
     )
@@ -107,3 +107,8 @@ def _delays(time_steps):
 @pytest.fixture
 def made_up_record():
     return _made_up
+
+
+@pytest.fixture(scope="session")
+def made_up_record_once():
+    return _made_up(layers=2).to_dict()

@@ -1,11 +1,13 @@
 """Optimizer states restored by the names of parameters, for any optimizer of timm."""
 
 import pytest
+import timm
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 from qsd import QsdError
+from qsd.tasks.optimization import parameter_groups
 from qsd.training.optimizer_state import add_names, restore_by_name
 
 
@@ -77,10 +79,46 @@ def test_names_follow_from_the_order_of_the_state_dict():
     after = Pair(["second", "first"])
     resumed = create_optimizer_v2(groups(after), opt="adamw", lr=0.01)
     restore_by_name(resumed, after)
-    add_names(state, before.state_dict(), resumed)
+    add_names(state, before.state_dict(), resumed, after)
     resumed.load_state_dict(state)
     for key, parameter in after.named_parameters():
         assert torch.equal(resumed.state[parameter]["exp_avg"], moments[key]), key
+
+
+def test_names_follow_for_groups_by_layer():
+    # Version 0.1.0 had the layer scales as first parameters of a block, which came before all others of its layer.
+    sizes = {"embed_dims": (8, 8, 16, 24), "num_heads": 4, "depth": 4, "num_classes": 5}
+    model = timm.create_model("qsd_tiny", **sizes)
+    named = dict(model.named_parameters())
+    old = {}
+    for name in model.state_dict():
+        block, _, rest = name.partition(".attn.")
+        if rest and f"{block}.layer_scale1" not in old:
+            old[f"{block}.layer_scale1"] = f"{block}.attn.proj.layer_scale.gamma"
+            old[f"{block}.layer_scale2"] = f"{block}.mlp.fc2.layer_scale.gamma"
+        if "layer_scale" not in name:
+            old[name] = name
+    timms = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
+    layer = {id(p): index for index, group in enumerate(timms) for p in group["params"]}
+    saved = {}  # groups of timm by first appearance, each split into step sizes and the others
+    for present in old.values():
+        if present in named:
+            saved.setdefault(layer[id(named[present])], ([], []))[present.endswith(".step")].append(present)
+    saved = [names for pair in saved.values() for names in pair if names]
+    resumed = create_optimizer_v2(parameter_groups(model, 1.0, 0.01, 0.05, 0.5), opt="adamw", lr=1.0)
+    options = {key: value for key, value in resumed.state_dict()["param_groups"][0].items() if key != "params"}
+    restore_by_name(resumed, model)
+    order = [name for names in saved for name in names]
+    moments = {name: torch.randn_like(named[name]) for name in order}
+    counters = iter(range(len(order)))
+    state = {
+        "state": {i: {"exp_avg": moments[name], "step": torch.tensor(1.0)} for i, name in enumerate(order)},
+        "param_groups": [{**options, "params": [next(counters) for _ in names]} for names in saved],
+    }
+    add_names(state, old, resumed, model)
+    resumed.load_state_dict(state)
+    for name, moment in moments.items():
+        assert torch.equal(resumed.state[named[name]]["exp_avg"], moment), name
 
 
 @pytest.mark.parametrize(("saved", "current"), [("adamw", "lamb"), ("sgd", "adamw")])
@@ -92,7 +130,7 @@ def test_the_state_of_another_optimizer_is_refused(saved, current):
     other = create_optimizer_v2(groups(model), opt=current, lr=0.01)
     restore_by_name(other, model)
     with pytest.raises(QsdError, match="another optimizer"):
-        add_names(without_names(optimizer), model.state_dict(), other)
+        add_names(without_names(optimizer), model.state_dict(), other, model)
 
 
 def test_other_groups_are_refused():

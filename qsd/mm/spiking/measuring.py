@@ -23,8 +23,9 @@ from qsd.mm.spiking.model import Batch, ConvertedModel, convert_model, predict, 
 from qsd.mm.spiking.segments import dense_head
 from qsd.packing import ModelSize, load_packed, model_size, save_packed
 from qsd.report import ConversionOptions, Origin, Record
+from qsd.report.costs import EnergyTotals
 from qsd.report.measuring import Measurements, measure, write_measured
-from qsd.report.record import DenseAccuracy, EnergyTotals, Metric, Segment
+from qsd.report.record import DenseAccuracy, Metric, Segment
 from qsd.spiking import Audit
 
 STAGES = ("compare", "activity", "audit", "energy")
@@ -122,7 +123,7 @@ class DetectorMeasurements(Measurements):
         return list(next(iter(self.images))["inputs"][0].shape)
 
     def convert(self, trained: Any, delay: int | dict[str, int] | None) -> ConvertedModel:
-        return convert_model(trained, delay, self.options.merge_rule, self.options.merged_bits)
+        return convert_model(trained, delay, self.options.merge, self.options.merged_bits)
 
     def accuracy(self, count: Callable[[str, Tensor], None]) -> DenseAccuracy:
         """Metrics of the trained and the spiking model; the inputs of each segment are counted on the way."""
