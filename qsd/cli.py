@@ -14,8 +14,11 @@ from qsd import program
 from qsd.callbacks import PredictionWriter
 from qsd.configurations import with_found_configurations
 from qsd.data import ImageData
+from qsd.data.loading import WORKER_ENDED
 from qsd.errors import QsdError
 from qsd.models.checkpoints import read_checkpoint
+from qsd.models.registered import model_of_file
+from qsd.reading import part_of
 from qsd.tasks import ClassificationTask
 from qsd_launcher import TRAINING, main, run, run_lightning
 
@@ -25,6 +28,7 @@ __all__ = ["Parser", "QsdCLI", "SaveConfig", "main", "run", "run_lightning", "tr
 _OTHER_WORDS = {
     "Expected more than 1 value per channel": "a batch of one image with one token trains no batch norm; raise "
     "batch_size or img_size.",
+    "DataLoader worker": WORKER_ENDED,
     "onnection closed by peer": "another process has stopped; its message says why.",
 }
 
@@ -92,8 +96,10 @@ class QsdCLI(LightningCLI):
         checkpoint = read_checkpoint(path)
         if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
             raise QsdError(f"{path} is no checkpoint of a training; to start from its weights use --model.init_from.")
-        saved = checkpoint.get("hyper_parameters", {})
+        saved = part_of(checkpoint, "hyper_parameters", dict, path, {})
         network = {key: saved[key] for key in ("model", "model_args", "num_classes") if key in saved}
+        if "model" in network:
+            network["model"], network["model_args"] = model_of_file(str(path), saved["model"], saved.get("model_args"))
         if network and "init_args" in (config.get("model") or {}):
             network = {"class_path": config.model.class_path, "init_args": network}
             self.config = self.parser.parse_object({self.config.subcommand: {"model": network}}, self.config)

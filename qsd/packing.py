@@ -139,6 +139,8 @@ def image_notes(data: Any) -> dict[str, Any]:
     """
     keys = ("class_names", "mean", "std", "img_size", "crop_pct", "interpolation")
     facts = {key: getattr(data, key, None) for key in keys}
+    if getattr(data, "exif_orientation", "upright") != "upright":
+        facts["exif_orientation"] = data.exif_orientation
     return {key: value for key, value in facts.items() if value is not None}
 
 

@@ -115,7 +115,7 @@ def describe(error: ValidationError, source: str, remedy: str) -> str:
     """
     first = error.errors(include_url=False, include_context=False)[0]
     field = ".".join(map(str, first["loc"])) or "the content"
-    problem = " ".join(first["msg"].split()).rstrip(".")
+    problem = _cut(" ".join(first["msg"].split()).rstrip("."), 200)  # Pydantic repeats some values, however long.
     problem = problem[:1].lower() + problem[1:]
     value = "" if first["type"] in ("missing", "json_invalid") else f" (found {_shortened(first['input'])})"
     others = error.error_count() - 1
@@ -123,6 +123,10 @@ def describe(error: ValidationError, source: str, remedy: str) -> str:
     return f"{source} does not fit at {field}: {problem}{value}{more}; {remedy}."
 
 
-def _shortened(value: Any, longest: int = 40) -> str:
+def _shortened(value: Any) -> str:
     text = " ".join(repr(value).split()) if not isinstance(value, Mapping | list | tuple) else type(value).__name__
+    return _cut(text, 40)
+
+
+def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."

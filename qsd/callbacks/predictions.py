@@ -11,6 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from qsd.files import replacing
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # Beginnings of texts that a spreadsheet would compute.
+
 
 class PredictionWriter(BasePredictionWriter):
     """Write ``predictions.csv`` (image, class, probability) batch by batch.
@@ -49,11 +51,15 @@ class PredictionWriter(BasePredictionWriter):
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         probabilities, classes = prediction["probabilities"].max(dim=-1)
         rows = zip(prediction["name"], classes.tolist(), probabilities.tolist())
-        self._append([image, names[label] if names else label, f"{share:.4f}"] for image, label, share in rows)
+        self._append(
+            [_shown(image, "./"), _shown(str(names[label] if names else label), "'"), f"{share:.4f}"]
+            for image, label, share in rows
+        )
 
     def _append(self, rows: Any) -> None:
         assert self._partial is not None
-        with self._partial.open("a", newline="") as file:
+        # File names may hold bytes that are no UTF-8; escaped, the table stays readable for other programs.
+        with self._partial.open("a", newline="", encoding="utf-8", errors="backslashreplace") as file:
             csv.writer(file).writerows(rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,3 +78,8 @@ class PredictionWriter(BasePredictionWriter):
     def _path(self, trainer: Trainer) -> Path:
         path = Path(trainer.log_dir or trainer.default_root_dir, self.filename)
         return path.with_suffix(f".rank{trainer.global_rank}{path.suffix}") if trainer.global_rank else path
+
+
+def _shown(text: str, mark: str) -> str:
+    """A path or name that no spreadsheet computes: a path stays that of its file, a name gets the mark of a text."""
+    return f"{mark}{text}" if text.startswith(_FORMULA) else text

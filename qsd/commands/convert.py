@@ -31,6 +31,7 @@ from qsd.commands.data import (
 )
 from qsd.energy import PRESETS
 from qsd.errors import QsdError
+from qsd.packing import image_notes
 from qsd.spiking import calibrate_delays
 from qsd.tasks import load_trained
 
@@ -119,7 +120,9 @@ def _convert_classifier(options: Namespace) -> report.Record:
         Console().print(calibration.table())
         chosen = replace(chosen, delay=calibration.delays)
     origin = report.Origin(name, options.checkpoint, f"{PARTS[options.part]} images of {type(data).__name__}")
-    return report.write_conversion(trained, data.whole_part(options.part), options.out, chosen, origin)
+    images = data.whole_part(options.part)
+    # With size and normalisation of the images, so that `qsd run` takes the packed file.
+    return report.write_conversion(trained, images, options.out, chosen, origin, image_notes(data))
 
 
 def _convert_dense(options: Namespace) -> report.Record:

@@ -14,6 +14,7 @@ from qsd.errors import QsdError
 from qsd.export import read_note
 from qsd.image_notes import read_image_notes
 from qsd.packing import read_notes
+from qsd.reading import read_onnx, regular_file
 from qsd.spiking import SpikingNetwork
 
 
@@ -34,8 +35,7 @@ class Predictor:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise QsdError(f"model {path} does not exist." if not path.exists() else f"{path} is no file.")
+        regular_file(path, "model")
         load = self._load_onnx if path.suffix == ".onnx" else self._load_packed
         self.logits: Callable[[Tensor], Tensor]
         self.energy: Callable[[Tensor], float | None]
@@ -67,14 +67,15 @@ class Predictor:
             import onnxruntime
         except ImportError as error:
             raise QsdError("running ONNX files needs more packages: pip install 'qsd[export]'.") from error
+        content, metadata = read_onnx(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common public base class
             raise QsdError(f"{path} cannot be read: it is damaged, or no ONNX file.") from error
-        header = read_note(session.get_modelmeta().custom_metadata_map, path)
+        header = read_note(metadata, path)
         self._notes = {**header["notes"], "img_size": header["image"][1:]}
         self.logits = lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         self.energy_of = "mean of the integer network on the images of the export"
@@ -92,9 +93,8 @@ class Predictor:
         Raises:
             QsdError: If the file cannot be read.
         """
-        if not Path(path).is_file():
-            raise QsdError(f"image {path} does not exist.")
-        image = load_image(path)
+        regular_file(path, "image")
+        image = load_image(path, self._notes.get("exif_orientation", "upright"))
         if isinstance(image, BadImage):
             raise QsdError(f"image {path} cannot be read: {image.reason}")
         return self._transform(image.convert("L") if self._grey else image).unsqueeze(0)

@@ -16,11 +16,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from qsd import program
 from qsd.commands import openmmlab
 from qsd.commands.predictor import Predictor
 from qsd.errors import QsdError
+from qsd.reading import shown
 
 _REPEATS = 5
 
@@ -91,8 +93,9 @@ def _classes(images: Sequence[str], predictor: Predictor, top: int) -> Table:
             times.append(time.perf_counter() - start)
         shares, labels = logits[0].softmax(0).topk(min(top, logits.shape[1]))
         energy = predictor.energy(picture)
-        names = "\n".join(predictor.name(int(label)) for label in labels)
+        names = "\n".join(shown(predictor.name(int(label))) for label in labels)
         percents = "\n".join(f"{100 * share:.1f} %" for share in shares.tolist())
         cost = "" if energy is None else f"{1e3 * energy:.3g}"
-        table.add_row(path, names, percents, f"{1e3 * statistics.median(times):.2f}", cost)
+        # Names of classes and files may hold what rich would take for markup.
+        table.add_row(Text(shown(path)), Text(names), percents, f"{1e3 * statistics.median(times):.2f}", cost)
     return table

@@ -3,11 +3,11 @@
 from qsd.data.base import ImageData
 from qsd.data.cifar import CifarData
 from qsd.data.dataset import ImageArray, ImageDataset, ImageFiles
-from qsd.data.decoding import BadImage, load_image
 from qsd.data.digits import DigitsData
 from qsd.data.image_folder import ImageFolderData
 from qsd.data.loading import BadImagePolicy, ImageLoader, TrainLoader
 from qsd.data.sampling import EvalSampler, TrainSampler, stratified_split
+from qsd.reading.images import BadImage, load_image
 
 __all__ = [
     "BadImage",

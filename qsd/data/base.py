@@ -13,6 +13,7 @@ from qsd.data.loading import BadImagePolicy, ImageLoader, TrainLoader
 from qsd.data.resuming import finish_loaded_epoch
 from qsd.data.sampling import EvalSampler, TrainSampler
 from qsd.errors import QsdError
+from qsd.reading.images import ExifOrientation, check_orientation
 
 Part = Literal["train", "val", "test"]
 
@@ -43,6 +44,8 @@ class ImageData(LightningDataModule, ABC):
         predict_path: An image file, or a folder searched recursively, to predict; None predicts the test part.
         on_bad_image: ``"error"`` stops at an image that cannot be read; ``"skip"`` replaces it by the next one in
             training, leaves it out elsewhere, and reports it.
+        exif_orientation: ``"upright"`` turns photographs as their camera was held; ``"ignore"`` reads pixels as
+            they are stored, as torchvision's loader does.
 
     Attributes:
         img_size: (height, width) in pixels.
@@ -63,6 +66,7 @@ class ImageData(LightningDataModule, ABC):
         seed: int | None = None,
         predict_path: str | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
+        exif_orientation: ExifOrientation = "upright",
     ) -> None:
         super().__init__()
         self.img_size = _checked_size(img_size)
@@ -71,6 +75,8 @@ class ImageData(LightningDataModule, ABC):
         self.seed = None if seed is None else _at_least("seed", seed, 0)
         self.predict_path = predict_path
         self._bad_images = BadImagePolicy(on_bad_image)
+        check_orientation(exif_orientation)
+        self.exif_orientation = exif_orientation
         self._sources: dict[Part, ImageSource] = {}
         self._predict_source: ImageSource | None = None
         self._augmentation: Transform | None = None
@@ -114,7 +120,7 @@ class ImageData(LightningDataModule, ABC):
         """
         if stage == "predict" and self.predict_path is not None:
             if self._predict_source is None:
-                self._predict_source = ImageFiles(find_images(self.predict_path))
+                self._predict_source = ImageFiles(find_images(self.predict_path), None, self.exif_orientation)
             return
         for part in _PARTS[stage]:
             if part not in self._sources:

@@ -11,6 +11,7 @@ from qsd.data.dataset import ImageArray, Transform
 from qsd.data.sampling import stratified_split
 from qsd.data.transforms import crop_transform, eval_transform, padded_transform
 from qsd.errors import QsdError
+from qsd.reading.images import ExifOrientation
 
 _CLASSES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 _NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -44,6 +45,8 @@ class CifarData(ImageData):
         seed: Seed of order and augmentation, not of the split; None takes that of ``seed_everything``, or 0.
         predict_path: An image file, or a folder searched recursively, to predict; None predicts the test part.
         on_bad_image: ``"error"`` stops at an image of ``predict_path`` that cannot be read; ``"skip"`` leaves it out.
+        exif_orientation: of the images of ``predict_path``: ``"upright"`` turns photographs as their camera was held;
+            ``"ignore"`` reads pixels as they are stored.
     """
 
     in_chans = 3
@@ -63,8 +66,9 @@ class CifarData(ImageData):
         seed: int | None = None,
         predict_path: str | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
+        exif_orientation: ExifOrientation = "upright",
     ) -> None:
-        super().__init__(img_size, batch_size, num_workers, seed, predict_path, on_bad_image)
+        super().__init__(img_size, batch_size, num_workers, seed, predict_path, on_bad_image, exif_orientation)
         if name not in _CLASSES:
             raise QsdError(f"name={name!r} is unknown; choose 'cifar10' or 'cifar100'.")
         if val_size < 0:

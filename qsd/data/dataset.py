@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qsd.data.decoding import BadImage, load_image
+from qsd.reading.images import BadImage, ExifOrientation, load_image
 
 # Without an end, a data set of a million broken files would be read through once per sample before anyone is told.
 _MAX_ATTEMPTS = 1000
@@ -48,9 +48,16 @@ class ImageFiles:
     Args:
         paths: The files.
         labels: Their classes; None if they are unknown.
+        exif_orientation: The rule of `qsd.data.load_image`.
     """
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Sequence[int] | None = None,
+        exif_orientation: ExifOrientation = "upright",
+    ) -> None:
+        self._orientation = exif_orientation
         # One block of bytes: workers that touch the reference counts of a million strings would each copy them all.
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.asarray(labels if labels is not None else [-1] * len(paths), dtype=np.int64)
@@ -60,7 +67,7 @@ class ImageFiles:
 
     def load(self, index: int) -> Image.Image | BadImage:
         """See `ImageSource`."""
-        return load_image(self.name(index))
+        return load_image(self.name(index), self._orientation)
 
     def name(self, index: int) -> str:
         """The path of the file."""

@@ -7,10 +7,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from qsd.data.base import ImageData, Part
 from qsd.data.dataset import ImageFiles, Transform
-from qsd.data.files import class_folders, list_images
+from qsd.data.files import ImageFinder, class_folders
 from qsd.data.transforms import crop_transform, eval_transform
 from qsd.errors import QsdError
 from qsd.image_notes import Interpolation
+from qsd.reading.files import shown
+from qsd.reading.images import ExifOrientation
 
 _FOLDERS: dict[Part, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
 
@@ -43,6 +45,8 @@ class ImageFolderData(ImageData):
         predict_path: An image file, or a folder searched recursively, to predict; None predicts the test part.
         on_bad_image: ``"error"`` stops at an image that cannot be read; ``"skip"`` replaces it by the next one in
             training, leaves it out elsewhere, and reports it.
+        exif_orientation: ``"upright"`` turns photographs as their camera was held; ``"ignore"`` reads pixels as
+            they are stored, as torchvision's loader does.
     """
 
     in_chans = 3
@@ -66,8 +70,9 @@ class ImageFolderData(ImageData):
         seed: int | None = None,
         predict_path: str | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
+        exif_orientation: ExifOrientation = "upright",
     ) -> None:
-        super().__init__(img_size, batch_size, num_workers, seed, predict_path, on_bad_image)
+        super().__init__(img_size, batch_size, num_workers, seed, predict_path, on_bad_image, exif_orientation)
         if min(std) <= 0:
             raise QsdError(f"std={tuple(std)} is not positive.")
         for name, (low, high) in (("scale", scale), ("ratio", ratio)):
@@ -114,17 +119,20 @@ class ImageFolderData(ImageData):
         paths: list[str] = []
         labels: list[int] = []
         empty: list[str] = []
+        finder = ImageFinder()
         for name in found:
-            images = list_images(folder / name)
+            images = finder.find(folder / name)
             paths += images
             labels += [label[name]] * len(images)
             if not images:
                 empty.append(name)
         if empty:
+            finder.report(folder)  # which may tell why
             raise QsdError(
                 f"{folder} has {_listed(empty, 'class folder')} without images; add some or remove the folder."
             )
-        return ImageFiles(paths, labels)
+        finder.report(folder)
+        return ImageFiles(paths, labels, self.exif_orientation)
 
     def train_transform(self) -> Transform:
         """See `ImageData`."""
@@ -156,4 +164,4 @@ class ImageFolderData(ImageData):
 def _listed(names: list[str], singular: str, plural: str | None = None) -> str:
     """Number, noun and first names, such as "2 class folders (cat, dog)"."""
     noun = singular if len(names) == 1 else plural or singular + "s"
-    return f"{len(names)} {noun} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+    return f"{len(names)} {noun} ({', '.join(map(shown, names[:5]))}{', ...' if len(names) > 5 else ''})"

@@ -9,11 +9,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from qsd.data.dataset import ImageDataset, Sample
-from qsd.data.decoding import BadImage
 from qsd.data.sampling import TrainSampler
 from qsd.errors import QsdError
+from qsd.reading.files import shown
+from qsd.reading.images import BadImage
 
 logger = logging.getLogger(__name__)
+
+WORKER_ENDED = (
+    "a data-loading process was ended by the system, most likely for lack of memory; lower --data.num_workers or "
+    "--data.batch_size"
+)
 
 Batch = tuple[Tensor, Tensor | list[str]]
 """Images ``[B, C, H, W]`` and their labels ``[B]`` or names."""
@@ -63,7 +69,9 @@ class BadImagePolicy:
         """
         if bad and self.action == "error":
             path, reason = bad[0]
-            raise QsdError(f"cannot read the image {path}: {reason}; repair or remove it, or --data.on_bad_image skip.")
+            raise QsdError(
+                f"cannot read the image {shown(path)}: {reason}; repair or remove it, or --data.on_bad_image skip."
+            )
         self.reasons.update(bad)
 
     def report(self) -> None:
@@ -72,15 +80,15 @@ class BadImagePolicy:
         if not new:
             return
         self._reported = len(self.reasons)
-        shown = ", ".join(f"{path} ({reason})" for path, reason in new[:3])
+        examples = ", ".join(f"{shown(path)} ({reason})" for path, reason in new[:3])
         more = f" and {len(new) - 3} more" if len(new) > 3 else ""
-        logger.warning("skipped %d image(s) that cannot be read: %s%s", len(new), shown, more)
+        logger.warning("skipped %d image(s) that cannot be read: %s%s", len(new), examples, more)
 
     def all_bad(self) -> NoReturn:
         """Raise an error because no image can be read."""
         self._reported = len(self.reasons)
         path, reason = next(iter(self.reasons.items()))
-        raise QsdError(f"none of {len(self.reasons)} images can be read; the first is {path}: {reason}.")
+        raise QsdError(f"none of {len(self.reasons)} images can be read; the first is {shown(path)}: {reason}.")
 
 
 class ImageLoader(DataLoader[Sample]):
@@ -122,6 +130,10 @@ class ImageLoader(DataLoader[Sample]):
                     self.bad_images.all_bad()  # There was no readable image to put in place of any.
             if not any_read:
                 self.bad_images.all_bad()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise QsdError(WORKER_ENDED) from error
         finally:
             self.bad_images.report()
 

@@ -15,6 +15,8 @@ from qsd.distillation.attention import AttentionMaps, AttentionRecorder, Product
 from qsd.errors import QsdError
 from qsd.layers import LinearChain
 from qsd.models.checkpoints import load_weights, read_checkpoint, read_state_dict
+from qsd.models.registered import check_depth, model_of_file
+from qsd.reading import part_of
 from qsd.spiking.merging import fold_norms
 
 Statistics = tuple[Sequence[float], Sequence[float]]
@@ -182,15 +184,17 @@ def build_teacher(
 
 def _from_checkpoint(path: str, arguments: dict[str, Any]) -> Any:
     content = read_checkpoint(path)
-    saved = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
+    saved = part_of(content, "hyper_parameters", dict, path, {})
     if "model" not in saved:
         raise QsdError(
             f"{path} does not say which model it belongs to; give the model's name as teacher and the file as "
             "teacher_weights."
         )
-    arguments = {"num_classes": saved["num_classes"], **(saved["model_args"] or {}), **arguments}
-    network = _create(saved["model"], **arguments)
-    load_weights(network, content["state_dict"])
+    name, own = model_of_file(path, saved["model"], saved.get("model_args"))
+    state = read_state_dict(content)
+    check_depth(path, own, state)
+    network = _create(name, **{"num_classes": part_of(saved, "num_classes", int, path), **own, **arguments})
+    load_weights(network, state)
     return network
 
 

@@ -14,6 +14,10 @@ from qsd.mm import ops  # noqa: E402 - before anything imports mmcv.ops
 
 ops.install()
 
+from qsd.mm import checkpoints  # noqa: E402
+
+checkpoints.install()
+
 from qsd.mm.backbone import SpikeTransformerBackbone  # noqa: E402
 from qsd.mm.hooks import (  # noqa: E402
     ConvertToSpikeDrivenHook,

@@ -1,29 +1,36 @@
 """Data that do not fit the model, named before the training begins."""
 
 import json
-import pickle
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
+from mmcv.transforms import LoadAnnotations
 from mmengine.config import Config
 from mmengine.fileio import get_file_backend
-from mmengine.runner import CheckpointLoader, Runner
-from PIL import Image
-from torch import nn
+from mmengine.registry import DATASETS
+from mmengine.runner import Runner
+from torch import Tensor, nn
 
+from qsd.distributed import from_first_process
 from qsd.errors import QsdError
 from qsd.layers.renamed import present_name
+from qsd.mm.annotations import Use, check_annotations
+from qsd.mm.checkpoints import read_mm_checkpoint
+from qsd.mm.label_maps import check_maps
 
 _EMPTY = "holds no images to {} on, or none of the classes asked for."
 _MISSING = "the {} data need {}, which does not exist; correct data_root, or the data set's ann_file or data_prefix."
-_LOOKED_AT = 8  # images, or label maps, of which the first ones are looked at
-_IGNORED = 255  # what `reduce_zero_label` makes of 0
+_LOOKED_AT = 8  # images of data sets of other kinds, of which the first ones are looked at
 
 
 def check_data(runner: Runner, parts: tuple[str, ...]) -> None:
-    """Refuse missing files, empty data, and classes that an annotation file or the model lacks.
+    """Refuse missing files, empty data, wrong annotations, and classes that an annotation file or the model lacks.
+
+    Files are looked at by the first process; the others wait.
 
     Args:
         runner: built from a configuration.
@@ -33,9 +40,74 @@ def check_data(runner: Runner, parts: tuple[str, ...]) -> None:
         QsdError: for the first thing that does not fit.
     """
     for part in parts:
+        _in_first_process(runner, partial(_check_files, runner.cfg, part))
+    for part in parts:
         loop = _loop(runner, part)
         if loop is not None:
-            _check_dataset(loop.dataloader.dataset, part, runner.cfg)
+            _in_first_process(runner, partial(_check_dataset, loop.dataloader.dataset, part, runner.cfg))
+
+
+def _in_first_process(runner: Runner, check: Callable[[], Any]) -> None:
+    problem = None
+    if runner.rank == 0:
+        try:
+            check()
+        except QsdError as error:
+            problem = str(error)
+    problem = from_first_process(problem)
+    if problem is not None:
+        raise QsdError(problem)
+
+
+def _check_files(config: Config, part: str) -> None:
+    """Check the annotation files of a part before mmdet loads them."""
+    loader = config.get(f"{part}_dataloader")
+    if not isinstance(loader, dict):
+        return
+    evaluators = config.get(f"{part}_evaluator") if part != "train" else None
+    metrics = [m for m in _dictionaries(evaluators) if str(m.get("type", "")).endswith("CocoMetric")]
+    segments = any("segm" in str(metric.get("metric", "")) for metric in metrics)
+    checked = set()
+    for data in _dictionaries(loader.get("dataset")):
+        kind: Any = DATASETS.get(data["type"]) if isinstance(data.get("type"), str) and "ann_file" in data else None
+        if not _is_coco(kind):
+            continue
+        classes = (data.get("metainfo") or {}).get("classes") or kind.METAINFO.get("classes")
+        if isinstance(classes, str) and Path(classes).is_file():  # which mmengine reads as a list of names
+            classes = None
+        masks = any(step.get("with_mask") for step in _dictionaries(data.get("pipeline"))) or segments
+        prefix = data.get("data_prefix") or {}
+        root = data.get("data_root") or ""
+        local = data.get("backend_args") is None
+        folder = os.path.join(root, prefix.get("img_path") or prefix.get("img") or "") if local else None
+        use = Use(classes, part != "test", masks, segments, folder)
+        for path in [os.path.join(root, data["ann_file"]), *(m["ann_file"] for m in metrics if m.get("ann_file"))]:
+            if local and path not in checked and Path(path).exists():
+                checked.add(path)
+                check_annotations(path, use)
+
+
+def _is_coco(kind: Any) -> bool:
+    """Whether a class reads COCO's files as mmdet's own does."""
+    try:
+        from mmdet.datasets import CocoDataset
+    except ImportError:
+        return False
+    if not isinstance(kind, type) or not issubclass(kind, CocoDataset):
+        return False
+    ways = ("load_data_list", "parse_data_info")
+    return all(getattr(kind, way) is getattr(CocoDataset, way) for way in ways)
+
+
+def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
+    """All dictionaries in a part of a configuration, at any depth."""
+    if isinstance(value, dict):
+        yield value
+        for item in value.values():
+            yield from _dictionaries(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _dictionaries(item)
 
 
 def check_weights(model: nn.Module, checkpoint: str) -> None:
@@ -48,19 +120,21 @@ def check_weights(model: nn.Module, checkpoint: str) -> None:
     Raises:
         QsdError: if it cannot be read; with the first parameter that is missing or has another shape.
     """
-    try:
-        content = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise QsdError(f"checkpoint {checkpoint} cannot be read.") from error
+    content = read_mm_checkpoint(checkpoint)
     state = content.get("state_dict", content)
-    weights = {present_name(name.removeprefix("module.")): weight for name, weight in state.items()}
+    weights = {present_name(str(name).removeprefix("module.")): weight for name, weight in state.items()}
     for name, parameter in model.named_parameters():
         found = weights.get(name.removeprefix("module."))
-        if found is None or found.shape != parameter.shape:
+        if not isinstance(found, Tensor) or found.shape != parameter.shape:
             raise QsdError(
                 f"checkpoint {checkpoint} is of another model than the configuration: its {name} "
-                f"{'is missing' if found is None else f'has the shape {list(found.shape)}'}."
+                f"{f'has the shape {list(found.shape)}' if isinstance(found, Tensor) else 'is missing'}."
             )
+    broken = [
+        name for name, tensor in weights.items() if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all()
+    ]
+    if broken:
+        raise QsdError(f"checkpoint {checkpoint} has weights that are not finite: {broken[0]}; it cannot be used.")
 
 
 def _loop(runner: Runner, part: str) -> Any:
@@ -85,8 +159,6 @@ def _check_dataset(dataset: Any, part: str, config: Config) -> None:
         return
     where = getattr(dataset, "ann_file", "") or next(iter(dataset.data_prefix.values()), "the data")
     classes = dataset.metainfo.get("classes") or ()
-    if hasattr(dataset, "cat_ids") and len(dataset.cat_ids) < len(classes):
-        _check_categories(Path(dataset.ann_file), classes)
     if len(dataset) == 0:
         raise QsdError(f"{where} {_EMPTY.format(part)}")
     for index in range(min(len(dataset), _LOOKED_AT)):
@@ -99,30 +171,9 @@ def _check_dataset(dataset: Any, part: str, config: Config) -> None:
                 f"model.{name}={number}, but the {part} data have {len(classes)} classes ({', '.join(classes[:3])}, "
                 "...); make them equal."
             )
-    if hasattr(dataset, "reduce_zero_label"):
-        _check_maps(dataset, len(classes))
-
-
-def _check_categories(file: Path, classes: tuple[str, ...]) -> None:
-    known = {category["name"] for category in json.loads(file.read_text()).get("categories", [])}
-    missing = [name for name in classes if name not in known]
-    if missing:
-        raise QsdError(
-            f"{file} has no category {missing[0]!r} ({len(missing)} of {len(classes)} classes are missing; it has "
-            f"{', '.join(sorted(known)[:3]) or 'none'}, ...); set dataset.metainfo.classes to its names."
-        )
-
-
-def _check_maps(dataset: Any, classes: int) -> None:
-    """Look into a few label maps, which an index error deep in the loss would otherwise find."""
-    for index in range(min(len(dataset), _LOOKED_AT)):
-        path = dataset.get_data_info(index)["seg_map_path"]
-        labels = np.unique(np.asarray(Image.open(path)))
-        values = [int(v) - 1 if dataset.reduce_zero_label else int(v) for v in labels]
-        wrong = [v for v in values if v >= classes and v != _IGNORED]
-        if wrong:
-            stored = wrong[0] + int(dataset.reduce_zero_label)
-            raise QsdError(f"{path} holds the label {stored}, beyond the {classes} classes of the data set.")
+    reads_labels = any(isinstance(step, LoadAnnotations) for step in dataset.pipeline.transforms)
+    if hasattr(dataset, "reduce_zero_label") and reads_labels:
+        check_maps(dataset, len(classes), range(len(dataset)), dataset.ignore_index)
 
 
 def _class_numbers(part: Any, path: str = "") -> Iterator[tuple[str, int]]:

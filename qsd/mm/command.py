@@ -18,7 +18,9 @@ from qsd.mm import ops
 from qsd.mm.checks import check_data, check_weights
 from qsd.mm.hooks import register_training_hooks
 from qsd.mm.loading import move_data
+from qsd.mm.resuming import check_resumable, checkpoint_to_resume
 from qsd.program import Parser
+from qsd.reading import regular_file
 
 
 def train(name: str, framework: str, args: Sequence[str]) -> None:
@@ -91,15 +93,18 @@ def _train(options: argparse.Namespace, framework: str) -> None:
     if options.pretrained is not None:
         config.model.backbone.init_cfg = ConfigDict(type="Pretrained", checkpoint=options.pretrained)
     config.resume = options.resume is not None
-    config.load_from = None if options.resume == "auto" else options.resume
-    if config.load_from is not None and not Path(config.load_from).is_file():
-        raise QsdError(f"checkpoint {config.load_from} does not exist.")
-    build_runner(config, ("train", "val")).train()
+    if config.resume:
+        config.load_from = checkpoint_to_resume(config.work_dir) if options.resume == "auto" else options.resume
+        if config.load_from is not None:
+            check_resumable(config.load_from)
+    runner = build_runner(config, ("train", "val"))
+    if config.resume and config.load_from is not None:
+        check_weights(runner.model, config.load_from)
+    runner.train()
 
 
 def _test(options: argparse.Namespace, framework: str) -> None:
-    if not Path(options.checkpoint).is_file():
-        raise QsdError(f"checkpoint {options.checkpoint} does not exist.")
+    regular_file(options.checkpoint, "checkpoint")
     config = load_config(options, framework)
     config.load_from = options.checkpoint
     runner = build_runner(config, ("test",))

@@ -15,6 +15,8 @@ from rich.progress import track
 
 from qsd.errors import QsdError
 from qsd.mm.loading import load_model
+from qsd.reading.files import regular_file
+from qsd.reading.images import BadImage, load_image
 
 
 @torch.no_grad()
@@ -42,11 +44,17 @@ def draw_predictions(
         raise QsdError("two images have the same name, and would have the same picture; draw them into two folders.")
     steps = [step for step in config.test_dataloader.dataset.pipeline if step["type"] != "LoadAnnotations"]
     pipeline = Compose([TRANSFORMS.build(step) for step in steps])
+    orientation = next((step["color_type"] for step in steps if "color_type" in step), "color")
     visualizer = _visualizer(model, config, f"predictions of {checkpoint}")
     limit = {"pred_score_thr": score} if config.default_scope == "mmdet" else {"with_labels": False}
     for image, target in track(list(zip(images, targets)), "pictures"):
-        if not Path(image).is_file() or (pixels := mmcv.imread(str(image))) is None:
-            raise QsdError(f"image {image} does not exist or cannot be read.")
+        # The same rule of EXIF orientation as the pipeline's; OpenMMLab's own is upright.
+        regular_file(image, "image")
+        checked = load_image(str(image))
+        pixels = None if isinstance(checked, BadImage) else mmcv.imread(str(image), orientation)
+        if pixels is None:
+            reason = checked.reason if isinstance(checked, BadImage) else "OpenCV does not know its format"
+            raise QsdError(f"image {image} cannot be read: {reason}.")
         data = pseudo_collate([pipeline({"img_path": str(image), "img_id": 0})])
         (sample,) = model.test_step(data)
         target.parent.mkdir(parents=True, exist_ok=True)

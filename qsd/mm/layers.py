@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import LinearChain, QuantConv2d, QuantLinear, initialize_steps
@@ -121,6 +121,17 @@ class SpikeLinear(nn.Sequential):
         super().__init__(OrderedDict(neuron=settings.neuron(), linear=linear))
 
 
+class _PixelShuffle(nn.PixelShuffle):
+    """PyTorch's pixel shuffle, whose backward pass fails on an empty batch: of regions where no image has a box."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[0] > 0:
+            return super().forward(input)
+        _, channels, height, width = input.shape
+        side = self.upscale_factor
+        return input.reshape(0, channels // side**2, height * side, width * side)
+
+
 class SpikeDeconv2d(nn.Sequential):
     """A neuron and a transposed convolution of kernel and stride 2, in its equivalent form of four 1x1 convolutions.
 
@@ -134,7 +145,7 @@ class SpikeDeconv2d(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, spike_cfg: dict[str, Any] | None = None) -> None:
         conv = SpikeConv2d(in_channels, 4 * out_channels, 1, spike_cfg=spike_cfg)
-        super().__init__(OrderedDict(conv=conv, shuffle=nn.PixelShuffle(2)))
+        super().__init__(OrderedDict(conv=conv, shuffle=_PixelShuffle(2)))
 
 
 class InitializeSteps(BaseModule):

@@ -5,35 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
 from qsd.errors import QsdError
-from qsd.mm.checkpoint import read_config, read_meta
-from qsd.models.checkpoints import read_checkpoint
-
-
-class _Unread:
-    """A placeholder for objects that mmengine pickles beside the weights: loss histories, and methods by `getattr`."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-# The types that a checkpoint of mmengine may hold beside tensors, for `torch.load(weights_only=True)`.
-_IN_CHECKPOINTS: list[Any] = [
-    np.ndarray,
-    np.zeros(0).__reduce__()[0],
-    (_Unread, "mmengine.logging.history_buffer.HistoryBuffer"),
-    (_Unread, "builtins.getattr"),
-]
+from qsd.mm.checkpoints import read_mm_checkpoint, stored_config
+from qsd.reading import part_of
 
 
 def load_model(
@@ -53,15 +32,24 @@ def load_model(
     Raises:
         QsdError: If the file does not exist or is no such checkpoint, or if the data's folder does not exist.
     """
-    with torch.serialization.safe_globals(_IN_CHECKPOINTS):
-        content = read_checkpoint(checkpoint)
-    meta = read_meta(content, checkpoint)
-    config = read_config(meta.cfg, f"checkpoint {checkpoint}")
+    content = read_mm_checkpoint(checkpoint)
+    config = stored_config(content, checkpoint)
+    weights = part_of(content, "state_dict", dict, checkpoint)
+    dataset_meta = part_of(content, "meta.dataset_meta", dict, checkpoint)
+    classes = dataset_meta.get("classes")
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+        raise QsdError(f"{checkpoint} does not tell the names of its classes (meta.dataset_meta.classes).")
     root = config.get("data_root")
     config.merge_from_dict(dict(options or {}))
     if root is not None and config.data_root != root:
         move_data(config, root, config.data_root)
-    return build_model(config, content["state_dict"], meta.dataset_meta).to(device), config
+    try:
+        return build_model(config, weights, dataset_meta).to(device), config
+    except QsdError:
+        raise
+    except Exception as error:  # whatever OpenMMLab's classes say of arguments that do not fit
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise QsdError(f"the model of {checkpoint} cannot be built: {reason}") from error
 
 
 def build_model(config: Config, weights: Mapping[str, Tensor], dataset_meta: Mapping[str, Any]) -> Any:

@@ -2,25 +2,22 @@
 
 import argparse
 import logging
-import pickle
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
 from qsd.layers.renamed import present_name, rename_parameters
 from qsd.layers.steps import has_no_step, step_names
-from qsd.models.packed_file import MERGED, is_packed, read_packed
+from qsd.models.packed_file import KEY, MERGED, read_packed
 from qsd.models.reference import StateDict, convert_reference, is_reference, shortened
 from qsd.quantizers import on_grid
+from qsd.reading import check_safetensors, read_safetensors, read_torch
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +26,7 @@ _HARMLESS: list[Any] = [
     argparse.Namespace,
     np.dtype,
     np.float64(0).__reduce__()[0],
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # 1.x and 2.x
     *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
 ]
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -90,33 +88,20 @@ def read_state_dict(path_or_state_dict: str | Path | Mapping[str, Any]) -> dict[
     return _read(path_or_state_dict)[1]
 
 
-def read_checkpoint(path: str | Path) -> Any:
+def read_checkpoint(path: str | Path, allowed: Sequence[Any] = ()) -> Any:
     """The content of a checkpoint file, read without running code from it.
 
     Args:
         path: A ``.pth``, ``.ckpt``, ``.pt`` or ``.safetensors`` file.
+        allowed: Further classes and functions that the file may name, see `qsd.reading.read_torch`.
 
     Raises:
         QsdError: If there is no such file, or it cannot be read safely.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise QsdError(f"checkpoint {path} does not exist." if not path.exists() else f"{path} is not a file.")
-    try:
-        if path.suffix == ".safetensors":
-            return _unpacked(path) if is_packed(path) else safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except QsdError:
-        raise
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        blocked = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        reason = (
-            f"it holds {blocked[1]}, which could run code; save its state dict alone"
-            if blocked
-            else f"it is damaged, incomplete or no checkpoint ({type(error).__name__})"
-        )
-        raise QsdError(f"checkpoint {path} cannot be read: {reason}.") from error
+    if Path(path).suffix == ".safetensors":
+        metadata = check_safetensors(path, "checkpoint")
+        return _unpacked(Path(path)) if KEY in metadata else read_safetensors(path, "checkpoint")[1]
+    return read_torch(path, [*_HARMLESS, *allowed])
 
 
 def _unpacked(path: Path) -> dict[str, Tensor]:
@@ -138,10 +123,16 @@ def _read(path_or_state_dict: str | Path | Mapping[str, Any]) -> tuple[str, dict
 
 def _unwrap(source: str, content: Any) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+        found = content.get(key) if isinstance(content, Mapping) else None
+        if isinstance(found, Mapping):
+            content = found
+        elif found is not None and not isinstance(found, Tensor):
+            raise _no_tensor(source, key, found)
     state = dict(content) if isinstance(content, Mapping) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    other = [key for key, value in state.items() if not (isinstance(key, str) and _is_plain(value))]
+    if other and len(other) < len(state):
+        raise _no_tensor(source, other[0], state[other[0]])
+    if not state or other:
         raise QsdError(
             f"{source} holds no state dict: expected tensors by name, perhaps under 'model' or 'state_dict'."
         )
@@ -149,6 +140,18 @@ def _unwrap(source: str, content: Any) -> dict[str, Tensor]:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     rename_parameters(state)
     return state
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a dense tensor of real numbers, neither quantized nor without data."""
+    if not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and not (value.is_quantized or value.is_meta or value.is_complex())
+
+
+def _no_tensor(source: str, key: Any, value: Any) -> QsdError:
+    kind = f"{value.dtype} {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+    return QsdError(f"{source} holds no state dict: its part {key!r} is of type {kind}, where tensors belong.")
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:

@@ -63,19 +63,6 @@ def write_packed(
             raise OSError(error) from error
 
 
-def is_packed(path: str | Path) -> bool:
-    """Whether a file is a packed one; a file that cannot be read is not.
-
-    Args:
-        path: The file.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return KEY in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
-
-
 def read_packed(path: str | Path) -> tuple[PackedHeader, dict[str, Tensor]]:
     """Header and tensors of a packed file; low-bit integers are int8, or int16 beyond 8 bits.
 

@@ -1,12 +1,15 @@
 """Tasks and trained networks from files."""
 
+import inspect
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.models.checkpoints import read_checkpoint
+from qsd.models.registered import check_depth, model_of_file
 from qsd.packing import load_packed
+from qsd.reading import part_of
 from qsd.spiking import SpikingNetwork
 from qsd.tasks.classification import ClassificationTask
 from qsd.tasks.hyper_parameters import check_hyper_parameters
@@ -22,18 +25,31 @@ def load_task(path: str | Path) -> ClassificationTask:
         QsdError: If the file cannot be read or is something else.
     """
     checkpoint = read_checkpoint(path)
-    settings = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
-    if not isinstance(settings, dict) or "model" not in settings:
+    saved = part_of(checkpoint, "hyper_parameters", dict, path, {})
+    if "model" not in saved:
         raise QsdError(
             f"{path} is no checkpoint of a training with qsd: it does not say which model its weights are of."
         )
-    check_hyper_parameters(ClassificationTask, settings, path)
+    state = part_of(checkpoint, "state_dict", dict, path)
+    name, arguments = model_of_file(str(path), saved["model"], saved.get("model_args"))
+    other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+    if other is not None or not state:
+        found = f"a {type(state[other]).__name__} named {other!r}" if state else "nothing"
+        raise QsdError(f"{path} has {found} in its state_dict, where tensors belong.")
+    check_depth(str(path), arguments, state)
+    check_hyper_parameters(ClassificationTask, saved, path)
+    known = inspect.signature(ClassificationTask).parameters
+    settings = {key: value for key, value in saved.items() if key in known}
+    settings |= {"model": name, "model_args": arguments, "init_from": None}  # weights come from this file alone
     try:
-        # The weights are in the checkpoint: the file that the training started from is not opened again.
-        return ClassificationTask.load_from_checkpoint(path, map_location="cpu", weights_only=True, init_from=None)
+        task = ClassificationTask(**settings)
+        task.configure_model()
+        task.on_load_checkpoint(checkpoint)
+        task.load_state_dict(checkpoint["state_dict"])
+        return task
     except QsdError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise QsdError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -12,14 +12,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
 
 import qsd
 from qsd import QsdError, cli, report
 from qsd.callbacks import ConvertToSpikeDriven
 from qsd.commands import convert as convert_command
+from qsd.commands import run as run_command
 from qsd.data import DigitsData
 from qsd.tasks import ClassificationTask, load_task
-from tests.helpers import ROOT
+from tests.helpers import ROOT, sample
 
 SMALL = {
     "embed_dims": [8, 8, 8, 8],
@@ -167,7 +169,7 @@ def test_a_quick_trial_writes_nothing(tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo is not built in")
-@pytest.mark.parametrize("fails", [False, True], ids=["converts", "fails"])
+@pytest.mark.parametrize("fails", sample([False], [False, True]))
 def test_of_two_processes_the_first_converts_all_images_and_the_other_waits(fails, tmp_path):
     program = [ROOT / "tests/programs/convert_in_two.py", *(["fail"] if fails else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -220,6 +222,9 @@ def test_a_checkpoint_is_converted_with_a_table_of_delays(convert, checkpoint, c
     assert record["left_out"] == ["audit", "energy"]
     for row in record["delays"]["rows"]:
         assert f"{row['latency']} steps" in out
+    Image.new("L", (8, 8), 100).save("digit.png")
+    assert run_command.main(["digit.png", "--model=converted/spiking.safetensors"]) == 0
+    assert "Predictions" in capsys.readouterr().out
     # and what it wrote, packed, can be converted again, otherwise
     again = ["converted/spiking.safetensors", *DATA, *FEW, "--out=again", "--merge=none", "--delay=0"]
     assert convert([*again, "--leave-out", *report.STAGES]) == 0

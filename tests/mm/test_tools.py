@@ -12,6 +12,7 @@ from PIL import Image
 from qsd.commands import demo, openmmlab, run
 from qsd.commands.demo import scenes as maker
 from tests.helpers import CONFIGS, ROOT
+from tests.helpers.files import save_payload
 from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS, scalars
 
 
@@ -181,6 +182,12 @@ def wrong_file(path):
         ("mmdet_test", ["coco_qsd", "no.pth"], "checkpoint no.pth does not exist"),
         ("mmdet_test", ["digits_det", "text.pth", "--cfg-options", "data_root=SCENES"], "text.pth cannot be read"),
         ("mmdet_test", ["digits_det", "other.pth", "--cfg-options", "data_root=SCENES"], "weight is missing"),
+        ("mmdet_test", ["digits_det", "evil.pth", "--cfg-options", "data_root=SCENES"], "wants to run code"),
+        ("mmseg_test", ["digits_seg", "evil.pth", "--cfg-options", "data_root=SCENES"], "wants to run code"),
+        ("mmdet_train", ["digits_det", "--resume", "evil.pth", "--cfg-options", "data_root=SCENES"], "to run code"),
+        ("mmdet_train", ["digits_det", "--pretrained", "evil.pth", "--cfg-options", "data_root=SCENES"], "to run code"),
+        ("mmdet_train", ["digits_det", "--cfg-options", "load_from=evil.pth", "data_root=SCENES"], "wants to run code"),
+        ("mmdet_train", ["digits_det", "--resume", "other.pth", "--cfg-options", "data_root=SCENES"], "'message_hub'"),
         (
             "mmdet_train",
             ["digits_det", "--cfg-options", "data_root=CUT"],
@@ -217,6 +224,7 @@ def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco,
     monkeypatch.chdir(tmp_path)
     wrong_file(tmp_path / "text.pth")
     torch.save({"state_dict": {"head.weight": torch.ones(3)}}, "other.pth")
+    save_payload(tmp_path / "evil.pth", tmp_path / "mark")
     folders = {"SCENES": scenes, "COCO": coco, **_spoilt(scenes, tmp_path)}
     words = [str(CONFIGS / f"{a}.py") if (CONFIGS / f"{a}.py").is_file() else a for a in arguments]
     for key, folder in folders.items():
@@ -225,6 +233,7 @@ def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco,
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith(f"{program}: error: ")]
     assert len(error) == 1
     assert message in error[0]
+    assert not (tmp_path / "mark").exists()
 
 
 def _spoilt(scenes, folder):

@@ -80,7 +80,7 @@ def test_a_header_is_read_or_refused_in_one_line(stored, data):
     [
         (("model", "arguments", "depth"), 10**6, "build a larger one"),
         (("model", "arguments", "embed_dims"), [10**5] * 4, "does not fit the model"),
-        (("model", "arguments", "embed_dims"), "eight", "does not take its stored arguments"),
+        (("model", "arguments", "embed_dims"), "eight", "four positive sizes are needed"),
         (("model", "arguments", "embed_dims"), [10**9] * 4, "is larger than 1048576"),
         (("model", "arguments", "pretrained_cfg"), {"file": "x"}, "the argument pretrained_cfg would load other files"),
         (("conversion", "example"), [1, 3, 10**5, 10**5], "values are more than"),

@@ -17,6 +17,7 @@ from qsd.spiking import count_spikes, register_conversion, to_spike_driven
 from qsd.spiking.layers import SpikingChain, SpikingMaxPool
 from qsd.spiking.merging import fold_norms, merge_factors
 from qsd.spiking.rules import RULES
+from tests.helpers import sample
 from tests.helpers.networks import NAMES, SMALL, assert_same_counts, dense_network
 
 
@@ -34,7 +35,7 @@ def test_every_registered_variant_converts_without_loss_and_goes_through_audit_e
         assert torch.equal(load_packed(tmp_path / "packed.safetensors")(images), stored(images))
 
 
-@pytest.mark.parametrize("time_steps", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("time_steps", sample([1, 3, 4], [1, 2, 3, 4, 6, 8]))
 @pytest.mark.parametrize("merge", [True, False, "rep", "sep"])
 def test_every_window_and_merge_with_odd_sizes_and_batches(time_steps, merge):
     model = dense_network(time_steps=time_steps)
@@ -44,7 +45,7 @@ def test_every_window_and_merge_with_odd_sizes_and_batches(time_steps, merge):
 
 
 @pytest.mark.parametrize("activation", ["lsq", "qcfs"])
-@pytest.mark.parametrize("time_steps", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("time_steps", sample([1, 3, 4], [1, 2, 3, 4, 6, 8]))
 def test_csdformer_converts_for_every_window_and_activation_with_odd_sizes_and_batches(time_steps, activation):
     model = dense_network("csdformer_4_256", time_steps=time_steps, activation=activation)
     for neuron in model.modules():

@@ -10,6 +10,7 @@ import qsd_launcher
 from qsd import report
 from qsd.commands.runs import last_metrics, newest_run
 from qsd.data import DigitsData
+from qsd.packing import image_notes
 from qsd.report.record import ClassifierAccuracy
 from qsd.tasks import load_task
 
@@ -38,7 +39,8 @@ def run(max_images: int | None, options: Sequence[str]) -> int:
     if code := qsd_launcher.main(["test", *_CONFIG, *options, "--ckpt_path", str(best)]):
         return code
     accuracy = float(last_metrics(newest_run("digits"))["test/accuracy"])
-    images = DigitsData().whole_part("test")
+    data = DigitsData()
+    images = data.whole_part("test")
     stepped = max_images or len(images.dataset)
     record = report.write_conversion(
         load_task(best).model,
@@ -46,6 +48,7 @@ def run(max_images: int | None, options: Sequence[str]) -> int:
         folder / "test",
         report.ConversionOptions(max_images=max_images, step_images=stepped),
         report.Origin("qsd_tiny", str(best), "test images of DigitsData"),
+        image_notes(data),
     )
     console = Console()
     console.print(report.summary(record))

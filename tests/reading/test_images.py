@@ -1,10 +1,16 @@
+import os
+import socket
 import warnings
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from qsd.data import BadImage, load_image
+from tests.helpers import sample
+from tests.helpers.files import only_opens
 
 GREY16 = np.array([[0, 255, 256, 1000, 32768, 65535]], np.uint16)
 GREY16_AS_8 = [0, 0, 1, 3, 128, 255]  # divided by 256; Pillow's own conversion gives 0, 255, 255, 255, 255, 255
@@ -169,3 +175,111 @@ def test_random_damage_never_raises(tmp_path):
             path.write_bytes(damaged)
             outcomes.add(type(load_image(str(path))))
     assert outcomes == {BadImage, Image.Image}
+
+
+ODD = {
+    "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(mark) (w) file closefile\nshowpage\n",
+    "compressed.dds": b"DDS " + (124).to_bytes(4, "little") + bytes(120),
+    "game.blp": b"BLP2" + bytes(200),
+    "scene.avif": b"\x00\x00\x00\x1cftypavif\x00\x00\x00\x00avifmif1miaf" + bytes(200),
+    "metafile.wmf": b"\xd7\xcd\xc6\x9a\x00\x00" + bytes(80),
+    "icon.icns": b"icns" + bytes(100),
+    "film.mpg": b"\x00\x00\x01\xb3" + bytes(100),
+    "layers.psd": b"8BPS\x00\x01" + bytes(100),
+    "empty.jpg": b"",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_formats_outside_the_short_list_and_broken_files_are_values(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(ODD[name])
+    monkeypatch.setenv("PATH", str(tmp_path))  # where a mark would be made of any program that is started
+    with only_opens(tmp_path / name):
+        bad = load_image(str(tmp_path / name))
+    assert isinstance(bad, BadImage)
+    assert bad.reason
+    assert "\n" not in bad.reason
+
+
+def test_an_intact_postscript_file_is_no_image(tmp_path):
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    with only_opens(tmp_path / "a.jpg"):
+        assert isinstance(load_image(str(tmp_path / "a.jpg")), BadImage)
+
+
+@pytest.mark.timeout(20)
+def test_pipes_devices_and_sockets_do_not_hang(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket.jpg")
+        for name in ("pipe.jpg", "zero.png", "socket.jpg", "loop.png"):
+            assert isinstance(load_image(name), BadImage), name
+
+
+def _photograph(path, orientation, file_format="JPEG"):
+    """Grey levels that rise from left to right and, half as much, from top to bottom, stored turned."""
+    x, y = np.meshgrid(np.linspace(0, 160, 24), np.linspace(0, 80, 16))
+    image = Image.fromarray((x + y).astype(np.uint8))
+    stored = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the inverse of what the tag asks for, as Pillow numbers it
+    turned = image if orientation == 1 else image.transpose(Image.Transpose(stored[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned.save(path, file_format, exif=exif, **({"quality": 100} if file_format == "JPEG" else {}))
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_photographs_stand_upright_unless_told_otherwise(tmp_path, orientation, file_format):
+    expected = _photograph(tmp_path / "a.jpg", orientation, file_format)
+    pixels = np.asarray(load_image(str(tmp_path / "a.jpg"))).astype(int)[..., 0]
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected).mean() < 4
+    with Image.open(tmp_path / "a.jpg") as stored:
+        raw = np.asarray(stored.convert("RGB"))
+    assert np.array_equal(np.asarray(load_image(str(tmp_path / "a.jpg"), "ignore")), raw)
+
+
+def test_upright_is_the_rule_of_openmmlab(tmp_path):
+    mmcv = pytest.importorskip("mmcv")
+    _photograph(tmp_path / "a.jpg", 6)
+    ours = np.asarray(load_image(str(tmp_path / "a.jpg"))).astype(int)
+    theirs = mmcv.imread(str(tmp_path / "a.jpg"), channel_order="rgb").astype(int)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= 3  # two decoders
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00junk", b"Exif\x00\x00" + bytes(30)]
+)
+def test_damaged_exif_data_do_no_harm(tmp_path, exif):
+    Image.new("RGB", (6, 4), (9, 99, 199)).save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(str(tmp_path / "a.jpg")).size == (6, 4)
+
+
+def test_an_orientation_that_does_not_exist_is_passed_over(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(str(tmp_path / "a.jpg")).size == (6, 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=sample(25, 500), deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_flipped_bytes_give_an_image_or_a_reason(tmp_path_factory, data):
+    kind = data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "AVIF"]))
+    path = tmp_path_factory.getbasetemp() / f"flipped.{kind}"
+    noise = np.random.RandomState(0).randint(0, 255, (16, 16, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(path, kind)
+    content = bytearray(path.read_bytes())
+    content = content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    for _ in range(data.draw(st.integers(0, 5)) if content else 0):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    found = load_image(str(path))
+    assert isinstance(found, Image.Image) or "\n" not in found.reason
