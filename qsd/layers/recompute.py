@@ -13,14 +13,14 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Leave the running statistics of batch norms alone, although batches are normalised by their own.
 
     Args:
-        module: any module.
+        module: Any module.
     """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:
-            # A momentum of zero keeps the running statistics, which the frame of `BatchNormPad2d` is made of, while
-            # the batch's own statistics still normalise.
+            # A momentum of zero keeps the running statistics, from which the frame of `BatchNormPad2d` is computed,
+            # while the batch's own statistics still normalise.
             norm.momentum = 0.0
             norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
         yield
@@ -36,8 +36,8 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
     forward pass does not update them.
 
     Args:
-        module: a block, ``[B, C, H, W]`` to ``[B, C, H, W]``.
-        x: its input.
+        module: A block, ``[B, C, H, W]`` to ``[B, C, H, W]``.
+        x: Input of the block.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

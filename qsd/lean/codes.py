@@ -4,8 +4,9 @@ A neuron's output is a count ``0..T`` times an amplitude. An ordinary training s
 that it enters, and one byte per element for the neuron: whether the gradient passes. Both fit into a code of four bits
 for T up to 7 (two codes to a byte) and of eight bits for T up to 127.
 
-All elementwise work runs block by block over the memory of a tensor. A block fits into the cache of a processor core,
-so that a dozen passes over it cost about as much as one pass over a large tensor.
+All elementwise work runs block by block over the memory of a tensor. Blocks stay in the cache of a processor, so that a
+dozen passes over each of them cost less than a few passes over a large tensor, and are long enough for the calls to
+PyTorch not to matter.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch._subclasses import FakeTensor
 Scalar = float | Tensor
 
 # Elements of a block for each thread of the processor. It has to be even.
-_BLOCK = 2**15
+BLOCK = 2**18
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -95,12 +96,13 @@ class Layout(NamedTuple):
             return False
         if x.is_meta or isinstance(x, FakeTensor):  # shapes without values, to count bytes
             return True
+        # Compared as integers, eight bytes at a time where that divides: `torch.equal` goes element by element.
+        kind = torch.int64 if self.numel * size % 8 == 0 else _INTEGERS[size]
         actual = x.as_strided((self.numel,), (1,), 0)
+        buffer = torch.empty(min(self.numel, self.block), dtype=self.dtype, device=x.device)
         for part, codes in zip(actual.split(self.block), packed.split(self.block * self.bits // 8)):
-            expected = torch.empty(len(part), dtype=self.dtype, device=x.device)
+            expected = buffer if len(part) == len(buffer) else buffer[: len(part)]
             _unpack_counts(codes, self.bits, expected, self.amplitude)
-            # Compared as integers, eight bytes at a time where that divides: `torch.equal` goes element by element.
-            kind = torch.int64 if len(part) * size % 8 == 0 else _INTEGERS[size]
             if not torch.equal(part.view(kind), expected.to(x.dtype).view(kind)):
                 return False
         return True
@@ -116,6 +118,21 @@ def _unpack_counts(codes: Tensor, bits: int, out: Tensor, amplitude: Scalar) -> 
         out[half:] = torch.bitwise_right_shift(codes, 4).bitwise_and_(7)[: len(out) - half]
     if isinstance(amplitude, Tensor) or amplitude != 1:
         out.mul_(amplitude)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of the same shape are equal, bit by bit if they have the same strides.
+
+    Args:
+        a: Dense tensor.
+        b: Any tensor.
+    """
+    if a.stride() != b.stride():
+        return torch.equal(a, b)
+    a, b = flat(a), flat(b)
+    size = a.element_size()
+    kind = torch.int64 if len(a) * size % 8 == 0 and b.storage_offset() * size % 8 == 0 else _INTEGERS[size]
+    return torch.equal(a.view(kind), b.view(kind))
 
 
 def dense(x: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -157,13 +174,18 @@ def fire(
         x = dense(x, output.stride())
     count = x.numel()
     source, target = x.as_strided((count,), (1,)), output.as_strided((count,), (1,))
-    block = _BLOCK * torch.get_num_threads() if x.is_cpu else max(2, 2 * count)
+    block = BLOCK * torch.get_num_threads() if x.is_cpu else max(2, 2 * count)
     bits = 4 if time_steps <= 7 else 8
     highest = x.new_full((), 2 ** (bits - 1))
     is_one = not isinstance(amplitude, Tensor) and amplitude == 1
     parts: list[Tensor] | None = []
+    buffer = x.new_empty(min(count, block))  # one for all blocks: fresh memory is slow on a CPU
     for part, counts in zip(source.split(block), target.split(block)):
-        drive = part * time_steps if threshold is None else part / threshold
+        drive = buffer if len(part) == len(buffer) else buffer[: len(part)]
+        if threshold is None:
+            torch.mul(part, time_steps, out=drive)
+        else:
+            torch.div(part, threshold, out=drive)
         torch.add(drive, 0.5, out=counts).floor_().clamp_(0, time_steps)
         if parts is not None and count:
             packed = _pack_(drive, counts, time_steps, highest, bits)
