@@ -69,7 +69,10 @@ def _check_files(config: Config, part: str) -> None:
     segments = any("segm" in str(metric.get("metric", "")) for metric in metrics)
     checked = set()
     for data in _dictionaries(loader.get("dataset")):
-        kind: Any = DATASETS.get(data["type"]) if isinstance(data.get("type"), str) and "ann_file" in data else None
+        if not isinstance(data.get("type"), str) or "ann_file" not in data:
+            continue
+        with DATASETS.switch_scope_and_registry(None) as registry:  # that of mmdet, by the configuration's scope
+            kind: Any = registry.get(data["type"])
         if not _is_coco(kind):
             continue
         classes = (data.get("metainfo") or {}).get("classes") or kind.METAINFO.get("classes")

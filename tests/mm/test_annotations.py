@@ -18,7 +18,7 @@ ALL = Use(("cat", "dog"), masks=True, all_masks=True)
 SQUARE = [1.0, 1, 5, 1, 5, 5, 1, 5]
 
 
-def coco():
+def good():
     annotation = {"image_id": 7, "category_id": 1, "bbox": [1, 1, 4.0, 4], "area": 16, "iscrowd": 0}
     return {
         "info": {"year": 2017},
@@ -41,13 +41,13 @@ def write(path, content):
 
 
 def changed(change):
-    content = coco()
+    content = good()
     change(content)
     return content
 
 
 def test_a_good_file_passes_counted(tmp_path):
-    counts = check_annotations(write(tmp_path / "a.json", coco()), ALL)
+    counts = check_annotations(write(tmp_path / "a.json", good()), ALL)
     assert counts["images"] == 2
     assert counts["annotations"] == 3
     assert counts["of crowds"] == 1
@@ -62,7 +62,7 @@ FIELDS += [("categories", f) for f in ("id", "name")]
 @pytest.mark.parametrize(("part", "field"), FIELDS)
 @pytest.mark.parametrize("value", ["missing", None, {}, [[]], True, float("nan")])
 def test_missing_and_mistyped_fields_are_named_with_their_entry(part, field, value, tmp_path):
-    content = coco()
+    content = good()
     entry = content[part][1 if part != "annotations" else 2]
     if value == "missing":
         del entry[field]
@@ -79,13 +79,13 @@ def test_missing_and_mistyped_fields_are_named_with_their_entry(part, field, val
 
 @pytest.mark.parametrize("field", ["bbox", "area", "segmentation", "iscrowd"])
 def test_only_fields_that_are_read_are_asked_for(field, tmp_path):
-    content = coco()
+    content = good()
     for entry in content["annotations"]:
         if field not in ("id", "image_id", "category_id"):
             entry.pop(field, None)
         entry["ignore"] = 1  # OpenMMLab reads no box of such an annotation
     check_annotations(write(tmp_path / "a.json", content), ALL)
-    content = coco()
+    content = good()
     for entry in content["annotations"]:
         entry.pop("segmentation")
         entry.pop("iscrowd")
@@ -144,7 +144,7 @@ def test_wrong_entries_are_named(change, message, tmp_path):
 
 def test_classes_given_as_one_text_are_refused(tmp_path):
     with pytest.raises(QsdError, match=r"metainfo\.classes='cat' is one text; give a tuple of names: \('cat',\)"):
-        check_annotations(write(tmp_path / "a.json", coco()), Use("cat"))
+        check_annotations(write(tmp_path / "a.json", good()), Use("cat"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "3", '"text"', "nonsense", "[" * 100000])
@@ -162,7 +162,7 @@ def test_pipes_and_folders_are_refused(tmp_path):
 
 
 def test_what_official_files_contain_passes_and_is_counted(tmp_path):
-    content = coco()
+    content = good()
     box = content["annotations"][0]
     content["annotations"] += [
         {**box, "id": 11, "bbox": [3, 3, 0, 5], "area": 0},  # zero width
@@ -185,7 +185,7 @@ def test_what_official_files_contain_passes_and_is_counted(tmp_path):
 
 
 def test_test_sets_without_annotations_pass(tmp_path):
-    content = coco()
+    content = good()
     del content["annotations"]
     assert check_annotations(write(tmp_path / "a.json", content), Use(("cat", "dog"), boxes=False))["images"] == 2
 
@@ -228,7 +228,7 @@ VALUES = st.recursive(
 @settings(max_examples=sample(50, 500), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_fields_dropped_retyped_and_enlarged_end_in_one_line(tmp_path_factory, data):
-    content = copy.deepcopy(coco())
+    content = copy.deepcopy(good())
     for _ in range(data.draw(st.integers(1, 2))):
         part, index = data.draw(st.sampled_from(PLACES))
         where = (
@@ -278,3 +278,31 @@ def test_a_file_of_coco_s_size_is_checked_in_half_a_minute(tmp_path):
     counts = check_annotations(path, Use(tuple(f"c{i}" for i in range(80)), masks=True, all_masks=True))
     assert time.process_time() - start < 30 * annotations / 860_000 + 1
     assert counts["annotations"] == annotations
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_the_files_that_a_configuration_names_are_checked(wrapped, part, coco, tmp_path):
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+
+    from qsd.mm import checks
+
+    init_default_scope("mmdet")
+    content = json.loads((coco / "annotations" / "instances_train2017.json").read_text())
+    dataset = {"type": "CocoDataset", "data_root": str(coco), "data_prefix": {"img": "train2017/"}}
+    dataset |= {"ann_file": str(tmp_path / "a.json"), "pipeline": [{"type": "LoadAnnotations", "with_mask": True}]}
+    config = Config(
+        {f"{part}_dataloader": {"dataset": {"type": "RepeatDataset", "dataset": dataset} if wrapped else dataset}}
+    )
+    write(tmp_path / "a.json", content)
+    checks._check_files(config, part)
+    del content["annotations"][5]["bbox"]
+    write(tmp_path / "a.json", content)
+    with pytest.raises(QsdError, match=r"a\.json: annotations\[5\] .* has no field 'bbox'"):
+        checks._check_files(config, part)
+    (coco / "train2017" / "empty.jpg").write_bytes(b"")
+    content["images"][0]["file_name"] = "empty.jpg"
+    write(tmp_path / "a.json", content)
+    with pytest.raises(QsdError, match=r"empty\.jpg is an empty file"):
+        checks._check_files(config, part)

@@ -54,7 +54,7 @@ def with_cfg(content, old, new):
 
 ROADS = {
     "predict, convert and distil": load_model,
-    "a teacher": lambda path: DistillationHook(str(path))._build(),
+    "a teacher": lambda path: DistillationHook(str(path))._build_teacher(),
     "test": lambda path: check_weights(torch.nn.Linear(1, 1), str(path)),
     "load_from and --resume": lambda path: CheckpointLoader.load_checkpoint(str(path), map_location="cpu"),
     "pretrained weights": lambda path: load_checkpoint(torch.nn.Linear(1, 1), str(path)),
