@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from mmcv import ops
 from mmengine import registry as registries
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
@@ -140,8 +141,9 @@ def stored_config(content: Mapping[str, Any], path: str | Path) -> Config:
 
 
 def _registered_names() -> set[str]:
+    """Names in all registries, and those of mmcv's operators, which a head names by ``type`` as well (``RoIAlign``)."""
     waiting = [entry for entry in vars(registries).values() if isinstance(entry, Registry)]
-    names: set[str] = set()
+    names: set[str] = set(ops.__all__)
     while waiting:
         registry = waiting.pop()
         registry.import_from_location()
