@@ -129,7 +129,7 @@ def test_predictions_are_drawn_on_the_image(scenes, tmp_path, kind, request, cap
     damaged = tmp_path / "damaged.jpg"
     damaged.write_text("no picture")
     assert run.main([str(damaged), *arguments[2:]]) == 2
-    assert "damaged.jpg does not exist or cannot be read" in capsys.readouterr().err
+    assert "damaged.jpg cannot be read: " in capsys.readouterr().err
 
 
 def test_scenes_share_neither_digits_nor_backgrounds():
