@@ -203,12 +203,36 @@ def _pack_(drive: Tensor, counts: Tensor, time_steps: int, highest: Tensor, bits
     """The codes of one block, computed in the memory of the drive; ``None`` if there are NaNs."""
     # The highest bit is set where 0 < drive < T, strictly: the derivative of a hard tanh, in one pass over floats.
     # Everything is computed on floats, because comparisons and operations on bytes are slow on a CPU.
-    packed = torch.ops.aten.hardtanh_backward.grad_input(highest, drive, 0, time_steps, grad_input=drive).add_(counts)
-    if bits == 4:
-        halves = packed.split((len(packed) + 1) // 2)
-        packed = halves[0]
-        if len(halves) == 2:
-            packed[: len(halves[1])].add_(halves[1], alpha=16)
+    flags = torch.ops.aten.hardtanh_backward.grad_input(highest, drive, 0, time_steps, grad_input=drive)
+    packed = _join_(flags.add_(counts), bits)
     if not packed.is_meta and not isinstance(packed, FakeTensor) and not packed.amax().item() >= 0:
         return None  # a NaN, which compares as false
     return packed.to(torch.int32).to(torch.uint8)  # three times faster than in one step
+
+
+def _join_(values: Tensor, bits: int) -> Tensor:
+    """The two halves of a block in one, in its memory, if codes have four bits."""
+    if bits == 8:
+        return values
+    halves = values.split((len(values) + 1) // 2)
+    if len(halves) == 2:
+        halves[0][: len(halves[1])].add_(halves[1], alpha=16)
+    return halves[0]
+
+
+def encode_counts(x: Tensor, layout: Layout) -> tuple[Layout, Tensor]:
+    """The codes of a tensor that consists of counts times an amplitude, such as the largest of some counts.
+
+    Args:
+        x: Dense tensor.
+        layout: Layout of the codes that the counts were taken from.
+
+    Returns:
+        Layout and codes, uint8. The bits for the neuron's gradient are not set.
+    """
+    count = x.numel()
+    parts = []
+    for part in flat(x).split(layout.block):
+        counts = torch.div(part, layout.amplitude).round_()
+        parts.append(_join_(counts, layout.bits).to(torch.int32).to(torch.uint8))
+    return layout._replace(numel=count), torch.cat(parts)

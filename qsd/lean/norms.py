@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qsd.functional import lsq_quantize, pad_frame
 from qsd.lean.layers import Synapse
-from qsd.lean.operands import NormOrigin, note_norm
+from qsd.lean.operands import NORMS, NormOrigin
 from qsd.lean.switch import has_hooks
 
 
@@ -71,7 +71,7 @@ def norm_in_training(x: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None = Non
     weight, bias = (norm.weight, norm.bias) if scale is None else (norm.weight * scale, norm.bias * scale)
     running_mean, running_var, share, eps = Running.of(norm, x)
     output, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, share, eps)
-    note_norm(output, NormOrigin(x, weight, bias, mean, inverse, eps))
+    NORMS[output.untyped_storage()] = NormOrigin(x, weight, bias, mean, inverse, eps)
     return output
 
 

@@ -42,9 +42,10 @@ class NormOrigin(NamedTuple):
     eps: float
 
 
-# A storage is one Python object as long as its memory is alive; views and detached tensors share it.
+# The notes, by storage. A storage is one Python object as long as its memory is alive; views and detached tensors
+# share it.
 _CODES: WeakKeyDictionary[UntypedStorage, _Codes] = WeakKeyDictionary()
-_NORMS: WeakKeyDictionary[UntypedStorage, NormOrigin] = WeakKeyDictionary()
+NORMS: WeakKeyDictionary[UntypedStorage, NormOrigin] = WeakKeyDictionary()
 
 
 class SavedOperand(NamedTuple):
@@ -128,23 +129,13 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def note_norm(output: Tensor, origin: NormOrigin) -> None:
-    """Note the tensors that a batch norm's output was computed from.
-
-    Args:
-        output: Output of the norm.
-        origin: Tensors and epsilon of the norm.
-    """
-    _NORMS[output.untyped_storage()] = origin
-
-
 def norm_origin(x: Tensor) -> NormOrigin | None:
     """The batch norm that a tensor is the output of, if computing it again gives the same bits.
 
     Args:
         x: Any tensor.
     """
-    origin = _NORMS.get(x.untyped_storage())
+    origin = NORMS.get(x.untyped_storage())
     if origin is None or x.shape != origin.x.shape or x.dtype != origin.x.dtype:
         return None
     if x.is_meta or isinstance(x, FakeTensor):  # shapes without values, to count bytes

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qsd.lean.codes import fire
+from qsd.lean.codes import encode_counts
 from qsd.lean.operands import layout_of, note_codes, save_operand
 
 # Kernel, stride, padding and dilation, two numbers each, and whether sizes are rounded up.
@@ -24,10 +24,7 @@ class _SpikeMaxPool(torch.autograd.Function):
         pooled: Tensor = torch.ops.aten.max_pool2d_with_indices(x, *pool)[0]
         layout = ctx.operand.layout
         if layout is not None:
-            # The largest of some counts is a count; its gradient flag has no meaning, and nobody reads it.
-            _, of_pooled, packed = fire(pooled, 7 if layout.bits == 4 else 127, layout.amplitude, layout.amplitude)
-            if packed is not None:
-                note_codes(pooled, of_pooled, packed)
+            note_codes(pooled, *encode_counts(pooled, layout))  # the largest of some counts is a count
         return pooled
 
     @staticmethod
