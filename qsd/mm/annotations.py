@@ -4,11 +4,13 @@ Lists of one field are checked at once, and single entries are only looked at to
 thousand boxes take seconds.
 """
 
+import gc
 import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -94,6 +96,19 @@ class _File:
         return values
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage collection while millions of containers without cycles come to be: it would walk over all of them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collections()
 def check_annotations(path: str | Path, use: Use) -> dict[str, int]:
     """Check a whole annotation file in COCO's format.
 
