@@ -231,11 +231,9 @@ def test_fields_dropped_retyped_and_enlarged_end_in_one_line(tmp_path_factory, d
     content = copy.deepcopy(good())
     for _ in range(data.draw(st.integers(1, 2))):
         part, index = data.draw(st.sampled_from(PLACES))
-        where = (
-            data.draw(st.sampled_from([content, content[part][index]]))
-            if isinstance(content.get(part), list)
-            else content
-        )
+        entries = content.get(part)
+        entry = entries[index] if isinstance(entries, list) and index < len(entries) else content
+        where = data.draw(st.sampled_from([content, entry]))
         if not isinstance(where, dict) or not where:
             continue
         key = data.draw(st.sampled_from(sorted(where)))
