@@ -73,7 +73,7 @@ def read_mm_checkpoint(path: str | Path) -> dict[str, Any]:
     for name in ("meta", "message_hub"):
         part_of(content, name, dict, path, {})
     # mmengine would execute it when a training is resumed; it only compares the number of GPUs.
-    content.get("meta", {}).pop("config", None)
+    (content.get("meta") or {}).pop("config", None)
     return content
 
 
