@@ -39,8 +39,13 @@ def test_exit_codes(error, code):
 
 
 def test_a_mistake_is_one_line_without_a_traceback(capsys):
-    program.run("qsd", raising(QsdError("a wrong value;\n  mend it")), [])
+    program.run("qsd", raising(FileNotFoundError("a wrong value;\n  mend it")), [])
     assert capsys.readouterr().err == "qsd: error: a wrong value; mend it (--traceback shows where)\n"
+
+
+def test_a_line_break_in_the_name_of_a_file_is_visible(capsys):
+    program.run("qsd", raising(QsdError("there is no file 'a\nb.jpg'")), [])
+    assert capsys.readouterr().err == "qsd: error: there is no file 'a\\nb.jpg' (--traceback shows where)\n"
 
 
 def test_an_unforeseen_error_is_one_line_that_names_the_file_of_its_traceback(capsys, monkeypatch, tmp_path):

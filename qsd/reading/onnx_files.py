@@ -8,6 +8,8 @@ from qsd.errors import QsdError
 from qsd.reading.files import FileError, describe, regular_file
 
 _DOMAINS = ("", "ai.onnx")  # whose operators are mathematics; others may name files or libraries
+# The one operator of ONNX Runtime's own that `qsd.export` writes: a product of matrices, with its scale.
+_RUNTIME_OPERATORS = {("com.microsoft", "MatMulIntegerToFloat")}
 
 
 def read_onnx(path: str | Path, noun: str = "file") -> tuple[bytes, dict[str, str]]:
@@ -22,7 +24,7 @@ def read_onnx(path: str | Path, noun: str = "file") -> tuple[bytes, dict[str, st
 
     Raises:
         FileError: If the file is missing, damaged, no ONNX file, keeps tensors in other files, or has operators that
-            are not ONNX's own.
+            are neither ONNX's own nor written by `qsd.export`.
         QsdError: If the package onnx is missing.
     """
     try:
@@ -49,8 +51,11 @@ def read_onnx(path: str | Path, noun: str = "file") -> tuple[bytes, dict[str, st
                 "read: write it without external data."
             )
     for node in _nodes(model):
-        if node.domain not in _DOMAINS:
-            raise FileError(f"{path} has the operator {node.domain}.{node.op_type}; only ONNX's own are run.")
+        if node.domain not in _DOMAINS and (node.domain, node.op_type) not in _RUNTIME_OPERATORS:
+            raise FileError(
+                f"{path} has the operator {node.domain}.{node.op_type}; only ONNX's own and "
+                "MatMulIntegerToFloat are run."
+            )
     return content, {entry.key: entry.value for entry in model.metadata_props}
 
 

@@ -355,9 +355,11 @@ def test_the_readme_is_short():
     assert len(read("README.md").splitlines()) <= 180
 
 
-def test_the_citation_names_version_and_papers():
+def test_the_citation_names_the_newest_release_and_the_papers():
     citation = yaml.safe_load(read("CITATION.cff"))
-    assert (citation["cff-version"], citation["version"], citation["license"]) == ("1.2.0", qsd.__version__, "MIT")
+    release = re.search(r"^## (\d+\.\d+\.\d+)\b", read("CHANGELOG.md"), re.MULTILINE)
+    assert release
+    assert (citation["cff-version"], citation["version"], citation["license"]) == ("1.2.0", release[1], "MIT")
     assert {"message", "title", "authors"} <= set(citation)
     papers = [paper["title"] for paper in citation["references"]]
     assert "Quantized Spike-driven Transformer" in papers
