@@ -122,7 +122,7 @@ class OperationCounter:
 
     def _layer(self, layer: TimedLayer, inputs: tuple[Any, ...], _output: Tensor) -> None:
         """Add the operations of one call of a layer."""
-        if self.spiking.runtime.mode == "trace" or layer.role == "neuron":
+        if not self.watch.is_watched() or self.spiking.runtime.mode == "trace" or layer.role == "neuron":
             return
         with torch.utils._python_dispatch._disable_current_modes():
             tensors = tuple(plain(x) for x in inputs)

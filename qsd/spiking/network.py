@@ -14,7 +14,7 @@ from qsd.spiking.layers import DelayedNeuron, SpikingChain, TimedLayer
 from qsd.spiking.merging import MergeChoice
 from qsd.spiking.names import Delay, delay_choice, matches
 from qsd.spiking.results import Stream, Trace, join_traces
-from qsd.spiking.runtime import Runtime
+from qsd.spiking.runtime import Paths, Runtime
 from qsd.spiking.signals import IMAGE, MarkedTensor, plain
 
 # A simulation takes as many images at a time as have this number of pixels, counted once for every time step. Currents
@@ -91,7 +91,9 @@ class SpikingNetwork(nn.Module):
             pattern: Name or glob.
         """
         neurons = self.neurons()
-        return any(matches(call, [pattern]) for call in self.runtime.busy_steps if call.partition("@")[0] in neurons)
+        return any(
+            matches(call, [pattern]) for call in self.runtime.paths.busy_steps if call.partition("@")[0] in neurons
+        )
 
     def train(self, mode: bool = True) -> "SpikingNetwork":
         """Stays in evaluation: a converted network is not trained."""
@@ -179,8 +181,9 @@ class SpikingNetwork(nn.Module):
         choose = delay_choice(delay)
         delays = tuple(choose(name, neuron.delay) for name, neuron in self.neurons().items())
         if delays not in self._timings:
-            latency = self.time_steps + max(output.arrival for output in self._trace(delay))
-            self._timings[delays] = latency, max(self.runtime.busy_steps.values())
+            outputs, paths = self._trace(delay)
+            latency = self.time_steps + max(output.arrival for output in outputs)
+            self._timings[delays] = latency, max(paths.busy_steps.values())
         return self._timings[delays]
 
     @torch.no_grad()
@@ -211,8 +214,8 @@ class SpikingNetwork(nn.Module):
         batches = list(images)
         latency, least = self.latency(delay), self.interval(delay)
         if interval is not None and interval < least:
-            self._trace(delay)
-            busy = max(self.runtime.busy_steps, key=self.runtime.busy_steps.__getitem__)
+            busy_steps = self._trace(delay)[1].busy_steps
+            busy = max(busy_steps, key=busy_steps.__getitem__)
             raise QsdError(f"interval={interval} is too short: {busy} is occupied for {least} steps by each image.")
         runtime, patterns = self.runtime, self._patterns(record)
         clock = Clock(self.time_steps, len(batches), least if interval is None else interval)
@@ -260,17 +263,17 @@ class SpikingNetwork(nn.Module):
         return patterns
 
     @torch.no_grad()
-    def _trace(self, delay: Delay = None) -> list[MarkedTensor]:
+    def _trace(self, delay: Delay = None) -> tuple[list[MarkedTensor], Paths]:
         with self.runtime.running("trace", delay_choice(delay)) as run:
-            self.runtime.sources.clear()
-            self.runtime.busy_steps.clear()
             output = self.network(self._mark(self.example.clone()))
-            self.runtime.repeated = frozenset(name for name, calls in run.calls.items() if calls > 1)
+        # At once, since other threads may run the network.
+        self.runtime.paths = run.paths
+        self.runtime.repeated = frozenset(name for name, calls in run.calls.items() if calls > 1)
         outputs = tree_leaves(output)
         if not outputs or not all(isinstance(x, MarkedTensor) for x in outputs):
             found = next((x for x in outputs if not isinstance(x, MarkedTensor)), output)
             raise QsdError(f"the model returns a {type(found).__name__}; only tensors can be converted.")
-        return outputs
+        return outputs, run.paths
 
     def absorb_amplitudes(self) -> None:
         """Move the amplitudes of spikes into the weights that the spikes meet, the last part of a conversion.
@@ -282,7 +285,7 @@ class SpikingNetwork(nn.Module):
         self._trace()  # a first time to learn which layers run several times
         before, found = -1, 0
         while before != found:
-            for output in self._trace():
+            for output in self._trace()[0]:
                 if isinstance(output.source, DelayedNeuron):
                     output.source.scaled = True
             before, found = found, sum(neuron.scaled for neuron in self.neurons().values())

@@ -1,5 +1,9 @@
-"""State that the layers of one converted network share: the present run, and the results of tracing."""
+"""State that the layers of one converted network share: the present run, and the results of tracing.
 
+A run belongs to the thread that began it, so that one network serves several threads at once.
+"""
+
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +24,19 @@ Mode = Literal["count", "step", "trace", "clock"]
 
 
 @dataclass
+class Paths:
+    """What tracing finds.
+
+    Attributes:
+        sources: By a layer's name the source of what it sees, see `qsd.spiking.signals`.
+        busy_steps: By call the time steps for which an image occupies the layer's state.
+    """
+
+    sources: dict[str, Any] = field(default_factory=dict)
+    busy_steps: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
 class Run:
     """One run of the network.
 
@@ -30,6 +47,8 @@ class Run:
         trace: Receives counts and recordings, in time steps.
         clock: The global clock, in ticks.
         calls: Number of calls of every layer up to now.
+        present: Name of every layer's present call.
+        paths: Receives what is found, while tracing.
     """
 
     mode: Mode = "count"
@@ -38,13 +57,25 @@ class Run:
     trace: Trace = field(default_factory=lambda: Trace(torch.empty(0), 0))
     clock: Clock = field(default_factory=lambda: Clock(1, 0, 1))
     calls: Counter[str] = field(default_factory=Counter)
+    present: dict[str, str] = field(default_factory=dict)
+    paths: Paths = field(default_factory=Paths)
+
+
+class _Thread(threading.local):
+    """The run of the present thread. Copies and pickles of a network begin without any."""
+
+    def __init__(self) -> None:
+        self.run = Run()
+        self.on_counts: Callable[[str, Tensor], None] | None = None
+
+    def __reduce__(self) -> tuple[type["_Thread"], tuple[()]]:
+        return _Thread, ()
 
 
 class Runtime:
     """Shared by all layers of one converted network.
 
-    Tracing fills ``sources`` (by a layer's name the neuron whose spikes it sees), ``busy_steps`` (by call the time
-    steps for which an image occupies the layer's state) and ``repeated`` (layers that run several times in a pass).
+    Tracing replaces ``paths`` and ``repeated`` (layers that run several times in a pass) when it is complete.
 
     Args:
         time_steps: T of the network.
@@ -52,17 +83,25 @@ class Runtime:
 
     def __init__(self, time_steps: int) -> None:
         self.time_steps = time_steps
-        self.run = Run()
-        self.sources: dict[str, Any] = {}
-        self.busy_steps: dict[str, int] = {}
+        self.paths = Paths()
         self.repeated: frozenset[str] = frozenset()
         self.converting = True  # while it is still open which neurons' amplitudes go into weights
-        self.on_counts: Callable[[str, Tensor], None] | None = None
+        self._thread = _Thread()
+
+    @property
+    def run(self) -> Run:
+        """The present run of this thread."""
+        return self._thread.run
 
     @property
     def mode(self) -> Mode:
         """How layers run at present."""
         return self.run.mode
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """By a layer's name the source of what it sees: while tracing what is found so far."""
+        return self.run.paths.sources if self.mode == "trace" else self.paths.sources
 
     @contextmanager
     def running(self, mode: Mode, delay: DelayChoice | None = None, **more: Any) -> Iterator[Run]:
@@ -73,12 +112,13 @@ class Runtime:
             delay: Chooses a neuron's delay by its name and its stored delay; ``None`` for the stored one.
             more: Further fields of `Run`.
         """
-        before = self.run
-        self.run = Run(mode, delay or delay_choice(None), **more)
+        thread = self._thread
+        before = thread.run
+        thread.run = Run(mode, delay or delay_choice(None), **more)
         try:
-            yield self.run
+            yield thread.run
         finally:
-            self.run = before
+            thread.run = before
 
     @contextmanager
     def counting(self, counts: dict[str, Tensor] | Callable[[str, Tensor], None]) -> Iterator[None]:
@@ -87,11 +127,11 @@ class Runtime:
         Args:
             counts: Dictionary to put them into by call (see `call_names`), or a function that gets call and counts.
         """
-        self.on_counts = counts.__setitem__ if isinstance(counts, dict) else counts
+        self._thread.on_counts = counts.__setitem__ if isinstance(counts, dict) else counts
         try:
             yield
         finally:
-            self.on_counts = None
+            self._thread.on_counts = None
 
     def hand_out(self, call: str, counts: Tensor) -> None:
         """Pass the counts of a neuron's call to whoever collects them.
@@ -100,8 +140,9 @@ class Runtime:
             call: Name of the call.
             counts: ``[B, ...]``.
         """
-        if self.on_counts is not None:
-            self.on_counts(call, counts)
+        on_counts = self._thread.on_counts
+        if on_counts is not None and self.mode != "trace":
+            on_counts(call, counts)
 
     def aligned(self, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:
         """Bring signals to one window: on the clock, those that arrive earlier wait for the latest.
@@ -129,9 +170,11 @@ class Runtime:
         Args:
             name: Dotted name of the layer in the trained model.
         """
-        number = self.run.calls[name]
-        self.run.calls[name] += 1
-        return f"{name}@{number}" if name in self.repeated else name
+        run = self.run
+        number = run.calls[name]
+        run.calls[name] += 1
+        run.present[name] = f"{name}@{number}" if name in self.repeated else name
+        return run.present[name]
 
     def split(self, x: Tensor) -> Tensor:
         """Give the time steps their own axis: ``[T * B, ...]`` to ``[T, B, ...]``.

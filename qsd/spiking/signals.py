@@ -17,6 +17,7 @@ runs without them.
 """
 
 from collections.abc import Iterable
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +27,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 if TYPE_CHECKING:
     from qsd.spiking.runtime import Runtime
 
+
+class Source(Enum):
+    """Sources of signals that are no neurons; copies and pickles hold the same objects."""
+
+    IMAGE = "image"
+
+
 # The source of a tensor that is an image, or computed from nothing else.
-IMAGE = object()
+IMAGE = Source.IMAGE
 
 
 class MarkedTensor(torch.Tensor):

@@ -1,5 +1,6 @@
 """Activations followed through every torch operation of a network, whatever module computes it."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Watch(TorchDispatchMode):
         self._stack: list[nn.Module] = []
         self._images: set[StorageWeakRef] = set()
         self._activations: set[StorageWeakRef] = set()
+        self._thread = threading.get_ident()
 
     @contextmanager
     def on(self, images: Tensor) -> Iterator[None]:
@@ -70,12 +72,13 @@ class Watch(TorchDispatchMode):
             images: ``[B, C, H, W]``.
         """
         # Weak references keep a storage's address from being used again, so old ones can do no harm but take room.
+        self._thread = threading.get_ident()
         self._activations = {_storage(images)}
         self._images = set() if self._currents else {_storage(images)}  # currents are another network's work
         handles = []
         for module in self._paths:
             handles.append(module.register_forward_pre_hook(self._enter))
-            handles.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
         try:
             with self:
                 yield
@@ -92,7 +95,13 @@ class Watch(TorchDispatchMode):
         """
         return _storage(x) in self._images
 
+    def is_watched(self) -> bool:
+        """Whether this thread runs the network that is watched; hooks of modules are called by all threads."""
+        return threading.get_ident() == self._thread
+
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not self.is_watched():
+            return
         self._stack.append(module)
         if not isinstance(module, TimedLayer) or module.runtime.mode == "trace":
             return  # A network is traced on images of its own.
@@ -104,8 +113,9 @@ class Watch(TorchDispatchMode):
     def _is_activation(self, x: Tensor) -> bool:
         return _storage(x) in self._activations
 
-    def _leave(self) -> None:
-        self._stack.pop()
+    def _leave(self, *_: Any) -> None:
+        if self.is_watched():
+            self._stack.pop()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

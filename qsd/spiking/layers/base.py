@@ -45,7 +45,11 @@ class TimedLayer(nn.Module):
     def __init__(self, name: str, runtime: Runtime) -> None:
         super().__init__()
         self.name, self.runtime = name, runtime
-        self.call = name
+
+    @property
+    def call(self) -> str:
+        """Name of the present call, in the run of this thread."""
+        return self.runtime.run.present.get(self.name, self.name)
 
     @abstractmethod
     def count(self, *inputs: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ class TimedLayer(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Run as the mode of the runtime says."""
         runtime = self.runtime
-        self.call = runtime.call(self.name)
+        call = runtime.call(self.name)
         if runtime.mode == "count":
             return self.count(*inputs)
         inputs, arrival = runtime.aligned(inputs)
@@ -143,10 +147,10 @@ class TimedLayer(nn.Module):
         if runtime.mode == "step":
             output = self.step(constant, *values)
         elif runtime.mode == "clock":
-            output = self.tick(runtime.run.clock.window(self.call, arrival, constant), *values)
+            output = self.tick(runtime.run.clock.window(call, arrival, constant), *values)
         else:
             self.check_sources(*inputs)
-            runtime.busy_steps[self.call] = self.busy_steps()
+            runtime.run.paths.busy_steps[call] = self.busy_steps()
             output = self.count(*values)
         return MarkedTensor.mark(output, self.source(), arrival + self.window_offset(), runtime)
 
