@@ -4,6 +4,7 @@ Notation: ``T`` time steps, ``B`` images, ``C`` channels, ``H x W`` positions, `
 is no time axis: an activation is the number of spikes, ``0..T``, that the converted network fires over its window.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,33 +19,61 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
     return mask.to(x.dtype).mul_(x)
 
 
-def _count(drive: Tensor, time_steps: int) -> Tensor:
+HALF_TYPES = (torch.float16, torch.bfloat16)
+# Sums in float64 that tie with a threshold are off by some 1e-13 steps where the spikes' amplitude is no binary
+# fraction. Within this distance, in steps, they are ties.
+TIE_WIDTH = 2.0**-30
+
+
+def tie_slack(x: Tensor, time_steps: int, threshold: float | Tensor | None) -> float:
+    """The number of steps below a threshold that still reaches it, so that rounding decides no ties in float64.
+
+    Ties are common among sums of spikes that are weighted by few values. Where amplitude and threshold are binary
+    fractions, sums are exact. Elsewhere, at T = 3 say, an exact tie is computed as a little more or less, by the order
+    of summation, and the trained network, its count domain and binary spikes would decide it differently. Float32
+    keeps its plain rounding, as in training.
+
+    Args:
+        x: Accumulated input.
+        time_steps: T.
+        threshold: Threshold in units of the input; ``None`` for ``1 / T``.
+    """
+    if x.dtype != torch.float64:
+        return 0.0
+    if isinstance(threshold, Tensor):
+        return TIE_WIDTH
+    return 0.0 if math.frexp(time_steps if threshold is None else threshold)[0] == 0.5 else TIE_WIDTH
+
+
+def _count(drive: Tensor, time_steps: int, slack: float = 0.0) -> Tensor:
+    if drive.dtype in HALF_TYPES:  # which cannot hold 129.5, nor the sum of 1/2 and the number below it
+        return _count(drive.float(), time_steps).to(drive.dtype)
     if torch.compiler.is_compiling():
         # Compiled by PyTorch 2.11, a Function whose output was changed in place has no gradient.
-        return (drive + 0.5).floor().clamp(0, time_steps)
-    return (drive + 0.5).floor_().clamp_(0, time_steps)
+        return (drive + (0.5 + slack)).floor().clamp(0, time_steps)
+    return (drive + (0.5 + slack)).floor_().clamp_(0, time_steps)
 
 
 class _SpikeCount(torch.autograd.Function):
     """Keeps one bit of information per element for the backward pass (a bool), never the membrane itself."""
 
     @staticmethod
-    def forward(drive: Tensor, time_steps: int) -> Tensor:
-        return _count(drive, time_steps)
+    def forward(drive: Tensor, time_steps: int, slack: float) -> Tensor:
+        return _count(drive, time_steps, slack)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        drive, time_steps = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, float], output: Tensor) -> None:
+        drive, time_steps, _ = inputs
         ctx.save_for_backward((drive > 0) & (drive < time_steps))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
-        return _masked(grad, mask), None
+        return _masked(grad, mask), None, None
 
 
-def spike_count(drive: Tensor, time_steps: int) -> Tensor:
+def spike_count(drive: Tensor, time_steps: int, slack: float = 0.0) -> Tensor:
     """Number of spikes that a membrane fires within its window: ``clip(floor(drive + 1/2), 0, T)``.
 
     Halves round up, as an integrate-and-fire neuron that starts at half its threshold does; `torch.round` (half to
@@ -54,13 +83,14 @@ def spike_count(drive: Tensor, time_steps: int) -> Tensor:
     Args:
         drive: accumulated input divided by the threshold, any shape.
         time_steps: T, the most spikes that a neuron can fire.
+        slack: Steps below a threshold that still reach it, see `tie_slack`.
 
     Returns:
         Integer-valued counts in ``0..T``, in the dtype and shape of ``drive``. Twice differentiating is an error.
     """
     if not (torch.is_grad_enabled() and drive.requires_grad):
-        return _count(drive, time_steps)  # without the mask that only a backward pass needs
-    return _SpikeCount.apply(drive, time_steps)
+        return _count(drive, time_steps, slack)  # without the mask that only a backward pass needs
+    return _SpikeCount.apply(drive, time_steps, slack)
 
 
 def fixed_drive(x: Tensor, time_steps: int, threshold: float | None) -> Tensor:
@@ -89,7 +119,7 @@ def fixed_spikes(x: Tensor, time_steps: int, threshold: float | None, amplitude:
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
-    counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps)
+    counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps, tie_slack(x, time_steps, threshold))
     return counts if amplitude == 1 else counts * amplitude
 
 
@@ -175,7 +205,7 @@ class _LearnedSpikes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
         drive = x / threshold
-        counts = _count(drive, time_steps)
+        counts = _count(drive, time_steps, tie_slack(x, time_steps, threshold))
         ctx.time_steps = time_steps
         # Copies of the step sizes, which a later change of the parameters does not reach.
         ctx.save_for_backward(drive, threshold.clone(), None if amplitude is None else amplitude.clone())
@@ -210,7 +240,9 @@ def learned_gradients(
     passed = torch.ops.aten.hardtanh_backward(grad, drive, 0, time_steps)
     slope = (1 if amplitude is None else amplitude) / threshold
     threshold_gradient = -dot(passed, drive) * slope if needed[1] else None
-    amplitude_gradient = dot(grad, _count(drive, time_steps)) if needed[2] else None
+    amplitude_gradient = None
+    if needed[2]:
+        amplitude_gradient = dot(grad, _count(drive, time_steps, tie_slack(drive, time_steps, threshold)))
     return passed.mul_(slope), threshold_gradient, amplitude_gradient
 
 
@@ -221,7 +253,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
         a: Dense tensor.
         b: Dense tensor of the same shape.
     """
-    if torch.compiler.is_compiling() or a.dtype in (torch.float16, torch.bfloat16):
+    if torch.compiler.is_compiling() or a.dtype in HALF_TYPES:
         return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum()
     order = sorted(range(a.dim()), key=a.stride, reverse=True)  # a view of dense tensors of one memory format
     return torch.dot(a.permute(order).reshape(-1), b.permute(order).reshape(-1))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qsd import functional, lean
 from qsd.errors import QsdError
-from qsd.functional import fixed_drive, scale_gradient, spike_count
+from qsd.functional import fixed_drive, scale_gradient, spike_count, tie_slack
 
 # The name of a kind of neuron, see `register_neuron`.
 NeuronKind = str
@@ -72,7 +72,7 @@ class SpikeNeuron(nn.Module):
 
     def counts(self, x: Tensor) -> Tensor:
         """Spike counts ``0..T`` for the accumulated input ``x``, in its shape and dtype."""
-        return spike_count(self.drive(x), self.time_steps)
+        return spike_count(self.drive(x), self.time_steps, tie_slack(x, self.time_steps, self._threshold))
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""

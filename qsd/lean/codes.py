@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from qsd.functional import HALF_TYPES, tie_slack
+
 # One number, or a tensor without dimensions.
 Scalar = float | Tensor
 
@@ -178,6 +180,7 @@ def fire(
     bits = 4 if time_steps <= 7 else 8
     highest = x.new_full((), 2 ** (bits - 1))
     is_one = not isinstance(amplitude, Tensor) and amplitude == 1
+    half, slack = x.dtype in HALF_TYPES, tie_slack(x, time_steps, threshold)
     parts: list[Tensor] | None = []
     buffer = x.new_empty(min(count, block))  # one for all blocks: fresh memory is slow on a CPU
     for part, counts in zip(source.split(block), target.split(block)):
@@ -186,7 +189,10 @@ def fire(
             torch.mul(part, time_steps, out=drive)
         else:
             torch.div(part, threshold, out=drive)
-        torch.add(drive, 0.5, out=counts).floor_().clamp_(0, time_steps)
+        if half:  # as `qsd.functional.spike_count` does
+            counts.copy_(drive.float().add_(0.5).floor_().clamp_(0, time_steps))
+        else:
+            torch.add(drive, 0.5 + slack, out=counts).floor_().clamp_(0, time_steps)
         if parts is not None and count:
             packed = _pack_(drive, counts, time_steps, highest, bits)
             parts = None if packed is None else [*parts, packed]

@@ -13,7 +13,7 @@ from qsd.models.compact import CompactModel
 from qsd.neurons import LearnedStepNeuron, SpikeNeuron
 from qsd.spiking.counts import count_spikes
 from qsd.spiking.merging import Merge, check_merge, merge_choice
-from qsd.spiking.names import Delay, delay_choice
+from qsd.spiking.names import Delay, check_delay, delay_choice
 from qsd.spiking.network import SpikingNetwork
 from qsd.spiking.rules import Conversion
 from qsd.spiking.runtime import Runtime
@@ -102,9 +102,7 @@ def convert(
     example = example.to("cpu", torch.float64)
     spiking = SpikingNetwork(network, conversion.runtime, example, compact, merge, merged_bits, currents)
     spiking.to(parameter.device)
-    negative = [name for name, neuron in spiking.neurons().items() if neuron.delay < 0]
-    if negative:
-        raise QsdError(f"the delay of neuron {negative[0]} is negative.")
+    check_delay(delay, spiking.neurons())
     spiking.absorb_amplitudes()
     if merged_bits is not None:
         for chain in spiking.chains().values():

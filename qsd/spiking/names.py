@@ -1,8 +1,13 @@
 """Names of neurons and of their calls, and choices by name."""
 
+import difflib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral
+
+from qsd.errors import QsdError
+from qsd.schema import LONGEST_TIME
 
 Delay = int | Mapping[str, int] | None
 DelayChoice = Callable[[str, int], int]
@@ -44,7 +49,7 @@ def delay_choice(delay: Delay) -> DelayChoice:
     """
     if delay is None:
         return lambda _name, stored: stored
-    if isinstance(delay, int):
+    if not isinstance(delay, Mapping):
         return lambda _name, _stored: delay
     patterns = list(delay.items())
 
@@ -52,3 +57,40 @@ def delay_choice(delay: Delay) -> DelayChoice:
         return next((steps for pattern, steps in reversed(patterns) if fnmatchcase(name, pattern)), stored)
 
     return choose
+
+
+def check_delay(delay: Delay, names: Iterable[str]) -> None:
+    """Refuse a delay that no neuron can have, and one for a neuron that does not exist.
+
+    Args:
+        delay: As in `delay_choice`.
+        names: Dotted names of the neurons.
+
+    Raises:
+        QsdError: If a delay is no whole number from 0 to 4096, or if a name or glob matches no neuron.
+    """
+    if delay is None:
+        return
+    names = list(names)
+    for pattern, steps in delay.items() if isinstance(delay, Mapping) else [("", delay)]:
+        of = f"the delay of neuron {pattern}" if isinstance(delay, Mapping) else "the delay"
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps > LONGEST_TIME:
+            raise QsdError(f"{of} is {steps!r}; use a whole number of time steps from 0 to {LONGEST_TIME}.")
+        if steps < 0:
+            raise QsdError(f"{of} is negative ({steps}); 0 fires at once, and T - 1 is lossless.")
+    for pattern in delay if isinstance(delay, Mapping) else ():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1) or names[:1]
+            raise QsdError(f"a delay names the neuron {pattern!r}, which does not exist; the nearest is {near[0]!r}.")
+
+
+def delay_within(delay: Delay, names: Collection[str]) -> Delay:
+    """The part of a delay that concerns some of a model's neurons.
+
+    Args:
+        delay: As in `delay_choice`.
+        names: Dotted names of these neurons.
+    """
+    if not isinstance(delay, Mapping):
+        return delay
+    return {pattern: steps for pattern, steps in delay.items() if any(fnmatchcase(name, pattern) for name in names)}

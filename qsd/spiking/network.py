@@ -12,7 +12,7 @@ from qsd.models.compact import CompactModel
 from qsd.spiking.clock import Clock
 from qsd.spiking.layers import DelayedNeuron, SpikingChain, TimedLayer
 from qsd.spiking.merging import MergeChoice
-from qsd.spiking.names import Delay, delay_choice, matches
+from qsd.spiking.names import Delay, check_delay, delay_choice, matches
 from qsd.spiking.results import Stream, Trace, join_traces
 from qsd.spiking.runtime import Paths, Runtime
 from qsd.spiking.signals import IMAGE, MarkedTensor, plain
@@ -178,9 +178,11 @@ class SpikingNetwork(nn.Module):
 
     def _timing(self, delay: Delay) -> tuple[int, int]:
         """Latency and least interval; the network is traced once for every choice of delays."""
-        choose = delay_choice(delay)
-        delays = tuple(choose(name, neuron.delay) for name, neuron in self.neurons().items())
+        neurons, choose = self.neurons(), delay_choice(delay)
+        check_delay(delay, neurons)
+        delays = tuple(choose(name, neuron.delay) for name, neuron in neurons.items())
         if delays not in self._timings:
+            check_delay(dict(zip(neurons, delays)), neurons)  # the stored ones, which anybody may set
             outputs, paths = self._trace(delay)
             latency = self.time_steps + max(output.arrival for output in outputs)
             self._timings[delays] = latency, max(paths.busy_steps.values())

@@ -8,7 +8,7 @@ RoIAlign are mmdet's own and belong to no segment.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from qsd.energy import Energy, OperationCounter, Preset
 from qsd.errors import QsdError
 from qsd.mm.spiking.segments import DENSE, cut, dense_head
+from qsd.neurons import SpikeNeuron
 from qsd.spiking import Audit, SpikingNetwork, Trace, to_spike_driven
 from qsd.spiking.audit import Auditor
 from qsd.spiking.merging import Merge
-from qsd.spiking.names import Delay
+from qsd.spiking.names import Delay, check_delay, delay_within
 
 Batch = dict[str, Any]
 
@@ -137,11 +138,11 @@ class ConvertedModel(nn.Module):
             if not any(network.has(pattern) for network in self.segments.values()):
                 known = ", ".join(list(self.segments[DENSE].neurons())[:3])
                 raise QsdError(f"record={pattern!r} names no neuron; names are {known}, ...")
-        simulation = Simulation([])
+        simulation, delays = Simulation([]), self._delays(delay)
 
         def step(name: str, x: Tensor) -> Any:
             network = self.segments[name]
-            trace = network.simulate(x, delay, [pattern for pattern in patterns if network.has(pattern)])
+            trace = network.simulate(x, delays[name], [pattern for pattern in patterns if network.has(pattern)])
             simulation.traces.setdefault(name, []).append(trace)
             return trace.logits
 
@@ -170,7 +171,8 @@ class ConvertedModel(nn.Module):
         Args:
             delay: As in `SpikingNetwork.simulate`.
         """
-        steps = {name: network.latency(delay) for name, network in self.segments.items()}
+        delays = self._delays(delay)
+        steps = {name: network.latency(delays[name]) for name, network in self.segments.items()}
         masks = [latency for name, latency in steps.items() if ".mask_head" in name]
         return sum(latency for name, latency in steps.items() if ".mask_head" not in name) + max(masks, default=0)
 
@@ -180,7 +182,12 @@ class ConvertedModel(nn.Module):
         Args:
             delay: As in `SpikingNetwork.simulate`.
         """
-        return max(network.interval(delay) for network in self.segments.values())
+        delays = self._delays(delay)
+        return max(network.interval(delays[name]) for name, network in self.segments.items())
+
+    def _delays(self, delay: Delay) -> dict[str, Delay]:
+        """The delays of each segment; a name or glob concerns the segments that have such neurons."""
+        return _delays_of_parts(delay, {name: [*network.neurons()] for name, network in self.segments.items()})
 
     def audit(self, batches: Iterable[Batch], delay: Delay = None, progress: bool = False) -> Audit:
         """Simulate all segments and check the input of every synaptic operation, as `audit_spike_driven` does.
@@ -190,7 +197,8 @@ class ConvertedModel(nn.Module):
             delay: As in `SpikingNetwork.simulate`.
             progress: Whether to show a progress bar.
         """
-        auditors = {name: Auditor(network, delay) for name, network in self.segments.items()}
+        delays = self._delays(delay)
+        auditors = {name: Auditor(network, delays[name]) for name, network in self.segments.items()}
         with self.running(lambda name, x: auditors[name].run(x)):
             images = self._run_all(batches, "audit" if progress else None)
         audits = [auditor.audit(images) for auditor in auditors.values()]
@@ -267,10 +275,20 @@ def convert_model(
         QsdError: For a model of another structure, or with a layer that does not spike.
     """
     model = copy.deepcopy(model).eval()
-    segments = {}
-    for name, (part, example) in cut(model).items():
-        segments[name] = to_spike_driven(part, delay, merge, merged_bits, example, currents=name != DENSE)
+    segments, parts = {}, cut(model)
+    delays = _delays_of_parts(delay, {name: _neuron_names(part) for name, (part, _) in parts.items()})
+    for name, (part, example) in parts.items():
+        segments[name] = to_spike_driven(part, delays[name], merge, merged_bits, example, currents=name != DENSE)
     if len(steps := {network.time_steps for network in segments.values()}) > 1:
         found = ", ".join(map(str, sorted(steps)))
         raise QsdError(f"all neurons need one number of time steps; found: {found}.")
     return ConvertedModel(model, segments)
+
+
+def _neuron_names(part: nn.Module) -> list[str]:
+    return [name for name, module in part.named_modules() if isinstance(module, SpikeNeuron)]
+
+
+def _delays_of_parts(delay: Delay, neurons: Mapping[str, Sequence[str]]) -> dict[str, Delay]:
+    check_delay(delay, [name for names in neurons.values() for name in names])
+    return {part: delay_within(delay, names) for part, names in neurons.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qsd.errors import QsdError
-from qsd.functional import spike_count
+from qsd.functional import spike_count, tie_slack
 from qsd.neurons import SpikeNeuron
 from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
@@ -107,7 +107,14 @@ class DelayedNeuron(TimedLayer):
             x: Input, accumulated over the window ``[B, ...]``.
             scale: Value of one unit of the input, where the input is a product of spikes.
         """
-        return spike_count(x / self.threshold_at(*scale) if scale else self.drive(x), self.time_steps)
+        threshold = self.threshold_at(*scale)
+        drive = x / threshold if scale else self.drive(x)
+        return spike_count(drive, self.time_steps, tie_slack(x, self.time_steps, threshold))
+
+    def _start(self, threshold: Potential, x: Tensor) -> Potential:
+        """The beginning of a window, with the slack for ties."""
+        start, slack = self.start(threshold), tie_slack(x, self.time_steps, threshold)
+        return start + slack * threshold if slack else start
 
     # -- the three ways to run -----------------------------------------------------------------------------------------
 
@@ -150,7 +157,7 @@ class DelayedNeuron(TimedLayer):
         potentials = currents.new_empty_strided(shape, currents.stride())
         chunks = zip(
             *(_chunks(tensor) for tensor in (currents, spikes, potentials)),
-            _as_chunks(self.start(threshold), currents[0]),
+            _as_chunks(self._start(threshold, x), currents[0]),
             _as_chunks(threshold, currents[0]),
         )
         for current, spike, potential, start, limit in chunks:
@@ -175,7 +182,7 @@ class DelayedNeuron(TimedLayer):
         spikes, delay, state = torch.zeros_like(x), self.window_offset(), window.state
         if window.begins:
             threshold = self.threshold_at(*scale)
-            state["membrane"], state["count"] = _filled(self.start(threshold), x), torch.zeros_like(x)
+            state["membrane"], state["count"] = _filled(self._start(threshold, x), x), torch.zeros_like(x)
             state["threshold"] = _filled(threshold, x) if isinstance(threshold, Tensor) else threshold
         if window.open:
             self.charge(state["membrane"], x)
