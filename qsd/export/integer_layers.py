@@ -150,15 +150,14 @@ def _add_convolution(
 
 def _geometry(factor: Convolution) -> dict[str, Any]:
     """The attributes of a convolution."""
-    # The frame of a pointwise convolution is its response to zeros around its input.
-    padding = factor.padding + (factor.frame is not None)
-    side = factor.weight.shape[-1]
-    return {
-        "kernel_shape": [side, side],
-        "strides": [factor.stride, factor.stride],
-        "pads": [padding] * 4,
+    (top, bottom), (left, right) = factor.outer_padding
+    geometry = {
+        "kernel_shape": list(factor.weight.shape[-2:]),
+        "strides": list(factor.stride),
+        "pads": [top, left, bottom, right],
         "group": factor.groups,
     }
+    return geometry if factor.dilation == (1, 1) else {**geometry, "dilations": list(factor.dilation)}
 
 
 @writes(SpikingDense)

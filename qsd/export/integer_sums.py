@@ -35,7 +35,8 @@ def add_currents(
     zero = graph.constant(f"{label}.input_zero", zero_point, np.uint8)
     unit = graph.constant(f"{label}.unit", weights.scale.reshape(-1), np.float32)
     bias = graph.constant(f"{label}.bias", weights.bias.reshape(-1), np.float32)
-    if geometry["group"] > 1:
+    square = len({*geometry["kernel_shape"]}) == len({*geometry["strides"]}) == 1 and "dilations" not in geometry
+    if geometry["group"] > 1 or not square:
         whole = graph.constant(f"{label}.weight", weights.integers, np.int8)
         total = graph.add("ConvInteger", [x, whole, zero], f"{label}.map", **geometry)
         total = graph.add("Transpose", [total], f"{label}.sum", perm=[0, 2, 3, 1])

@@ -46,10 +46,12 @@ def _chain(chain: SpikingChain, call: LayerCall, graph: NirGraph) -> Signal:
     for i, (key, factor) in enumerate(factors.items()):
         # nir 1.0 cannot read grouped convolutions, so that their weights are filled up with zeros.
         weight = dense_kernel(factor).cpu().float() * (1.0 if i else share)
-        padding = factor.padding + (factor.frame is not None)  # Only pointwise convolutions have a frame.
+        (top, bottom), (left, right) = factor.outer_padding
+        if (top, left) != (bottom, right):
+            raise QsdError(f"layer {chain.name} is padded on one side only, which NIR cannot express.")
         bias = np.zeros(len(weight), np.float32)  # It goes through the clock.
         size = tuple(constant.shape[1:])
-        convolution = graph.nir.Conv2d(size, weight.numpy(), factor.stride, padding, 1, 1, bias)
+        convolution = graph.nir.Conv2d(size, weight.numpy(), factor.stride, (top, left), factor.dilation, 1, bias)
         nodes = graph.add(f"{chain.name}.{key}", convolution, *nodes)
         constant = factor(constant.unsqueeze(0).to(factor.weight))[0].cpu().float()
         bound *= float(factor.weight.detach().cpu().float().abs().flatten(1).sum(1).max())

@@ -17,12 +17,13 @@ class QuantConv2d(nn.Conv2d):
     Args:
         in_channels: Channels of the input ``[B, C_in, H, W]``.
         out_channels: Channels of the output.
-        kernel_size: Side of the square kernel.
+        kernel_size: Side of the kernel, or its height and width.
         stride: Stride of the kernel.
-        padding: Rows and columns of zeros around the input.
+        padding: Rows and columns of zeros around the input, or ``"same"`` or ``"valid"``.
         groups: Groups of channels; ``in_channels`` makes it depthwise.
         bias: Whether a float bias is added.
         weight_bits: 2 to 8, or ``None`` for float weights.
+        dilation: Distance of the kernel's taps.
     """
 
     quantizer: StepSizeQuantizer | None
@@ -32,14 +33,15 @@ class QuantConv2d(nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
         groups: int = 1,
         bias: bool = False,
         weight_bits: int | None = 4,
+        dilation: int | tuple[int, int] = 1,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.quantizer = None if weight_bits is None else StepSizeQuantizer(weight_bits, out_channels)
         initialize_steps(self)
 

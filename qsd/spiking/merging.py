@@ -1,7 +1,7 @@
 """Chains of convolutions as one convolution."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qsd.errors import QsdError
 from qsd.layers import BatchNormPad2d, LayerScale, LinearChain, QuantConv2d, quantized_weight
 from qsd.spiking.layers import Convolution
+from qsd.spiking.layers.geometry import Padding
 
 # Chains that become one convolution in time steps: all, none, those with a frame (RepConv) or those without (SepConv).
 MergeChoice = Literal["all", "none", "rep", "sep"]
@@ -61,18 +62,13 @@ def fold_norms(chain: LinearChain, name: str) -> dict[str, Convolution]:
     last = ""
     for key, layer in chain.named_children():
         if isinstance(layer, QuantConv2d):
-            last, factors[key] = key, single_factor(layer)
+            last, factors[key] = key, single_factor(layer, f"{name}.{key}")
         elif (
             isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm | BatchNormPad2d)
             and factors
             and factors[last].frame is None
         ):
-            norm = layer.norm if isinstance(layer, BatchNormPad2d) else layer
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            scale = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
-            factor = _scaled(factors[last], scale)
-            factor.bias = factor.bias + norm.bias.detach() - norm.running_mean * scale
+            factor = _normalized(factors[last], layer, f"{name}.{key}")
             factor.frame = layer.frame() if isinstance(layer, BatchNormPad2d) else None
             factors[last] = factor
         elif isinstance(layer, LayerScale) and factors and factors[last].frame is None:
@@ -86,22 +82,55 @@ def fold_norms(chain: LinearChain, name: str) -> dict[str, Convolution]:
     return factors
 
 
-def single_factor(layer: QuantConv2d) -> Convolution:
+def single_factor(layer: QuantConv2d, name: str) -> Convolution:
     """A convolution with its quantized weight.
 
     Args:
         layer: Trained convolution.
+        name: Dotted name of the layer, for error messages.
+
+    Raises:
+        QsdError: If it is padded with something else than zeros.
     """
+    if layer.padding_mode != "zeros":
+        raise QsdError(
+            f"layer {name} has padding_mode={layer.padding_mode!r}, which repeats spikes in its border; train it with "
+            "padding_mode='zeros'."
+        )
     weight = quantized_weight(layer).detach().clone()
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
-    stride, padding = layer.stride[0], layer.padding[0]
-    assert isinstance(padding, int)
-    return Convolution(weight, bias, stride, padding, layer.groups)
+    return Convolution(weight, bias, layer.stride, _padding(layer), layer.groups, None, layer.dilation)
+
+
+def _padding(layer: QuantConv2d) -> Padding:
+    if layer.padding == "valid":
+        return 0
+    if layer.padding == "same":
+        totals = [dilation * (kernel - 1) for dilation, kernel in zip(layer.dilation, layer.kernel_size)]
+        height, width = ((total // 2, total - total // 2) for total in totals)
+        return height, width
+    height, width = layer.padding
+    return int(height), int(width)
+
+
+def _normalized(factor: Convolution, layer: nn.Module, name: str) -> Convolution:
+    """A convolution with the batch norm behind it folded in."""
+    norm: Any = layer.norm if isinstance(layer, BatchNormPad2d) else layer
+    if norm.running_mean is None or norm.running_var is None:
+        raise QsdError(
+            f"layer {name} is a batch norm without running statistics, which normalises by each batch; train it with "
+            "track_running_stats=True."
+        )
+    scale = (1 if norm.weight is None else norm.weight.detach()) / torch.sqrt(norm.running_var + norm.eps)
+    normalized = _scaled(factor, scale)
+    bias = normalized.bias if norm.bias is None else normalized.bias + norm.bias.detach()
+    normalized.bias = bias - norm.running_mean * scale
+    return normalized
 
 
 def _scaled(factor: Convolution, scale: Tensor) -> Convolution:
-    weight = factor.weight * scale.view(-1, 1, 1, 1)
-    return Convolution(weight, factor.bias * scale, factor.stride, factor.padding, factor.groups, factor.frame)
+    weight, bias = factor.weight * scale.view(-1, 1, 1, 1), factor.bias * scale
+    return Convolution(weight, bias, factor.stride, factor.padding, factor.groups, factor.frame, factor.dilation)
 
 
 def merge_factors(factors: Sequence[Convolution], name: str) -> Convolution:
@@ -117,7 +146,7 @@ def merge_factors(factors: Sequence[Convolution], name: str) -> Convolution:
     Raises:
         QsdError: If no single convolution equals them.
     """
-    large = [i for i, factor in enumerate(factors) if factor.weight.shape[-1] > 1]
+    large = [i for i, factor in enumerate(factors) if _is_large(factor)]
     at = large[0] if large else len(factors) - 1
     before, core, after = factors[:at], factors[at], factors[at + 1 :]
     _check_single(before, core, len(large), factors, name)
@@ -136,20 +165,32 @@ def merge_factors(factors: Sequence[Convolution], name: str) -> Convolution:
         pointwise = dense_kernel(factor)[:, :, 0, 0]
         kernel = torch.einsum("om,mikl->oikl", pointwise, kernel)
         bias = pointwise @ bias + factor.bias.double()
-        stride *= factor.stride
-    framed = bool(before) and before[-1].frame is not None
-    return Convolution(kernel.to(core.weight.dtype), bias.to(core.weight.dtype), stride, core.padding + framed)
+        stride = stride[0] * factor.stride[0], stride[1] * factor.stride[1]
+    frame = 1 if before and before[-1].frame is not None else 0
+    height, width = ((first + frame, last + frame) for first, last in core.padding)
+    dtype = core.weight.dtype
+    return Convolution(kernel.to(dtype), bias.to(dtype), stride, (height, width), dilation=core.dilation)
+
+
+def _is_large(factor: Convolution) -> bool:
+    return max(factor.weight.shape[-2:]) > 1
+
+
+def _is_padded(factor: Convolution) -> bool:
+    return any(map(any, factor.padding))
 
 
 def _check_single(
     before: Sequence[Convolution], core: Convolution, large: int, factors: Sequence[Convolution], name: str
 ) -> None:
     """Refuse a chain that no single convolution equals."""
+    after = factors[len(before) + 1 :]
     frame = before[-1].frame if before else None
     silent = all(not bool(factor.bias.any()) for factor in before)
-    exact_border = core.padding == 0 or (silent and frame is None)
+    exact_border = not _is_padded(core) or (silent and frame is None)
+    pixelwise = all(max(f.stride) == 1 and not _is_padded(f) for f in before) and not any(map(_is_padded, after))
     inner_frames = [f for f in factors if f.frame is not None and not (frame is not None and f is before[-1])]
-    if large > 1 or inner_frames or not exact_border or any(f.stride > 1 or f.padding for f in before):
+    if large > 1 or inner_frames or not exact_border or not pixelwise:
         raise QsdError(f"chain {name} is no single convolution; convert it with merge='none'.")
     if frame is not None and not torch.allclose(frame, before[-1].bias):
         raise QsdError(f"the frame of chain {name} is not its response to zeros; convert it with merge='none'.")

@@ -175,7 +175,7 @@ def _chain(module: LinearChain, name: str, conversion: Conversion) -> nn.Module:
 
 @register_conversion(QuantConv2d)
 def _conv(module: QuantConv2d, name: str, conversion: Conversion) -> nn.Module:
-    return SpikingChain({"conv": single_factor(module)}, None, False, name, conversion.runtime)
+    return SpikingChain({"conv": single_factor(module, name)}, None, False, name, conversion.runtime)
 
 
 @register_conversion(QuantLinear)

@@ -32,7 +32,11 @@ def test_ties_are_decided_alike_whatever_the_window(neuron):
         trained, counted, stepped = count_spikes(model, images), count_spikes(spiking, images), {}
         with spiking.runtime.counting(stepped):
             spiking.simulate(images)
-        drive = model[2](model[:2](images)) * time_steps if neuron is SpikeNeuron else model[2](model[:2](images)) / model[3].step.detach()
+        drive = (
+            model[2](model[:2](images)) * time_steps
+            if neuron is SpikeNeuron
+            else model[2](model[:2](images)) / model[3].step.detach()
+        )
         assert int((((drive % 1) - 0.5).abs() < 1e-9).sum()) > 20, "too few ties"
         for name, counts in trained.items():
             assert torch.equal(counts, counted[name]), (time_steps, name)

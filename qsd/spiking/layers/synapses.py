@@ -1,7 +1,7 @@
 """Synapses: linear maps of spikes to currents."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from qsd.functional import pad_frame
 from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
 from qsd.spiking.layers.costs import LayerInputs, Operations, synaptic_operations
-from qsd.spiking.layers.geometry import Geometry, dense_macs, fan_out
+from qsd.spiking.layers.geometry import Geometry, Padding, Pair, dense_macs, fan_out, padding_pairs, pair
 from qsd.spiking.runtime import Runtime
 
 _FLOAT_BITS = 32  # of scales, biases and weights that are not quantized
@@ -22,12 +22,13 @@ class Convolution(nn.Module):
     """One linear factor of a chain, with norms folded in.
 
     Args:
-        weight: ``[C_out, C_in / groups, k, k]``.
+        weight: ``[C_out, C_in / groups, k_h, k_w]``.
         bias: ``[C_out]``.
-        stride: Stride of the kernel.
-        padding: Pixels of zeros around the input.
+        stride: Stride of the kernel, one number or two.
+        padding: Rows and columns of zeros around the input, see `qsd.spiking.layers.geometry.Padding`.
         groups: Groups of channels.
         frame: Value by channel ``[C_out]`` of one pixel put around the output, or ``None`` for no frame.
+        dilation: Distance of the kernel's taps, one number or two.
     """
 
     weight: Tensor
@@ -39,25 +40,33 @@ class Convolution(nn.Module):
         self,
         weight: Tensor,
         bias: Tensor,
-        stride: int = 1,
-        padding: int = 0,
+        stride: int | Sequence[int] = 1,
+        padding: Padding = 0,
         groups: int = 1,
         frame: Tensor | None = None,
+        dilation: int | Sequence[int] = 1,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.register_buffer("frame", frame)
         self.register_buffer("scale", None)
-        self.stride, self.padding, self.groups = stride, padding, groups
+        self.stride, self.padding, self.groups = pair(stride), padding_pairs(padding), groups
+        self.dilation = pair(dilation)
 
     @property
     def geometry(self) -> Geometry:
         """The shape of the convolution."""
-        channels, inputs, kernel, _ = self.weight.shape
-        return Geometry(
-            channels, inputs, kernel, self.stride, self.padding, self.groups, 0 if self.frame is None else 1
-        )
+        channels, inputs, *kernel = self.weight.shape
+        frame = 0 if self.frame is None else 1
+        return Geometry(channels, inputs, pair(kernel), self.stride, self.padding, self.groups, frame, self.dilation)
+
+    @property
+    def outer_padding(self) -> tuple[Pair, Pair]:
+        """The padding of an equal convolution without a frame, which is the response to zeros around the input."""
+        frame = 0 if self.frame is None else 1
+        height, width = ((before + frame, after + frame) for before, after in self.padding)
+        return height, width
 
     def stored_bits(self, width: int) -> float:
         """Bits of the weights, of one scale and one bias by output channel, and of the frame.
@@ -80,7 +89,7 @@ class Convolution(nn.Module):
         self.restore((self.weight / scale.view(-1, 1, 1, 1)).round(), scale, self.bias)
 
     def integers(self) -> Tensor:
-        """The integers of quantized weights, int16 ``[C_out, C_in / groups, k, k]``."""
+        """The integers of quantized weights, int16 ``[C_out, C_in / groups, k_h, k_w]``."""
         assert self.scale is not None
         return (self.weight / self.scale.view(-1, 1, 1, 1)).round().to(torch.int16)
 
@@ -88,7 +97,7 @@ class Convolution(nn.Module):
         """Put in quantized weights.
 
         Args:
-            integers: ``[C_out, C_in / groups, k, k]``.
+            integers: ``[C_out, C_in / groups, k_h, k_w]``.
             scale: Value of one unit of the integers, ``[C_out]``.
             bias: ``[C_out]``.
         """
@@ -103,7 +112,11 @@ class Convolution(nn.Module):
             x: Input.
             share: 1 in the count domain, 1/T in a step: over a window both are added once.
         """
-        y = F.conv2d(x, self.weight, self.bias * share, self.stride, self.padding, groups=self.groups)
+        (top, bottom), (left, right) = self.padding
+        padding = top, left
+        if (top, left) != (bottom, right):  # as padding="same" of an even kernel is
+            x, padding = F.pad(x, [left, right, top, bottom]), (0, 0)
+        y = F.conv2d(x, self.weight, self.bias * share, self.stride, padding, self.dilation, self.groups)
         return y if self.frame is None else pad_frame(y, self.frame * share)
 
 
