@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qsd import functional, lean
+from qsd.collapse import expect_steps, watch_step
 from qsd.errors import QsdError
 from qsd.functional import fixed_drive, scale_gradient, spike_count, tie_slack
 
@@ -108,6 +109,7 @@ class LearnedStepNeuron(SpikeNeuron):
 
     def __init__(self, time_steps: int = 4, amplitude: float | None = None) -> None:
         super().__init__(time_steps, amplitude=amplitude)
+        expect_steps()
 
     def step_size(self, features: int) -> Tensor:
         """The step size as a tensor without dimensions that receives gradients.
@@ -138,7 +140,9 @@ class LearnedStepNeuron(SpikeNeuron):
         return float(self.step_size(1).detach())
 
     def _scaled_threshold(self, x: Tensor, scale: Factor | None) -> Tensor:
-        step_size = self.step_size(x[0].numel())
+        if isinstance(step := getattr(self, self.step_name, None), nn.Parameter):
+            watch_step(self, step)
+        step_size = self.step_size(x.shape[1:].numel())
         return step_size if scale is None else step_size / scale
 
     def drive(self, x: Tensor, scale: Factor | None = None) -> Tensor:
@@ -168,7 +172,7 @@ class LearnedStepNeuron(SpikeNeuron):
         if self._amplitude is not None:
             counts = self.counts(x, scale)
             return counts if self._amplitude == 1 else counts * self._amplitude
-        return self._spikes(x, scale, self.step_size(x[0].numel()))
+        return self._spikes(x, scale, self.step_size(x.shape[1:].numel()))
 
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, amplitude={'step' if self._amplitude is None else self._amplitude}"

@@ -1,5 +1,6 @@
-"""The arithmetic of float32 on devices that would shorten it."""
+"""The arithmetic of float32 on devices that would shorten it, and warnings where it is shortened."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,3 +30,21 @@ def full_float32() -> Iterator[None]:
     finally:
         for (place, name, _), value in zip(settings, before, strict=True):
             setattr(place, name, value)
+
+
+AUTOCAST = (
+    "autocast computes membrane potentials in {dtype} and rounds some of them to the other side of a threshold: spike "
+    "counts and classes differ from those in float32 (of a network trained on digits, a tenth of the counts and 1.5 % of "
+    "the classes)."
+)
+
+
+def warn_of_autocast(device: str) -> None:
+    """Warn that spike counts are not those of float32 if autocast is on; Python shows a warning once by default.
+
+    Args:
+        device: Type of the device, such as ``"cpu"``.
+    """
+    if torch.is_autocast_enabled(device):
+        dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+        warnings.warn(f"{AUTOCAST.format(dtype=dtype)} Run converted networks without autocast.", stacklevel=3)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from qsd.collapse import expect_steps, watch_step
 from qsd.errors import QsdError
 from qsd.functional import lsq_quantize
 
@@ -33,6 +34,7 @@ class StepSizeQuantizer(nn.Module):
         self.bits = bits
         self.q_min, self.q_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         self.step = nn.Parameter(torch.ones(out_channels))
+        expect_steps()
 
     @torch.no_grad()
     def initialize(self, weight: Tensor) -> None:
@@ -46,6 +48,7 @@ class StepSizeQuantizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Quantized weights, in the shape ``[C_out, ...]`` of ``weight``."""
+        watch_step(self, self.step)
         return lsq_quantize(weight, self.step, self.q_min, self.q_max)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qsd.collapse import watch_step
 from qsd.lean import Geometry, Synapse, apply_synapse, has_hooks
 from qsd.quantizers import StepSizeQuantizer
 
@@ -111,6 +112,7 @@ def lean_form(layer: QuantConv2d | QuantLinear) -> tuple[Tensor | None, Synapse]
         return None, Synapse((0, 0), geometry)
     if type(quantizer) is not StepSizeQuantizer or has_hooks(quantizer):
         return None
+    watch_step(quantizer, quantizer.step)
     return quantizer.step, Synapse((quantizer.q_min, quantizer.q_max), geometry)
 
 

@@ -90,7 +90,8 @@ class ImageClassifier(nn.Module):
         """Images ``[B, in_chans, H, W]`` to the residual stream after the last block, ``[B, C, H', W']``.
 
         Raises:
-            QsdError: If the image has another number of channels or is smaller than the total stride.
+            QsdError: If the input is no batch of images, has another number of channels, or is smaller than the total
+                stride.
         """
         x = self._forward_stem(x)
         for module in self._row:
@@ -98,6 +99,11 @@ class ImageClassifier(nn.Module):
         return x
 
     def _forward_stem(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise QsdError(
+                f"the input has the shape {list(x.shape)}, where images [B, C, H, W] are expected; add the batch "
+                "dimension to a single image with images.unsqueeze(0)."
+            )
         channels, height, width = x.shape[-3:]
         if channels != self.in_chans:
             raise QsdError(f"images have {channels} channels, the network expects in_chans={self.in_chans}.")

@@ -14,6 +14,7 @@ from qsd.errors import QsdError
 from qsd.layers import initialize_steps
 from qsd.layers.renamed import present_name, rename_parameters
 from qsd.layers.steps import has_no_step, step_names
+from qsd.layers.wrappers import inner_model
 from qsd.models.packed_file import KEY, MERGED, read_packed
 from qsd.models.reference import StateDict, convert_reference, is_reference, shortened
 from qsd.quantizers import on_grid
@@ -155,6 +156,7 @@ def _no_tensor(source: str, key: Any, value: Any) -> QsdError:
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
+    model = inner_model(model)
     expected = model.state_dict()
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     head = {name for name in expected if name.startswith(f"{classifier}.")}

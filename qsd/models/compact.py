@@ -15,6 +15,7 @@ from qsd.errors import QsdError
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.layers.renamed import rename_parameters
 from qsd.layers.steps import step_names
+from qsd.layers.wrappers import inner_model, unwrapped
 from qsd.models.checkpoints import check_weights
 from qsd.quantizers import on_grid
 
@@ -57,7 +58,7 @@ class CompactModel:
         Raises:
             QsdError: For values that are not finite, and steps that are not positive.
         """
-        model = getattr(model, "_orig_mod", model)  # what `torch.compile` wraps
+        model = unwrapped(model)
         state = model.state_dict()
         other = [name for name, value in state.items() if not isinstance(value, Tensor)]
         if other:
@@ -121,6 +122,7 @@ class CompactModel:
         Raises:
             QsdError: If the model does not fit; it is then unchanged.
         """
+        model = inner_model(model)
         self._check_fit(model)
         state = self.state_dict(dtype)
         with torch.no_grad():

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qsd.layers.wrappers import unwrapped
 from qsd.neurons import SpikeNeuron
 from qsd.precision import full_float32
 from qsd.spiking.batches import Images, image_batches
@@ -74,6 +75,7 @@ def compare_counts(
         max_images: Largest number of images.
         progress: Whether to show a progress bar.
     """
+    trained = unwrapped(trained)
     comparison = Comparison("", way)
     title = f"compare ({way})" if progress else None
     for batch, _ in image_batches(images, spiking, max_images, title):

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d
+from qsd.layers.wrappers import unwrapped
 from qsd.models.compact import CompactModel
 from qsd.neurons import LearnedStepNeuron, SpikeNeuron
 from qsd.spiking.counts import count_spikes
@@ -37,7 +38,8 @@ def to_spike_driven(
     an image is run through the trained network and both forms of the new one, in float64, and all counts are compared.
 
     Args:
-        model: A model of this package, or built from its layers; it is not changed.
+        model: A model of this package, or built from its layers; it is not changed. It may be compiled, or wrapped by
+            ``DataParallel`` or ``DistributedDataParallel``.
         delay: Time steps that neurons wait, for all or by name or glob; ``None`` for the lossless T - 1.
         merge: Chains of convolutions without a neuron between (RepConv, SepConv) that become one convolution each, so
             that every synaptic operation but the first sees spikes: ``"all"``, ``"none"``, ``"rep"`` or ``"sep"``. True
@@ -58,6 +60,7 @@ def to_spike_driven(
         QsdError: For a layer without a conversion rule, a float model, or counts that differ (say, because of a
             functional ReLU in the model's own ``forward``).
     """
+    model = unwrapped(model)
     if time_steps is not None:
         model = _with_time_steps(model, time_steps)
     return convert(model, delay, merge, merged_bits, example, check=True, currents=currents)

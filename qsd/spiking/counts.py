@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsd.layers.wrappers import unwrapped
 from qsd.neurons import SpikeNeuron
+from qsd.precision import warn_of_autocast
 from qsd.spiking.names import call_names
 from qsd.spiking.network import SpikingNetwork
 
@@ -29,6 +31,8 @@ def count_spikes(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         with model.runtime.counting(counts):
             model(images)
         return counts
+    model = unwrapped(model)
+    warn_of_autocast(images.device.type)
     with watch_neurons(model, lambda neuron, *inputs: neuron.counts(*inputs)) as calls:
         model(images)
     return named_calls(calls)

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from qsd.errors import QsdError
 from qsd.models.compact import CompactModel
+from qsd.precision import warn_of_autocast
 from qsd.spiking.clock import Clock
 from qsd.spiking.layers import DelayedNeuron, SpikingChain, TimedLayer
 from qsd.spiking.merging import MergeChoice
@@ -115,8 +116,29 @@ class SpikingNetwork(nn.Module):
                 f"neuron {early.name} has a delay of {early.delay}, below T - 1 = {self.time_steps - 1}: its counts "
                 "depend on time; call simulate(images)."
             )
+        self._check_images(images)
         with self.runtime.running("count"):
             return self.network(images)
+
+    def _check_images(self, images: Tensor, finite: bool = False) -> None:
+        """Refuse images that the network cannot take.
+
+        Args:
+            images: Input of a run.
+            finite: Whether values that are not finite are refused, because binary spikes could not tell of them.
+
+        Raises:
+            QsdError: For unbatched images and values that are not finite.
+        """
+        warn_of_autocast(images.device.type)
+        if images.dim() != self.example.dim():
+            raise QsdError(
+                f"the input has the shape {list(images.shape)}, which is not that of a batch of {self.example.dim()} "
+                "dimensions; add the batch dimension to a single image with images.unsqueeze(0)."
+            )
+        if finite and not bool((good := torch.isfinite(images)).all()):
+            number = int((~good.flatten(1).all(1)).nonzero()[0])
+            raise QsdError(f"image {number} of the batch holds values that are not finite; leave it out.")
 
     def evaluate(self, images: Tensor) -> Any:
         """The network's output: in the count domain if all delays are lossless, else time step by time step.
@@ -137,10 +159,14 @@ class SpikingNetwork(nn.Module):
 
         Returns:
             Output, counts of all neurons, recordings and latency.
+
+        Raises:
+            QsdError: For an image with values that are not finite, a delay that no neuron can have, and unknown names.
         """
+        self._check_images(images, finite=True)
         patterns, latency = self._patterns(record), self.latency(delay)
         # A few images at a time: all steps of a layer lie in memory at once.
-        pixels = images[0].numel() // _VALUES_PER_PIXEL if self.currents else images[0, 0].numel()
+        pixels = images.shape[1:].numel() // _VALUES_PER_PIXEL if self.currents else images.shape[2:].numel()
         size = max(1, _PIXELS_AT_A_TIME // (self.time_steps * max(1, pixels)))
         trace = join_traces([self._simulate(part, delay, patterns, latency) for part in images.split(size)])
         for call, counts in trace.counts.items():
@@ -211,9 +237,11 @@ class SpikingNetwork(nn.Module):
             Outputs, and the ticks in which they were complete.
 
         Raises:
-            QsdError: If the interval is too short.
+            QsdError: If the interval is too short, and as `simulate`.
         """
         batches = list(images)
+        for batch in batches:
+            self._check_images(batch, finite=True)
         latency, least = self.latency(delay), self.interval(delay)
         if interval is not None and interval < least:
             busy_steps = self._trace(delay)[1].busy_steps
@@ -222,6 +250,8 @@ class SpikingNetwork(nn.Module):
         runtime, patterns = self.runtime, self._patterns(record)
         clock = Clock(self.time_steps, len(batches), least if interval is None else interval)
         stream = Stream([], [], latency, clock.interval)
+        if not batches:
+            return stream
         latest = self.time_steps if self.currents else clock.interval  # an image stays, currents end with their window
 
         def keep(name: str, counts: Tensor) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 # One number for height and width, or one for each.
 Pair = tuple[int, int]
 # The same, or numbers before and after the input, for height and for width.

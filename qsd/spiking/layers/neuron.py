@@ -124,6 +124,12 @@ class DelayedNeuron(TimedLayer):
     def busy_steps(self) -> int:
         return self.time_steps + self.window_offset()
 
+    def check_sources(self, *inputs: Any) -> None:
+        # Between two neurons there are no weights that could take the amplitude.
+        source = getattr(inputs[0], "source", None)
+        if isinstance(source, DelayedNeuron) and self.runtime.converting:
+            source.scaled = True
+
     def source(self) -> "DelayedNeuron | None":
         return None if self.scaled else self
 
@@ -215,7 +221,7 @@ def _chunks(x: Tensor) -> tuple[Tensor, ...]:
 
     Neurons do not see each other. Some thousands at a time, their membranes stay in the processor's cache.
     """
-    size = x[0].numel() if len(x) else x.stride(0)
+    size = x.shape[1:].numel() if len(x) else x.stride(0)
     return x.as_strided((len(x), size), (x.stride(0), 1)).split(_NEURONS_AT_A_TIME, dim=1)
 
 

@@ -275,7 +275,7 @@ class SpikingDense(SpikingLinear):
 
     def _positions(self, inputs: LayerInputs) -> int:
         (x,) = inputs.tensors
-        return x[0].numel() // x.shape[-1]
+        return x.shape[1:].numel() // x.shape[-1]
 
     def stored_bits(self, weight_bits: Mapping[str, int], merged_bits: int | None) -> float:
         del merged_bits
