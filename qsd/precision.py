@@ -34,8 +34,8 @@ def full_float32() -> Iterator[None]:
 
 AUTOCAST = (
     "autocast computes membrane potentials in {dtype} and rounds some of them to the other side of a threshold: spike "
-    "counts and classes differ from those in float32 (of a network trained on digits, a tenth of the counts and 1.5 % of "
-    "the classes)."
+    "counts and classes differ from those in float32 (of a network trained on digits, a tenth of the counts and 1.5 % "
+    "of the classes)."
 )
 
 
