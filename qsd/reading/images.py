@@ -137,7 +137,7 @@ def _to_uint8(values: np.ndarray[Any, Any], mode: str, file_format: str | None) 
     """Scale grey values ``[H, W]`` of any depth to 0..255.
 
     Args:
-        values: integers or floats.
+        values: Integers or floats.
         mode: Pillow's name of the pixel format.
         file_format: Pillow's name of the file format.
 
