@@ -20,12 +20,7 @@ class StepSizeQuantizer(nn.Module):
 
     Raises:
         QsdError: If ``bits`` is out of range.
-
-    Attributes:
-        step_name: Name of the parameter of step sizes.
     """
-
-    step_name = "step"
 
     def __init__(self, bits: int, out_channels: int) -> None:
         super().__init__()
@@ -43,8 +38,14 @@ class StepSizeQuantizer(nn.Module):
         The published code of QSD-Transformer does so, although its steps are per channel. A tensor of zeros, which
         any grid represents, gets steps of one.
         """
+        self.step.copy_(self.initial_step(weight))
+
+    @torch.no_grad()
+    def initial_step(self, weight: Tensor) -> Tensor:
+        """The steps that `initialize` sets, ``[C_out]``."""
         mean = weight.abs().mean()
-        self.step.copy_(torch.where(mean > 0, 2 * mean / self.q_max**0.5, torch.ones_like(mean)))
+        step = torch.where(mean > 0, 2 * mean / self.q_max**0.5, torch.ones_like(mean))
+        return step.to(self.step).expand_as(self.step).clone()
 
     def forward(self, weight: Tensor) -> Tensor:
         """Quantized weights, in the shape ``[C_out, ...]`` of ``weight``."""

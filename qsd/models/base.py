@@ -1,5 +1,6 @@
 """The base of all image classifiers: timm's contract, over a row of modules whose outputs are features."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from timm.models._features import feature_take_indices
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from qsd.errors import QsdError
 from qsd.layers import LayerScale, QuantLinear
 from qsd.layers.steps import step_names
+from qsd.models.checkpoints import adapted_state
 
 
 class ImageClassifier(nn.Module):
@@ -182,6 +184,18 @@ class ImageClassifier(nn.Module):
         if prune_head:
             self.reset_classifier(0)
         return taken
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict; also that of a training's checkpoint, which timm's ``checkpoint_path`` passes on as it is.
+
+        Args:
+            state_dict: Tensors by name, perhaps under ``model.``; step sizes of weights that are missing are measured.
+            strict: Whether all names have to be those of the model.
+            assign: Whether the tensors take the place of the parameters, as in PyTorch.
+        """
+        if state_dict.keys() != self.state_dict().keys():
+            state_dict = adapted_state(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def get_classifier(self) -> nn.Module:
         """The classifier, `QuantLinear` or identity."""

@@ -17,7 +17,7 @@ from qsd.layers.steps import has_no_step, step_names
 from qsd.layers.wrappers import inner_model
 from qsd.models.packed_file import KEY, MERGED, read_packed
 from qsd.models.reference import StateDict, convert_reference, is_reference, shortened
-from qsd.quantizers import on_grid
+from qsd.quantizers import StepSizeQuantizer, on_grid
 from qsd.reading import check_safetensors, read_safetensors, read_torch
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Ma
         raise QsdError(
             f"{source} is no checkpoint of the published QSD-Transformer code (no 'downsample1_1.*' tensors)."
         )
-    _load(model, convert_reference(state), source)
+    load_state(model, convert_reference(state), source)
 
 
 def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> list[str]:
@@ -74,7 +74,34 @@ def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str,
         QsdError: As for `load_reference_weights`.
     """
     source, state = _read(path_or_state_dict)
-    return _load(model, convert_reference(state) if is_reference(state) else dict(state), source)
+    return load_state(model, convert_reference(state) if is_reference(state) else dict(state), source)
+
+
+def adapted_state(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of a training's checkpoint, or of the published code, with the names of a model.
+
+    Step sizes of weights that it lacks, because it is that of a float network, are measured.
+
+    Args:
+        model: The model that the tensors are for.
+        state_dict: Tensors by name, perhaps under ``model.`` or another prefix.
+
+    Raises:
+        QsdError: If it comes from a packed file, whose integers only `qsd.load_packed` can read.
+    """
+    state = _without_prefixes(state_dict)
+    state = convert_reference(state) if is_reference(state) else state
+    streams = [name for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.dtype == torch.uint8]
+    if streams:
+        raise QsdError(
+            f"{streams[0]} is a stream of bytes of a packed file; load that with qsd.load_packed, or name it with "
+            "pretrained=True and pretrained_cfg_overlay=dict(file=...)."
+        )
+    for name, module in model.named_modules():
+        step, weight = f"{name}.step", state.get(f"{name.removesuffix('.quantizer')}.weight")
+        if isinstance(module, StepSizeQuantizer) and step not in state and isinstance(weight, Tensor):
+            state[step] = module.initial_step(weight)
+    return state
 
 
 def read_state_dict(path_or_state_dict: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -137,7 +164,12 @@ def _unwrap(source: str, content: Any) -> dict[str, Tensor]:
         raise QsdError(
             f"{source} holds no state dict: expected tensors by name, perhaps under 'model' or 'state_dict'."
         )
-    while (prefix := next((w for w in _WRAPPERS if all(name.startswith(w) for name in state)), None)) is not None:
+    return _without_prefixes(state)
+
+
+def _without_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    state = dict(state_dict)
+    while (prefix := next((w for w in _WRAPPERS if all(name.startswith(w) for name in state)), None)) and state:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     rename_parameters(state)
     return state
@@ -155,7 +187,20 @@ def _no_tensor(source: str, key: Any, value: Any) -> QsdError:
     return QsdError(f"{source} holds no state dict: its part {key!r} is of type {kind}, where tensors belong.")
 
 
-def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
+def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
+    """Load tensors by the present names of their parameters, as `load_weights` does.
+
+    Args:
+        model: A model of qsd.
+        state: Tensors by name.
+        source: Name of the file, for messages.
+
+    Returns:
+        Names of the neurons' learned steps that are missing.
+
+    Raises:
+        QsdError: If the tensors do not fit; nothing is changed.
+    """
     model = inner_model(model)
     expected = model.state_dict()
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"

@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from qsd.errors import QsdError
 from qsd.models.base import ImageClassifier
 from qsd.models.csdformer import CsdFormer
+from qsd.models.pretrained import load_pretrained
 from qsd.models.qsd_transformer import QsdTransformer
 
 Arguments = Mapping[str, Any]
@@ -167,8 +168,6 @@ def family_of(name: str) -> Family:
 
 def _register(family: Family, name: str, arguments: Arguments, description: str) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> Any:
-        if pretrained:
-            raise QsdError(f"{name}: {family.hint}")
         model: Any = build_model_with_cfg(
             family.cls,
             name,
@@ -176,8 +175,14 @@ def _register(family: Family, name: str, arguments: Arguments, description: str)
             feature_cfg={"out_indices": family.out_indices, "feature_cls": "getter"},
             **{**arguments, **kwargs},
         )
+        if pretrained:
+            load_pretrained(model, f"{name}: {family.hint}")
         # Packed files store this, so that the model can be built again by its name.
-        model.registered = {"name": name, "arguments": {k: v for k, v in kwargs.items() if k not in _NOT_STORED}}
+        stored = {k: v for k, v in kwargs.items() if k not in _NOT_STORED}
+        channels = getattr(model, "in_chans", 3)
+        if channels != arguments.get("in_chans", 3):  # perhaps by the configuration of pretrained weights
+            stored["in_chans"] = channels
+        model.registered = {"name": name, "arguments": stored}
         return model
 
     # timm takes an entry point's name, module and configuration from these attributes.

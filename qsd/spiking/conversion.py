@@ -108,12 +108,16 @@ def convert(
     check_delay(delay, spiking.neurons())
     spiking.absorb_amplitudes()
     if merged_bits is not None:
-        for chain in spiking.chains().values():
-            if chain.merged is not None:
-                chain.merged.quantize(merged_bits, parameter.dtype)
+        _quantize_merged(spiking, merged_bits, parameter.dtype)
     elif check:
         _compare(trained, spiking)
     return spiking.to(parameter.dtype)
+
+
+def _quantize_merged(spiking: SpikingNetwork, bits: int, dtype: torch.dtype) -> None:
+    for chain in spiking.chains().values():
+        if chain.merged is not None:
+            chain.merged.quantize(bits, dtype)
 
 
 def _time_steps(model: nn.Module) -> int:

@@ -1,0 +1,96 @@
+"""Weights by timm's own roads: files that ``pretrained=True`` names, folders, and state dicts."""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from timm.models import FeatureGetterNet
+from torch import Tensor, nn
+
+from qsd.errors import QsdError
+from qsd.layers import initialize_steps
+from qsd.models.checkpoints import load_state, read_state_dict
+from qsd.models.reference import StateDict, convert_reference, is_reference, shortened
+
+logger = logging.getLogger(__name__)
+
+# Names of weights in a folder, as timm and the Hugging Face Hub write them, and then any single file of these endings.
+_NAMES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", "model.pth", "model.ckpt")
+_ENDINGS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+
+
+def load_pretrained(model: nn.Module, hint: str) -> None:
+    """Load the weights that a model's ``pretrained_cfg`` names: ``file``, a folder (``local-dir:``), or ``state_dict``.
+
+    A first convolution for another number of channels is adapted as timm does, and its step sizes are measured again.
+    The classifier of another number of classes keeps its initial values.
+
+    Args:
+        model: Fresh model of this package, as timm builds it.
+        hint: The answer where no weights are named.
+
+    Raises:
+        QsdError: If no weights are named, if they lie on a server, cannot be read, or do not fit the model.
+    """
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    named = cfg.get("state_dict") or cfg.get("file")
+    if not named:
+        address = cfg.get("hf_hub_id") or cfg.get("url")
+        if address:
+            raise QsdError(
+                f"weights at {address!r} are not fetched; download them, and name the file with "
+                "pretrained_cfg_overlay=dict(file=...), or the folder as model local-dir:FOLDER."
+            )
+        raise QsdError(hint)
+    source: Any = named if isinstance(named, Mapping) else weights_file(named)
+    state = read_state_dict(source)
+    state = convert_reference(state) if is_reference(state) else state
+    network = model
+    if isinstance(model, FeatureGetterNet):  # of `features_only=True`, which may lack the last stages
+        network = model.model
+        state = {name: tensor for name, tensor in state.items() if name in network.state_dict()}
+    first = cfg.get("first_conv")
+    adapted = isinstance(first, str) and _adapt_first(network, state, first)
+    load_state(network, state, "the state dict" if isinstance(source, Mapping) else str(source))
+    if adapted:
+        initialize_steps(network.get_submodule(str(first)))
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file with weights that a path leads to: the path itself, or the one in a folder.
+
+    Args:
+        path: A file, or a folder with weights as timm and the Hugging Face Hub lay them out.
+
+    Raises:
+        QsdError: If the folder has no weights, or several of which none has a usual name.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in _NAMES if (path / name).is_file()), None)
+    if found is not None:
+        return found
+    files = sorted(file for file in path.iterdir() if file.suffix in _ENDINGS and file.is_file())
+    if len(files) != 1:
+        names = shortened([file.name for file in files]) if files else "none"
+        raise QsdError(f"the folder {path} needs one file of weights, such as model.safetensors; it has {names}.")
+    return files[0]
+
+
+def _adapt_first(network: nn.Module, state: dict[str, Tensor], first: str) -> bool:
+    """Change the weights of the first convolution to the network's number of channels, as timm does."""
+    name = f"{first}.weight"
+    expected: StateDict = network.state_dict()
+    weight, own = state.get(name), expected.get(name)
+    if weight is None or own is None or weight.dim() != 4 or weight.shape[1] == own.shape[1]:
+        return False
+    before, after = weight.shape[1], own.shape[1]
+    if after == 1:
+        state[name] = weight.sum(1, keepdim=True)
+    else:
+        state[name] = weight.repeat(1, math.ceil(after / before), 1, 1)[:, :after] * (before / after)
+    logger.info("adapted the first convolution from %d to %d channels.", before, after)
+    return True
