@@ -89,10 +89,7 @@ def test_a_state_dict_is_loaded(source):
 def test_another_number_of_channels_is_adapted_and_its_steps_measured(files, source, channels):
     model = build(in_chans=channels, pretrained=True, pretrained_cfg_overlay={"file": str(files / "bare.pth")})
     first, old = model.stem.downsample.proj.conv, source.stem.downsample.proj.conv.weight
-    if channels == 1:
-        expected = old.sum(1, keepdim=True)
-    else:
-        expected = old[:, [i % 3 for i in range(channels)]] * 3 / channels
+    expected = old.sum(1, keepdim=True) if channels == 1 else old[:, [i % 3 for i in range(channels)]] * 3 / channels
     torch.testing.assert_close(first.weight, expected)
     torch.testing.assert_close(first.quantizer.step[0], 2 * expected.abs().mean() / 7**0.5)
     assert same(model, source, but=("stem.downsample.proj.conv.weight", "stem.downsample.proj.conv.quantizer.step"))
