@@ -16,6 +16,7 @@ from qsd.configurations import with_found_configurations
 from qsd.data import ImageData
 from qsd.data.loading import WORKER_ENDED
 from qsd.errors import QsdError
+from qsd.limits import check_trainer
 from qsd.models.checkpoints import read_checkpoint
 from qsd.models.registered import model_of_file
 from qsd.reading import part_of
@@ -103,6 +104,17 @@ class QsdCLI(LightningCLI):
         if network and "init_args" in (config.get("model") or {}):
             network = {"class_path": config.model.class_path, "init_args": network}
             self.config = self.parser.parse_object({self.config.subcommand: {"model": network}}, self.config)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments, and check numbers on which the trainer would only fail in the middle of a training.
+
+        Args:
+            parser: The parser.
+            args: The arguments.
+        """
+        super().parse_arguments(parser, args)
+        chosen = self.config.get(self.config.get("subcommand")) or {}
+        check_trainer(chosen.get("trainer") or {}, chosen.get("seed_everything", True))
 
     def before_instantiate_classes(self) -> None:
         """Give the loggers of a run one folder, and let ``predict`` write its predictions."""

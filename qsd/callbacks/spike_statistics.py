@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from qsd.limits import check_number
 from qsd.training.spike_meter import SpikeMeter
 
 
@@ -23,6 +24,7 @@ class SpikeStatistics(Callback):
 
     def __init__(self, batches: int = 10, per_layer: bool = True) -> None:
         super().__init__()
+        check_number("batches", batches, 1)
         self.batches = batches
         self.per_layer = per_layer
         self._meter: SpikeMeter | None = None

@@ -32,6 +32,7 @@ from qsd.distillation import build_teacher
 from qsd.errors import QsdError
 from qsd.files import replacing_together
 from qsd.information import measure_information
+from qsd.limits import whole
 from qsd.report.attention import attention_html, attention_record, findings, network_record
 from qsd.tasks import load_task
 
@@ -67,7 +68,7 @@ def _parser(config: str | Path | None) -> DataParser:
     parser.add_argument("--out", default="attention", help="folder for the page and its numbers")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier analysis")
     parser.add_argument("--part", choices=tuple(PARTS), default="val", help="part of the data to measure on")
-    parser.add_argument("--max-images", type=int, help="number of images to measure on; the default is all")
+    parser.add_argument("--max-images", type=whole(1), help="number of images to measure on; the default is all")
     parser.add_argument("--teacher", help="checkpoint or timm name of a teacher to compare token similarities with")
     parser.add_argument("--teacher-weights", help="weights of a teacher that is given by its timm name")
     add_device_argument(parser)

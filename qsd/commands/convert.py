@@ -31,7 +31,9 @@ from qsd.commands.data import (
 )
 from qsd.energy import PRESETS
 from qsd.errors import QsdError
+from qsd.limits import number, whole
 from qsd.packing import image_notes
+from qsd.schema import LONGEST_TIME
 from qsd.spiking import calibrate_delays
 from qsd.tasks import load_trained
 
@@ -68,19 +70,23 @@ def _parser(config: str | Path | None) -> DataParser:
     parser.add_argument("--part", choices=tuple(PARTS), default="val", help="part of the data to measure on")
     parser.add_argument("--merge", choices=report.MERGES, default="all",
                         help="chains of convolutions that become one convolution each")  # fmt: skip
-    parser.add_argument("--merged-bits", type=int, help="bits of merged kernels, which are then not lossless")
-    parser.add_argument("--delay", type=int, help="delay of every neuron; the default T - 1 is lossless")
+    parser.add_argument("--merged-bits", type=whole(2, 16), help="bits of merged kernels, which are then not lossless")
+    parser.add_argument(
+        "--delay", type=whole(0, LONGEST_TIME), help="delay of every neuron; the default T - 1 is lossless"
+    )
     parser.add_argument("--preset", default="fp32", help=f"energy prices: {', '.join(PRESETS)}; fp32 are the papers'")
-    parser.add_argument("--max-images", type=int, help="number of images to measure on; the default is all")
-    parser.add_argument("--step-images", type=int, help="number of images that are also stepped through time; "
+    parser.add_argument("--max-images", type=whole(1), help="number of images to measure on; the default is all")
+    parser.add_argument("--step-images", type=whole(1), help="number of images that are also stepped through time; "
                         "the default is 100 for classifiers, 8 for others")  # fmt: skip
     parser.add_argument("--leave-out", nargs="+", choices=report.STAGES, default=[], help="measurements to leave out")
     add_device_argument(parser)
     classifiers = parser.add_argument_group("classifiers")
-    classifiers.add_argument("--calibrate", type=float, metavar="MAX_DROP", help="choose small delays by layer that "
+    classifiers.add_argument("--calibrate", type=number(0, 1), metavar="MAX_DROP", help="choose small delays by layer that "
                              "cost at most this share of the accuracy on validation images")  # fmt: skip
     classifiers.add_argument("--delays", action="store_true", help="print the accuracy for every delay up to T - 1")
-    classifiers.add_argument("--float-accuracy", type=float, help="accuracy of the float twin, a share, for the report")
+    classifiers.add_argument(
+        "--float-accuracy", type=number(0, 1), help="accuracy of the float twin, a share, for the report"
+    )
     classifiers.add_argument("--raster", help="neuron whose spikes are drawn")
     openmmlab.add_config_options(parser.add_argument_group("detectors and segmenters"))
     add_data_arguments(parser, config)

@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import instantiate_class
 
+from qsd.commands.devices import device_name
 from qsd.configurations import find_configuration
 from qsd.data import ImageData
 from qsd.errors import QsdError
@@ -62,7 +63,9 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
         parser: The parser of a command.
     """
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help=f"cpu, cuda, cuda:1, ...; the default here is {default}")
+    parser.add_argument(
+        "--device", type=device_name, default=default, help=f"cpu, cuda, cuda:1, ...; the default here is {default}"
+    )
 
 
 def parse_with_config(

@@ -21,6 +21,7 @@ from qsd.commands.data import DataParser, add_data_arguments, data_from_argument
 from qsd.data import ImageData
 from qsd.errors import QsdError
 from qsd.export import FORMATS, ExportOptions, Format
+from qsd.limits import whole
 from qsd.packing import image_notes
 from qsd.report import MERGES
 from qsd.spiking.batches import image_batches
@@ -52,9 +53,11 @@ def _parser(config: str | Path | None) -> DataParser:
     parser.add_argument("--format", choices=tuple(FORMATS), default="onnx-int8", help="format of the file")
     parser.add_argument("--out", help="file to write; the default is the checkpoint's name with another ending")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    parser.add_argument("--max-images", type=int, default=200, help="number of validation images to "
+    parser.add_argument("--max-images", type=whole(1), default=200, help="number of validation images to "
                         "measure ranges and energy on")  # fmt: skip
-    parser.add_argument("--merged-bits", type=int, help="merge chains of convolutions into kernels of this many bits")
+    parser.add_argument(
+        "--merged-bits", type=whole(2, 16), help="merge chains of convolutions into kernels of this many bits"
+    )
     parser.add_argument("--part", default="", help="dotted name of the module that is written (format nir)")
     parser.add_argument("--round-inner", choices=MERGES, default="all", help="chains of convolutions whose "
                         "inner values become integers (format onnx-int8)")  # fmt: skip
@@ -81,8 +84,6 @@ def _export(options: Namespace) -> Path:
     checkpoint, form = Path(options.checkpoint), FORMATS[options.format]
     target = Path(options.out) if options.out else checkpoint.with_suffix(form.ending)
     program.refuse_existing([target], options.force)
-    if options.max_images < 1:
-        raise QsdError(f"--max-images={options.max_images} is not positive.")
     data = data_from_arguments(options)
     trained, _ = load_trained(checkpoint)
     if form.parts:

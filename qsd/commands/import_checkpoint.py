@@ -16,6 +16,7 @@ from torch import nn
 from qsd import load_reference_weights, program
 from qsd.errors import QsdError
 from qsd.files import replacing
+from qsd.limits import whole
 from qsd.models.checkpoints import read_state_dict
 from qsd.models.reference import is_reference, reference_sizes
 from qsd.models.variants import QSD_VARIANTS
@@ -37,8 +38,8 @@ def _command(args: list[str]) -> None:
     parser = program.Parser(prog="qsd import-checkpoint", description=__doc__)
     parser.add_argument("source", type=Path, help=".pth file of the published code")
     parser.add_argument("target", type=Path, help=".ckpt file to write")
-    parser.add_argument("--num-heads", type=int, default=8, help="number of attention heads (published: 8)")
-    parser.add_argument("--weight-bits", type=int, default=4, help="bits of the weights (published: 4)")
+    parser.add_argument("--num-heads", type=whole(1), default=8, help="number of attention heads (published: 8)")
+    parser.add_argument("--weight-bits", type=whole(2, 8), default=4, help="bits of the weights (published: 4)")
     parser.add_argument("--force", action="store_true", help="replace an existing target")
     options = parser.parse_args(args)
     name = import_checkpoint(options.source, options.target, options.num_heads, options.weight_bits, options.force)

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qsd import model_size, program
 from qsd.errors import QsdError
 from qsd.layers.steps import step_names
+from qsd.limits import json_object, whole
 from qsd.neurons import SpikeNeuron
 
 _IMAGENET, _CIFAR = 1_281_167, 50_000  # training images
@@ -46,9 +47,9 @@ def main(args: Sequence[str] | None = None) -> int:
 def _command(args: list[str]) -> None:
     parser = program.Parser(prog="qsd profile", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help="registered models")
-    parser.add_argument("--img-size", type=int, help="height and width in pixels; the default is the model's own")
-    parser.add_argument("--model-args", type=json.loads, default={}, help="further arguments of the models, as JSON")
-    parser.add_argument("--epoch-images", type=int, help="training images; the default is ImageNet's, or CIFAR's")
+    parser.add_argument("--img-size", type=whole(1), help="height and width in pixels; the default is the model's own")
+    parser.add_argument("--model-args", type=json_object, default={}, help="further arguments of the models, as JSON")
+    parser.add_argument("--epoch-images", type=whole(1), help="training images; the default is ImageNet's, or CIFAR's")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(args)
     profiles = [profile(name, options.img_size, options.model_args, options.epoch_images) for name in options.names]

@@ -20,8 +20,10 @@ from rich.text import Text
 
 from qsd import program
 from qsd.commands import openmmlab
+from qsd.commands.devices import device_name
 from qsd.commands.predictor import Predictor
 from qsd.errors import QsdError
+from qsd.limits import number, whole
 from qsd.reading import shown
 
 _REPEATS = 5
@@ -46,8 +48,6 @@ def _command(args: list[str]) -> None:
         return
     if options.out is not None:
         raise QsdError("--out is for detectors and segmenters; classes are printed, so drop it.")
-    if options.top < 1:
-        raise QsdError(f"--top={options.top} is not positive.")
     predictor = Predictor(Path(options.model))
     Console().print(_classes(options.images, predictor, options.top))
 
@@ -56,11 +56,11 @@ def _parser() -> program.Parser:
     parser = program.Parser(prog="qsd run", description=__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--model", required=True, metavar="FILE", help="packed or ONNX file, or .pth of a training")
-    parser.add_argument("--top", type=int, default=1, help="number of classes to print for each image")
+    parser.add_argument("--top", type=whole(1), default=1, help="number of classes to print for each image")
     dense = parser.add_argument_group("detectors and segmenters")
     dense.add_argument("--out", metavar="DIR", help="folder of the pictures")
-    dense.add_argument("--score", type=float, default=0.3, help="lowest score of a box that is drawn")
-    dense.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    dense.add_argument("--score", type=number(0, 1), default=0.3, help="lowest score of a box that is drawn")
+    dense.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda, cuda:1, ...")
     return parser
 
 

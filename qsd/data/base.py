@@ -13,6 +13,7 @@ from qsd.data.loading import BadImagePolicy, ImageLoader, TrainLoader
 from qsd.data.resuming import finish_loaded_epoch
 from qsd.data.sampling import EvalSampler, TrainSampler
 from qsd.errors import QsdError
+from qsd.limits import LARGEST_SEED, check_number
 from qsd.reading.images import ExifOrientation, check_orientation
 
 Part = Literal["train", "val", "test"]
@@ -72,7 +73,7 @@ class ImageData(LightningDataModule, ABC):
         self.img_size = _checked_size(img_size)
         self.batch_size = _at_least("batch_size", batch_size, 1)
         self.num_workers = None if num_workers is None else _at_least("num_workers", num_workers, 0)
-        self.seed = None if seed is None else _at_least("seed", seed, 0)
+        self.seed = _checked_seed(seed)
         self.predict_path = predict_path
         self._bad_images = BadImagePolicy(on_bad_image)
         check_orientation(exif_orientation)
@@ -195,6 +196,11 @@ def _at_least(name: str, value: int, minimum: int) -> int:
     if value < minimum:
         raise QsdError(f"{name}={value} is too small; it must be at least {minimum}.")
     return value
+
+
+def _checked_seed(seed: int | None) -> int | None:
+    check_number("seed", seed, 0, LARGEST_SEED)
+    return seed
 
 
 def _checked_size(img_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from qsd.data.files import ImageFinder, class_folders
 from qsd.data.transforms import crop_transform, eval_transform
 from qsd.errors import QsdError
 from qsd.image_notes import Interpolation
+from qsd.limits import check_number
 from qsd.reading.files import shown
 from qsd.reading.images import ExifOrientation
 
@@ -75,6 +76,10 @@ class ImageFolderData(ImageData):
         super().__init__(img_size, batch_size, num_workers, seed, predict_path, on_bad_image, exif_orientation)
         if min(std) <= 0:
             raise QsdError(f"std={tuple(std)} is not positive.")
+        for name, values in (("mean", mean), ("std", std), ("scale", scale), ("ratio", ratio)):
+            for value in values:
+                check_number(name, value)
+        check_number("color_jitter", color_jitter, 0)
         for name, (low, high) in (("scale", scale), ("ratio", ratio)):
             if not 0 < low <= high:
                 raise QsdError(f"{name}=({low}, {high}) is not a range of positive numbers; give the smaller first.")

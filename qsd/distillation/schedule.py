@@ -3,6 +3,7 @@
 import numpy as np
 
 from qsd.errors import QsdError
+from qsd.limits import check_number
 
 Weight = float | list[tuple[float, float]]
 
@@ -21,8 +22,8 @@ def weight_points(name: str, weight: Weight) -> list[tuple[float, float]]:
     shares = [share for share, _ in points]
     if not points or shares != sorted(shares) or not all(0 <= share <= 1 for share in shares):
         raise QsdError(f"{name}={weight}: a schedule's points (share, weight) need ascending shares from 0 to 1.")
-    if not all(value >= 0 for _, value in points):
-        raise QsdError(f"{name}={weight} is negative.")
+    for _, value in points:
+        check_number(name, value, 0)
     return points
 
 

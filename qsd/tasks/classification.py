@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from qsd.errors import QsdError
 from qsd.layers.steps import step_names
+from qsd.limits import check_number
 from qsd.models import load_weights
 from qsd.models.checkpoints import check_weights
 from qsd.tasks.guards import StepSizeGuard, check_before_saving, check_loss
@@ -94,9 +95,10 @@ class ClassificationTask(LightningModule):
         backends = torch.compiler.list_backends(exclude_tags=())
         if isinstance(compile, str) and compile not in backends:
             raise QsdError(f"compile={compile!r} is no backend of torch.compile; backends: {', '.join(backends)}.")
-        for name, value in (("base_lr", base_lr), ("min_lr", min_lr), ("mixup", mixup), ("cutmix", cutmix)):
-            if not value >= 0:
-                raise QsdError(f"{name}={value} is negative.")
+        rates = {"base_lr": base_lr, "min_lr": min_lr, "step_lr": step_lr, "weight_decay": weight_decay}
+        for name, value in {**rates, "warmup_epochs": warmup_epochs, "mixup": mixup, "cutmix": cutmix}.items():
+            check_number(name, value, 0)
+        check_number("layer_decay", layer_decay, 0, 1)
         self.save_hyperparameters()
         self.model: Any = None  # The network, once `configure_model` has built it.
         self._mixup: Mixup | None = None

@@ -28,8 +28,10 @@ from qsd.commands.benchmark.meter import report_peak
 from qsd.commands.benchmark.settings import Settings
 from qsd.commands.benchmark.suites import compare, growth
 from qsd.commands.benchmark.tables import draw, show, show_loading, show_sizes
+from qsd.commands.devices import device_name
 from qsd.errors import QsdError
 from qsd.files import replacing
+from qsd.limits import whole
 
 SUITES = ("inference", "training", "export", "loading", "sizes")
 SIZES = (128, 192, 256, 384, 512)
@@ -100,15 +102,15 @@ def _parser() -> program.Parser:
     parser.add_argument("suites", nargs="*", metavar="SUITE",
                         help=f"{', '.join(SUITES)}; the default is all")  # fmt: skip
     parser.add_argument("--model", default="qsd_15m", help="registered name of the model")
-    parser.add_argument("--time-steps", type=int, default=4, help="number of time steps T")
-    parser.add_argument("--img-size", type=int, default=224, help="side of the images in pixels")
-    parser.add_argument("--batch-size", type=int, default=8, help="images per pass or step")
-    parser.add_argument("--num-classes", type=int, default=1000, help="outputs of the classifier")
-    parser.add_argument("--rounds", type=int, default=7, help="number of times that each case is timed")
-    parser.add_argument("--threads", type=int, help="threads of the processor; the default is PyTorch's choice")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--workers", type=int, help="processes that load images; the default is the data module's")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="image sides of the table of growth")
+    parser.add_argument("--time-steps", type=whole(1, 255), default=4, help="number of time steps T")
+    parser.add_argument("--img-size", type=whole(1), default=224, help="side of the images in pixels")
+    parser.add_argument("--batch-size", type=whole(1), default=8, help="images per pass or step")
+    parser.add_argument("--num-classes", type=whole(1), default=1000, help="outputs of the classifier")
+    parser.add_argument("--rounds", type=whole(1), default=7, help="number of times that each case is timed")
+    parser.add_argument("--threads", type=whole(1), help="threads of the processor; the default is PyTorch's choice")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=whole(0), help="processes that load images; the default is the data module's")
+    parser.add_argument("--sizes", type=whole(1), nargs="+", default=SIZES, help="image sides of the table of growth")
     parser.add_argument("--models", nargs="+", default=MODELS, help="models of the table of growth")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled cases")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")

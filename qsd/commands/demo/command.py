@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qsd import program
+from qsd.limits import LARGEST_SEED, whole
 
 _SCENES = Path("data/digit_scenes")
 
@@ -48,7 +49,7 @@ def _command(args: list[str]) -> int:
 
 def _digits(_kind: str, args: list[str]) -> int:
     parser = program.Parser(prog="qsd demo digits", description="Train, test and convert a classifier of digits.")
-    parser.add_argument("--max-images", type=int, help="number of test images to convert on; the default is all")
+    parser.add_argument("--max-images", type=whole(1), help="number of test images to convert on; the default is all")
     parser.add_argument("options", nargs="*", help="further options of qsd fit and qsd test, after --")
     options = parser.parse_args(args)
     from qsd.commands.demo.digits import run
@@ -76,9 +77,9 @@ def _dense(kind: str, args: list[str]) -> int:
 def _scenes(_kind: str, args: list[str]) -> int:
     parser = program.Parser(prog="qsd demo scenes", description="Compose scenes of digits on photographs.")
     parser.add_argument("folder", type=Path, nargs="?", default=_SCENES, help="folder to write; it must not exist")
-    parser.add_argument("--scenes", type=int, nargs=3, default=(2000, 200, 400), metavar=("TRAIN", "VAL", "TEST"),
+    parser.add_argument("--scenes", type=whole(1), nargs=3, default=(2000, 200, 400), metavar=("TRAIN", "VAL", "TEST"),
                         help="number of scenes of each part")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices")
+    parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, help="seed of all random choices")
     options = parser.parse_args(args)
     from qsd.commands.demo.scenes import make_scenes
 

@@ -1,0 +1,101 @@
+"""Numbers from the command line that used to fail deep inside: one line, before anything is loaded."""
+
+import importlib
+
+import pytest
+
+from qsd import QsdError
+from qsd.callbacks import Distillation, SpikeStatistics
+from qsd.data import DigitsData, ImageFolderData
+from qsd.program import parser_message
+from qsd.tasks import ClassificationTask
+from qsd_launcher import main
+
+COMMANDS = [
+    ("fit --seed_everything 4294967296", "seed_everything=4294967296 is not from 0 to 4294967295"),
+    ("fit --seed_everything -1", "seed_everything=-1 is negative"),
+    ("fit --trainer.max_epochs -2", "max_epochs=-2"),
+    ("fit --trainer.gradient_clip_val .inf", "gradient_clip_val=inf is not finite"),
+    ("fit --trainer.check_val_every_n_epoch 0", "check_val_every_n_epoch=0"),
+    ("fit --trainer.val_check_interval 0", "val_check_interval=0"),
+    ("fit --trainer.val_check_interval .nan", "val_check_interval=nan is not finite"),
+    ("fit --trainer.accumulate_grad_batches 0", "accumulate_grad_batches=0"),
+    ("fit --trainer.limit_train_batches .inf", "limit_train_batches=inf is not finite"),
+    ("fit --trainer.log_every_n_steps -1", "log_every_n_steps=-1"),
+    ("fit --trainer.accelerator gpuu", "gpuu"),
+    ("fit --model.base_lr .inf", "base_lr=inf is not finite"),
+    ("fit --model.modle qsd_8m", "did you mean --model.model?"),
+    ("fit --data.batch_sise 8", "did you mean --data.batch_size?"),
+    ("fit --trainer.max_epoch 1", "did you mean --trainer.max_epochs?"),
+    ("convert a.ckpt --max-images 0", "max.images"),
+    ("convert a.ckpt --delay -1", "delay"),
+    ("convert a.ckpt --delay 99999", "delay"),
+    ("convert a.ckpt --calibrate inf", "calibrate"),
+    ("convert a.ckpt --float-accuracy nan", "float.accuracy"),
+    ("convert a.ckpt --merged-bits 99", "merged.bits"),
+    ("convert a.ckpt --device gpu", "the device 'gpu' is unknown"),
+    ("convert a.ckpt --device cuda:99", "the device 'cuda:99' does not exist here"),
+    ("convert a.ckpt --device meta", "the device 'meta' is not supported here"),
+    ("export a.ckpt --max-images -3", "max.images"),
+    ("analyze a.ckpt --max-images 0", "max.images"),
+    ("analyze a.ckpt --device tpu", "tpu"),
+    ("run a.png --model a.onnx --top 0", "0 is below 1"),
+    ("run a.png --model a.onnx --top 1e3", "'1e3' is no whole number"),
+    ("run a.png --model a.onnx --score inf", "inf is not finite"),
+    ("run a.png --model a.onnx --device abc", "the device 'abc' is unknown"),
+    ("profile qsd_tiny --img-size -224", "-224 is below 1"),
+    ("profile qsd_tiny --epoch-images 0", "0 is below 1"),
+    ("profile qsd_tiny --model-args [1]", "is no JSON object"),
+    ("profile qsd_tiny --model-args {", "is no JSON"),
+    ("benchmark training --batch-size 0", "0 is below 1"),
+    ("benchmark training --time-steps 256", "256 is not from 1 to 255"),
+    ("benchmark training --device nowhere", "the device 'nowhere' is unknown"),
+    ("benchmark training --roundz 3", "did you mean --rounds?"),
+    ("import-checkpoint a.pth b.ckpt --num-heads 0", "0 is below 1"),
+    ("import-checkpoint a.pth b.ckpt --weight-bits 9", "9 is not from 2 to 8"),
+    ("demo digits --max-images 0", "0 is below 1"),
+    ("demo scenes folder --scenes 0 1 1", "0 is below 1"),
+    ("demo scenes folder --seed -1", "-1 is negative"),
+]  # fmt: skip
+
+
+def test_numbers_and_options_that_cannot_be_end_in_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    importlib.import_module("qsd.cli")
+    for command, message in COMMANDS:
+        words = command.split()
+        if words[0] == "fit":
+            words += ["--config", "configs/digits.yaml", "--trainer.logger", "false"]
+        assert main(words) == 2, command
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.replace("max.images", "max").split(".")[0] in error, (command, error)
+        assert len(error) < 700, command
+    assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ClassificationTask("qsd_tiny", base_lr=float("inf")), "base_lr=inf is not finite"),
+        (lambda: ClassificationTask("qsd_tiny", base_lr=float("nan")), "base_lr=nan is not finite"),
+        (lambda: ClassificationTask("qsd_tiny", min_lr=-1), "min_lr=-1 is negative"),
+        (lambda: ClassificationTask("qsd_tiny", step_lr=float("inf")), "step_lr=inf is not finite"),
+        (lambda: ClassificationTask("qsd_tiny", warmup_epochs=float("inf")), "warmup_epochs=inf is not finite"),
+        (lambda: ClassificationTask("qsd_tiny", weight_decay=float("inf")), "weight_decay=inf is not finite"),
+        (lambda: ClassificationTask("qsd_tiny", layer_decay=2.0), "layer_decay=2.0 is not from 0 to 1"),
+        (lambda: ClassificationTask("qsd_tiny", mixup=float("inf")), "mixup=inf is not finite"),
+        (lambda: ClassificationTask("qsd_tiny", label_smoothing=float("nan")), "label_smoothing=nan"),
+        (lambda: DigitsData(seed=2**32), "seed=4294967296 is not from 0"),
+        (lambda: ImageFolderData("x", std=(1.0, float("inf"), 1.0)), "std=inf is not finite"),
+        (lambda: ImageFolderData("x", scale=(0.1, float("inf"))), "scale=inf is not finite"),
+        (lambda: SpikeStatistics(batches=0), "batches=0 is below 1"),
+        (lambda: Distillation("qsd_tiny_ann", logit_weight=float("inf")), "logit_weight=inf is not finite"),
+    ],
+)
+def test_arguments_of_constructors_are_checked(build, message):
+    with pytest.raises(QsdError, match=message):
+        build()
+
+
+def test_the_nearest_option_is_named():
+    assert parser_message("unrecognized arguments: --max-imagse", ["--max-images"]).endswith("mean --max-images?")
