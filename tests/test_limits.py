@@ -27,17 +27,17 @@ COMMANDS = [
     ("fit --model.modle qsd_8m", "did you mean --model.model?"),
     ("fit --data.batch_sise 8", "did you mean --data.batch_size?"),
     ("fit --trainer.max_epoch 1", "did you mean --trainer.max_epochs?"),
-    ("convert a.ckpt --max-images 0", "max.images"),
+    ("convert a.ckpt --max-images 0", "images"),
     ("convert a.ckpt --delay -1", "delay"),
     ("convert a.ckpt --delay 99999", "delay"),
     ("convert a.ckpt --calibrate inf", "calibrate"),
-    ("convert a.ckpt --float-accuracy nan", "float.accuracy"),
-    ("convert a.ckpt --merged-bits 99", "merged.bits"),
+    ("convert a.ckpt --float-accuracy nan", "float"),
+    ("convert a.ckpt --merged-bits 99", "merged"),
     ("convert a.ckpt --device gpu", "the device 'gpu' is unknown"),
     ("convert a.ckpt --device cuda:99", "the device 'cuda:99' does not exist here"),
     ("convert a.ckpt --device meta", "the device 'meta' is not supported here"),
-    ("export a.ckpt --max-images -3", "max.images"),
-    ("analyze a.ckpt --max-images 0", "max.images"),
+    ("export a.ckpt --max-images -3", "images"),
+    ("analyze a.ckpt --max-images 0", "images"),
     ("analyze a.ckpt --device tpu", "tpu"),
     ("run a.png --model a.onnx --top 0", "0 is below 1"),
     ("run a.png --model a.onnx --top 1e3", "'1e3' is no whole number"),
@@ -68,7 +68,7 @@ def test_numbers_and_options_that_cannot_be_end_in_one_line(capsys, tmp_path, mo
             words += ["--config", "configs/digits.yaml", "--trainer.logger", "false"]
         assert main(words) == 2, command
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert message.replace("max.images", "max").split(".")[0] in error, (command, error)
+        assert message in error, (command, error)
         assert len(error) < 700, command
     assert not list(tmp_path.glob("**/*.ckpt"))
 
@@ -89,7 +89,7 @@ def test_numbers_and_options_that_cannot_be_end_in_one_line(capsys, tmp_path, mo
         (lambda: ImageFolderData("x", std=(1.0, float("inf"), 1.0)), "std=inf is not finite"),
         (lambda: ImageFolderData("x", scale=(0.1, float("inf"))), "scale=inf is not finite"),
         (lambda: SpikeStatistics(batches=0), "batches=0 is below 1"),
-        (lambda: Distillation("qsd_tiny_ann", logit_weight=float("inf")), "logit_weight=inf is not finite"),
+        (lambda: Distillation("qsd_tiny_ann", logits_weight=float("inf")), "logits_weight=inf is not finite"),
     ],
 )
 def test_arguments_of_constructors_are_checked(build, message):

@@ -81,8 +81,8 @@ def _parser(config: str | Path | None) -> DataParser:
     parser.add_argument("--leave-out", nargs="+", choices=report.STAGES, default=[], help="measurements to leave out")
     add_device_argument(parser)
     classifiers = parser.add_argument_group("classifiers")
-    classifiers.add_argument("--calibrate", type=number(0, 1), metavar="MAX_DROP", help="choose small delays by layer that "
-                             "cost at most this share of the accuracy on validation images")  # fmt: skip
+    classifiers.add_argument("--calibrate", type=number(0, 1), metavar="MAX_DROP", help="choose small delays by layer "
+                             "that cost at most this share of the accuracy on validation images")  # fmt: skip
     classifiers.add_argument("--delays", action="store_true", help="print the accuracy for every delay up to T - 1")
     classifiers.add_argument(
         "--float-accuracy", type=number(0, 1), help="accuracy of the float twin, a share, for the report"
