@@ -12,6 +12,7 @@ from qsd.schema import Schema, parse
 _REMEDY = "write it with qsd export"
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _Channels = Annotated[list[float], Field(min_length=1, max_length=64)]
+_Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=64)]
 _Side = Annotated[int, Field(ge=1, le=2**14)]
 
 
@@ -25,6 +26,7 @@ class ImageNotes(Schema):
         img_size: Height and width of the network's images.
         crop_pct: Share of the resized image that is cropped.
         interpolation: Name of the interpolation for resizing.
+        exif_orientation: Whether images are turned as their EXIF orientation asks.
         energy_mj: Energy per image in mJ by convention, measured at the export.
     """
 
@@ -32,10 +34,11 @@ class ImageNotes(Schema):
 
     class_names: list[str] | None = None
     mean: _Channels
-    std: _Channels
+    std: _Deviations
     img_size: Annotated[list[_Side], Field(min_length=2, max_length=2)]
     crop_pct: Annotated[float, Field(gt=0, le=2)] = 1.0
     interpolation: Interpolation = "bilinear"
+    exif_orientation: Literal["upright", "ignore"] = "upright"
     energy_mj: dict[str, float | None] = Field(default_factory=dict)
 
 
@@ -52,4 +55,7 @@ def read_image_notes(notes: Mapping[str, Any], path: str | Path) -> ImageNotes:
     missing = [key for key in ("mean", "std", "img_size") if key not in notes]
     if missing:
         raise QsdError(f"{path} does not hold the {missing[0]} of its images; {_REMEDY}.")
-    return parse(ImageNotes, notes, f"the notes of {path}", _REMEDY)
+    facts = parse(ImageNotes, notes, f"the notes of {path}", _REMEDY)
+    if len(facts.mean) != len(facts.std):
+        raise QsdError(f"the notes of {path} have {len(facts.mean)} means for {len(facts.std)} deviations; {_REMEDY}.")
+    return facts

@@ -107,7 +107,7 @@ def data_from_arguments(options: Namespace) -> ImageData:
 def _data_of(config: Path) -> Any:
     try:
         content = yaml.safe_load(config.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
         raise QsdError(f"{config} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "data" not in content:
         raise QsdError(f"{config} has no data section; name the images with --data.")

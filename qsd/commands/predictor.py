@@ -14,6 +14,7 @@ from qsd.errors import QsdError
 from qsd.export import read_note
 from qsd.image_notes import read_image_notes
 from qsd.packing import read_notes
+from qsd.program import one_line
 from qsd.reading import read_onnx, regular_file
 from qsd.spiking import SpikingNetwork
 
@@ -45,12 +46,27 @@ class Predictor:
         facts = read_image_notes(self._notes, path)
         # An integer network does not show its spikes; the export measured its energy.
         self._noted_energy = facts.energy_mj.get("integer")
-        self.class_names = facts.class_names
+        self.class_names, self._exif_orientation = facts.class_names, facts.exif_orientation
+        self.logits = self._checked(self.logits, path)
         self._grey = len(facts.mean) == 1
         height, width = facts.img_size
         self._transform = eval_transform(
             (height, width), facts.interpolation, facts.crop_pct, mean=tuple(facts.mean), std=tuple(facts.std)
         )
+
+    def _checked(self, run: Callable[[Tensor], Tensor], path: Path) -> Callable[[Tensor], Tensor]:
+        """A network whose output has to fit the names of the classes."""
+
+        def logits(images: Tensor) -> Tensor:
+            output = run(images)
+            names = self.class_names
+            if names is not None and output.shape[-1] != len(names):
+                raise QsdError(
+                    f"{path} names {len(names)} classes, its network has {output.shape[-1]}; write it again."
+                )
+            return output
+
+        return logits
 
     def _load_packed(self, path: Path) -> None:
         self._notes = read_notes(path)
@@ -77,7 +93,15 @@ class Predictor:
             raise QsdError(f"{path} cannot be read: it is damaged, or no ONNX file.") from error
         header = read_note(metadata, path)
         self._notes = {**header["notes"], "img_size": header["image"][1:]}
-        self.logits = lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+        def run(images: Tensor) -> Tensor:
+            try:
+                return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+            except Exception as error:  # as above
+                shape = "x".join(map(str, images.shape[1:]))
+                raise QsdError(f"{path} does not run on images of {shape}: {one_line(error)}.") from error
+
+        self.logits = run
         self.energy_of = "mean of the integer network on the images of the export"
         self.energy = lambda _: self._noted_energy
 
@@ -94,7 +118,7 @@ class Predictor:
             QsdError: If the file cannot be read.
         """
         regular_file(path, "image")
-        image = load_image(path, self._notes.get("exif_orientation", "upright"))
+        image = load_image(path, self._exif_orientation)
         if isinstance(image, BadImage):
             raise QsdError(f"image {path} cannot be read: {image.reason}")
         return self._transform(image.convert("L") if self._grey else image).unsqueeze(0)

@@ -90,7 +90,16 @@ def read_packed(path: str | Path) -> tuple[PackedHeader, dict[str, Tensor]]:
             tensors[name] = _unpack(tensors[name], entry)
     except QsdError:
         raise
-    except (SafetensorError, OSError, ValueError, zlib.error) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        zlib.error,
+        RuntimeError,
+        TypeError,
+        KeyError,
+        OverflowError,
+    ) as error:
         raise QsdError(f"packed file {path} cannot be read: it is damaged, incomplete or no packed file.") from error
     return header, tensors
 

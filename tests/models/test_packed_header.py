@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from qsd import QsdError, load_packed, save_packed, to_spike_driven
 from qsd.models.packed_header import read_header
+from tests.helpers import sample
 from tests.helpers.mutations import changed, enlarged, paths, problem, retyped, value_at, without
 from tests.helpers.networks import SMALL
 
@@ -66,7 +67,7 @@ def test_each_field_of_the_header_that_does_not_fit_is_named(stored):
         assert "surprise" in problem(read, changed(header, (*path, "surprise"), 1))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=sample(30, 500), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_header_is_read_or_refused_in_one_line(stored, data):
     header = first_of_many(stored[0])

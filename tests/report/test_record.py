@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from qsd import QsdError
 from qsd.report import Record, html
+from tests.helpers import sample
 from tests.helpers.mutations import changed, enlarged, paths, problem, retyped, value_at, without
 
 # Fields with a default, or that a file of another kind of network lacks.
@@ -74,7 +75,7 @@ def test_absurd_sizes_and_depths_are_one_line(content):
         Record.from_json(deep, "conversion.json")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=sample(25, 500), deadline=None)
 @given(st.data())
 def test_whatever_stands_in_a_field_is_read_or_one_line(made_up_record_once, data):
     content = made_up_record_once
