@@ -27,6 +27,8 @@ MERGED = "merged/"  # in front of the names of merged kernels
 # Compressed integers may grow by this factor in all, if they grow beyond 64 MiB. Weights of a trained network hardly
 # shrink, whereas a file that was made to exhaust the memory grows a thousandfold.
 _MOST_GROWTH, _SMALL = 128, 2**26
+# What damaged bytes lead to in safetensors, zlib, NumPy and PyTorch.
+_DAMAGE = (SafetensorError, zlib.error, OSError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 _TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
@@ -90,16 +92,7 @@ def read_packed(path: str | Path) -> tuple[PackedHeader, dict[str, Tensor]]:
             tensors[name] = _unpack(tensors[name], entry)
     except QsdError:
         raise
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        zlib.error,
-        RuntimeError,
-        TypeError,
-        KeyError,
-        OverflowError,
-    ) as error:
+    except _DAMAGE as error:
         raise QsdError(f"packed file {path} cannot be read: it is damaged, incomplete or no packed file.") from error
     return header, tensors
 

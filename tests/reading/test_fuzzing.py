@@ -7,6 +7,7 @@ import json
 
 import pytest
 import timm
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -124,7 +125,11 @@ def test_flipped_bytes_of_a_configuration(tmp_path_factory, data):
 @given(st.data())
 def test_fields_of_a_configuration(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fields.yaml"
-    path.write_text(yaml.safe_dump(spoilt(data, yaml.safe_load((CONFIGS / "digits.yaml").read_text()))))
+    content = spoilt(data, yaml.safe_load((CONFIGS / "digits.yaml").read_text()))
+    try:
+        path.write_text(yaml.safe_dump(content))
+    except RecursionError:  # hundreds of lists within lists, which PyYAML does not write
+        path.write_text("data: " + "[" * 500 + "]" * 500)
     with works_or_one_line():
         _data_of(path)
 
@@ -147,11 +152,4 @@ def test_a_class_list_that_does_not_fit_and_images_that_do_not_are_named(packed)
     ):
         packed[1].write_bytes(_with_header(packed[0], change))
         with pytest.raises(QsdError, match=message):
-            predictor = Predictor(packed[1])
-            predictor.logits(_image())
-
-
-def _image():
-    import torch
-
-    return torch.zeros(1, 3, 8, 8)
+            Predictor(packed[1]).logits(torch.zeros(1, 3, 8, 8))
