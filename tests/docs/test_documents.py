@@ -54,7 +54,7 @@ SUBCOMMANDS = {
     "analyze": (["--max-images=4", "--data.img_size=32"], "page: "),
     "profile": ([], "8.257 G"),
     "import-checkpoint": (["--num-heads=4"], "imported.ckpt: "),
-    "benchmark": (["--quick", "--rounds=1", "--img-size=32", "--no-memory"], "benchmark.json"),
+    "benchmark": (["--quick", "--rounds=1", "--img-size=32", "--no-memory", "--model=qsd_tiny"], "benchmark.json"),
     "demo": (["--max-images=2", "--", "--trainer.fast_dev_run=false", *DEMO], "test accuracy"),
     "--help": ([], "import-checkpoint"),
 }
@@ -186,6 +186,14 @@ def _save_teacher(path, in_chans, num_classes):
     torch.save({"state_dict": twin.state_dict(), "hyper_parameters": hyper_parameters}, path)
 
 
+def _save_tiny_checkpoint(path):
+    sizes = {**SIZES, "time_steps": 2}
+    hyper_parameters = {"model": "qsd_tiny", "model_args": sizes, "num_classes": 2}
+    network = timm.create_model("qsd_tiny", num_classes=2, **sizes)
+    weights = {f"model.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": weights, "hyper_parameters": hyper_parameters}, path)
+
+
 def _noise(self, part):
     """In place of CIFAR's files."""
     images = np.random.RandomState(0).randint(0, 256, (8, 32, 32, 3)).astype(np.uint8)
@@ -206,6 +214,8 @@ def test_subcommands(command, workplace, tree, finished, exported, monkeypatch, 
             shutil.copy(trained, name)
     if command.startswith("qsd run"):
         _bring_exported_file(exported)
+    if "--calibrate" in command:  # every delay of every neuron is measured: a network with few of them
+        _save_tiny_checkpoint("CHECKPOINT")
     if command == "qsd demo":
         shorten_conversions(monkeypatch, stages=("delays", "energy"))
     words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]
