@@ -20,7 +20,7 @@ import qsd_launcher
 from qsd.data import DigitsData, ImageArray
 from qsd.export import to_onnx
 from qsd.report import ConversionOptions
-from tests.helpers import ROOT
+from tests.helpers import LONG, ROOT
 from tests.helpers.documents import MM, PAGES, blocks, commands, inline_commands, read, subcommand
 
 try:
@@ -168,8 +168,9 @@ def test_trainings(command, workplace, tree, finished, monkeypatch):
         short = [option for option in short if "model_args" not in option]
     if "--trainer.devices" in words:  # as another process starts it, it is tested with the distributed tests
         words = words[: words.index("--trainer.devices")]
+    compiled = "eager" if LONG else "false"  # the longest of them all; tests/tasks compiles too
     words = [
-        word.replace("true", "eager") if words[i - 1] == "--model.compile" else word for i, word in enumerate(words)
+        word.replace("true", compiled) if words[i - 1] == "--model.compile" else word for i, word in enumerate(words)
     ]
     if "--print_config" in words:
         short = []
