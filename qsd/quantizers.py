@@ -38,6 +38,8 @@ class StepSizeQuantizer(nn.Module):
         The published code of QSD-Transformer does so, although its steps are per channel. A tensor of zeros, which
         any grid represents, gets steps of one.
         """
+        if weight.is_meta:
+            return  # a skeleton has no values, and computing without them is slow
         self.step.copy_(self.initial_step(weight))
 
     @torch.no_grad()

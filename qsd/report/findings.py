@@ -58,8 +58,9 @@ def _rounding(compared: ComparedCounts) -> Finding:
         same = "classes and masks stay" if dense else "the class stays"
         text += f"; {same} the same for {100 * compared.class_agreement:.2f} %"
     if compared.farthest_first_difference is not None:
-        distance = scientific(compared.farthest_first_difference)
-        text += f". The first neuron that differs is within {distance} steps of a threshold in every image, by rounding"
+        distance = compared.farthest_first_difference
+        place = f"is within {scientific(distance)} steps of" if distance else "lies exactly on"
+        text += f". The first neuron that differs {place} a threshold in every image, by rounding"
     if compared.other_regions:
         text += f". In {compared.other_regions} of them rounded scores led to another choice of regions first"
     return Finding("plain", "In float32", f"{text}.")

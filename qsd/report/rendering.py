@@ -109,6 +109,8 @@ def scientific(value: float) -> str:
     Args:
         value: The number.
     """
+    if value == 0:
+        return "0"
     mantissa, exponent = f"{value:.1e}".split("e")
     power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"{mantissa}\N{NO-BREAK SPACE}·\N{NO-BREAK SPACE}10{power}"
