@@ -99,3 +99,15 @@ def test_arguments_of_constructors_are_checked(build, message):
 
 def test_the_nearest_option_is_named():
     assert parser_message("unrecognized arguments: --max-imagse", ["--max-images"]).endswith("mean --max-images?")
+
+
+def test_evaluation_in_mixed_precision_is_told_once():
+    from types import SimpleNamespace
+
+    from qsd.tasks.guards import PrecisionNote
+
+    note, task = PrecisionNote(), ClassificationTask("qsd_tiny")
+    note.on_validation_start(SimpleNamespace(precision="32-true"), task)
+    with pytest.warns(UserWarning, match="autocast computes membrane potentials in bfloat16"):
+        note.on_validation_start(SimpleNamespace(precision="bf16-mixed"), task)
+    note.on_test_start(SimpleNamespace(precision="bf16-mixed"), task)

@@ -23,7 +23,7 @@ from qsd.layers.steps import step_names
 from qsd.limits import check_number
 from qsd.models import load_weights
 from qsd.models.checkpoints import check_weights
-from qsd.tasks.guards import StepSizeGuard, check_before_saving, check_loss
+from qsd.tasks.guards import PrecisionNote, StepSizeGuard, check_before_saving, check_loss
 from qsd.tasks.neuron_initialization import NeuronInitialization
 from qsd.tasks.optimization import parameter_groups, warmup_and_cosine
 from qsd.tasks.random_state import RandomStates
@@ -108,7 +108,7 @@ class ClassificationTask(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The parts of every training that are no part of the loss."""
-        return [RandomStates(), NeuronInitialization(), StepSizeGuard()]
+        return [RandomStates(), NeuronInitialization(), StepSizeGuard(), PrecisionNote()]
 
     def configure_model(self) -> None:
         """Build the network once, when the number of classes is known from the data. Lightning calls this method."""

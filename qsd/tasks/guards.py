@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from qsd.errors import QsdError
 from qsd.layers.steps import collapsed_step
 from qsd.models.diagnosis import first_non_finite, non_finite_parameter
+from qsd.precision import AUTOCAST
 
 
 class StepSizeGuard(Callback):
@@ -21,6 +23,36 @@ class StepSizeGuard(Callback):
     ) -> None:
         """Check all step sizes after each batch."""
         check_step_sizes(pl_module)
+
+
+class PrecisionNote(Callback):
+    """Warn once that an evaluation under autocast has other counts and classes than the converted network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told = False
+
+    def _tell(self, trainer: Trainer) -> None:
+        precision = str(trainer.precision)
+        if not self._told and precision.endswith("-mixed"):
+            self._told = True
+            dtype = "bfloat16" if precision.startswith("bf16") else "float16"
+            rank_zero_warn(
+                f"{AUTOCAST.format(dtype=dtype)} Converted networks run in float32; evaluate with "
+                "--trainer.precision 32-true."
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before validation."""
+        self._tell(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before a test."""
+        self._tell(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before predictions."""
+        self._tell(trainer)
 
 
 def check_step_sizes(task: LightningModule) -> None:
