@@ -4,7 +4,6 @@ Notation: ``T`` time steps, ``B`` images, ``C`` channels, ``H x W`` positions, `
 is no time axis: an activation is the number of spikes, ``0..T``, that the converted network fires over its window.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -13,45 +12,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from qsd.rounding import HALF_TYPES, round_counts, tie_slack
+
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
     """``x`` where the mask holds, else 0. `torch.where` and `masked_fill` branch: eight times slower on a CPU."""
     return mask.to(x.dtype).mul_(x)
-
-
-HALF_TYPES = (torch.float16, torch.bfloat16)
-# Sums in float64 that tie with a threshold are off by some 1e-13 steps where the spikes' amplitude is no binary
-# fraction. Within this distance, in steps, they are ties.
-TIE_WIDTH = 2.0**-30
-
-
-def tie_slack(x: Tensor, time_steps: int, threshold: float | Tensor | None) -> float:
-    """The number of steps below a threshold that still reaches it, so that rounding decides no ties in float64.
-
-    Ties are common among sums of spikes that are weighted by few values. Where amplitude and threshold are binary
-    fractions, sums are exact. Elsewhere, at T = 3 say, an exact tie is computed as a little more or less, by the order
-    of summation, and the trained network, its count domain and binary spikes would decide it differently. Float32
-    keeps its plain rounding, as in training.
-
-    Args:
-        x: Accumulated input.
-        time_steps: T.
-        threshold: Threshold in units of the input; ``None`` for ``1 / T``.
-    """
-    if x.dtype != torch.float64:
-        return 0.0
-    if isinstance(threshold, Tensor):
-        return TIE_WIDTH
-    return 0.0 if math.frexp(time_steps if threshold is None else threshold)[0] == 0.5 else TIE_WIDTH
-
-
-def _count(drive: Tensor, time_steps: int, slack: float = 0.0) -> Tensor:
-    if drive.dtype in HALF_TYPES:  # which cannot hold 129.5, nor the sum of 1/2 and the number below it
-        return _count(drive.float(), time_steps).to(drive.dtype)
-    if torch.compiler.is_compiling():
-        # Compiled by PyTorch 2.11, a Function whose output was changed in place has no gradient.
-        return (drive + (0.5 + slack)).floor().clamp(0, time_steps)
-    return (drive + (0.5 + slack)).floor_().clamp_(0, time_steps)
 
 
 class _SpikeCount(torch.autograd.Function):
@@ -59,7 +25,7 @@ class _SpikeCount(torch.autograd.Function):
 
     @staticmethod
     def forward(drive: Tensor, time_steps: int, slack: float) -> Tensor:
-        return _count(drive, time_steps, slack)
+        return round_counts(drive, time_steps, slack)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int, float], output: Tensor) -> None:
@@ -73,7 +39,7 @@ class _SpikeCount(torch.autograd.Function):
         return _masked(grad, mask), None, None
 
 
-def spike_count(drive: Tensor, time_steps: int, slack: float = 0.0) -> Tensor:
+def spikeround_counts(drive: Tensor, time_steps: int, slack: float = 0.0) -> Tensor:
     """Number of spikes that a membrane fires within its window: ``clip(floor(drive + 1/2), 0, T)``.
 
     Halves round up, as an integrate-and-fire neuron that starts at half its threshold does; `torch.round` (half to
@@ -89,7 +55,7 @@ def spike_count(drive: Tensor, time_steps: int, slack: float = 0.0) -> Tensor:
         Integer-valued counts in ``0..T``, in the dtype and shape of ``drive``. Twice differentiating is an error.
     """
     if not (torch.is_grad_enabled() and drive.requires_grad):
-        return _count(drive, time_steps, slack)  # without the mask that only a backward pass needs
+        return round_counts(drive, time_steps, slack)  # without the mask that only a backward pass needs
     return _SpikeCount.apply(drive, time_steps, slack)
 
 
@@ -119,7 +85,7 @@ def fixed_spikes(x: Tensor, time_steps: int, threshold: float | None, amplitude:
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
-    counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps, tie_slack(x, time_steps, threshold))
+    counts = spikecount(fixed_drive(x, time_steps, threshold), time_steps, tie_slack(x, time_steps, threshold))
     return counts if amplitude == 1 else counts * amplitude
 
 
@@ -205,7 +171,7 @@ class _LearnedSpikes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
         drive = x / threshold
-        counts = _count(drive, time_steps, tie_slack(x, time_steps, threshold))
+        counts = round_counts(drive, time_steps, tie_slack(x, time_steps, threshold))
         ctx.time_steps = time_steps
         # Copies of the step sizes, which a later change of the parameters does not reach.
         ctx.save_for_backward(drive, threshold.clone(), None if amplitude is None else amplitude.clone())
@@ -242,7 +208,7 @@ def learned_gradients(
     threshold_gradient = -dot(passed, drive) * slope if needed[1] else None
     amplitude_gradient = None
     if needed[2]:
-        amplitude_gradient = dot(grad, _count(drive, time_steps, tie_slack(drive, time_steps, threshold)))
+        amplitude_gradient = dot(grad, round_counts(drive, time_steps, tie_slack(drive, time_steps, threshold)))
     return passed.mul_(slope), threshold_gradient, amplitude_gradient
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from qsd import functional, lean
 from qsd.collapse import expect_steps, watch_step
 from qsd.errors import QsdError
-from qsd.functional import fixed_drive, scale_gradient, spike_count, tie_slack
+from qsd.functional import fixed_drive, scale_gradient, spike_count
+from qsd.rounding import tie_slack
 
 # The name of a kind of neuron, see `register_neuron`.
 NeuronKind = str

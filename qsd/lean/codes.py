@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from qsd.functional import HALF_TYPES, tie_slack
+from qsd.rounding import HALF_TYPES, tie_slack
 
 # One number, or a tensor without dimensions.
 Scalar = float | Tensor

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from qsd.errors import QsdError
-from qsd.functional import spike_count, tie_slack
+from qsd.functional import spike_count
 from qsd.neurons import SpikeNeuron
+from qsd.rounding import tie_slack
 from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
 from qsd.spiking.layers.costs import LayerInputs, Operations

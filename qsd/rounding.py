@@ -1,0 +1,47 @@
+"""The rounding of membrane potentials to spike counts: ties, and types of few digits."""
+
+import math
+
+import torch
+from torch import Tensor
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+# Sums in float64 that tie with a threshold are off by some 1e-13 steps where the spikes' amplitude is no binary
+# fraction. Within this distance, in steps, they are ties.
+TIE_WIDTH = 2.0**-30
+
+
+def tie_slack(x: Tensor, time_steps: int, threshold: float | Tensor | None) -> float:
+    """The number of steps below a threshold that still reaches it, so that rounding decides no ties in float64.
+
+    Ties are common among sums of spikes that are weighted by few values. Where amplitude and threshold are binary
+    fractions, sums are exact. Elsewhere, at T = 3 say, an exact tie is computed as a little more or less, by the order
+    of summation, and the trained network, its count domain and binary spikes would decide it differently. Float32
+    keeps its plain rounding, as in training.
+
+    Args:
+        x: Accumulated input.
+        time_steps: T.
+        threshold: Threshold in units of the input; ``None`` for ``1 / T``.
+    """
+    if x.dtype != torch.float64:
+        return 0.0
+    if isinstance(threshold, Tensor):
+        return TIE_WIDTH
+    return 0.0 if math.frexp(time_steps if threshold is None else threshold)[0] == 0.5 else TIE_WIDTH
+
+
+def round_counts(drive: Tensor, time_steps: int, slack: float = 0.0) -> Tensor:
+    """``clip(floor(drive + 1/2), 0, T)``, without a gradient.
+
+    Args:
+        drive: Input in units of the threshold.
+        time_steps: T.
+        slack: Steps below a threshold that still reach it, see `tie_slack`.
+    """
+    if drive.dtype in HALF_TYPES:  # which cannot hold 129.5, nor the sum of 1/2 and the number below it
+        return round_counts(drive.float(), time_steps).to(drive.dtype)
+    if torch.compiler.is_compiling():
+        # Compiled by PyTorch 2.11, a Function whose output was changed in place has no gradient.
+        return (drive + (0.5 + slack)).floor().clamp(0, time_steps)
+    return (drive + (0.5 + slack)).floor_().clamp_(0, time_steps)
