@@ -39,7 +39,7 @@ class _SpikeCount(torch.autograd.Function):
         return _masked(grad, mask), None, None
 
 
-def spikeround_counts(drive: Tensor, time_steps: int, slack: float = 0.0) -> Tensor:
+def spike_count(drive: Tensor, time_steps: int, slack: float = 0.0) -> Tensor:
     """Number of spikes that a membrane fires within its window: ``clip(floor(drive + 1/2), 0, T)``.
 
     Halves round up, as an integrate-and-fire neuron that starts at half its threshold does; `torch.round` (half to
@@ -85,7 +85,7 @@ def fixed_spikes(x: Tensor, time_steps: int, threshold: float | None, amplitude:
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
-    counts = spikecount(fixed_drive(x, time_steps, threshold), time_steps, tie_slack(x, time_steps, threshold))
+    counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps, tie_slack(x, time_steps, threshold))
     return counts if amplitude == 1 else counts * amplitude
 
 
@@ -175,7 +175,7 @@ class _LearnedSpikes(torch.autograd.Function):
         ctx.time_steps = time_steps
         # Copies of the step sizes, which a later change of the parameters does not reach.
         ctx.save_for_backward(drive, threshold.clone(), None if amplitude is None else amplitude.clone())
-        return counts if amplitude is None else counts * amplitude  # not in place, see `_count`
+        return counts if amplitude is None else counts * amplitude  # not in place, see `qsd.rounding.round_counts`
 
     @staticmethod
     @once_differentiable

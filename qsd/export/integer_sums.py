@@ -35,8 +35,7 @@ def add_currents(
     zero = graph.constant(f"{label}.input_zero", zero_point, np.uint8)
     unit = graph.constant(f"{label}.unit", weights.scale.reshape(-1), np.float32)
     bias = graph.constant(f"{label}.bias", weights.bias.reshape(-1), np.float32)
-    square = len({*geometry["kernel_shape"]}) == len({*geometry["strides"]}) == 1 and "dilations" not in geometry
-    if geometry["group"] > 1 or not square:
+    if geometry["group"] > 1 or not _is_square(geometry):
         whole = graph.constant(f"{label}.weight", weights.integers, np.int8)
         total = graph.add("ConvInteger", [x, whole, zero], f"{label}.map", **geometry)
         total = graph.add("Transpose", [total], f"{label}.sum", perm=[0, 2, 3, 1])
@@ -55,6 +54,10 @@ def add_currents(
     # DequantizeLinear would do the same, on one thread.
     values = graph.add("Mul", [graph.floats(total, f"{label}.float"), unit], f"{label}.scaled")
     return graph.add("Add", [values, bias], f"{label}.current")
+
+
+def _is_square(geometry: dict[str, Any]) -> bool:
+    return len({*geometry["kernel_shape"]}) == len({*geometry["strides"]}) == 1 and "dilations" not in geometry
 
 
 def _add_sums(

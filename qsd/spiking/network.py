@@ -120,8 +120,8 @@ class SpikingNetwork(nn.Module):
         with self.runtime.running("count"):
             return self.network(images)
 
-    def _check_images(self, images: Tensor, finite: bool = False) -> None:
-        """Refuse images that the network cannot take.
+    def _check_images(self, images: Tensor, finite: bool = False) -> Tensor:
+        """The images, unless the network cannot take them.
 
         Args:
             images: Input of a run.
@@ -139,6 +139,7 @@ class SpikingNetwork(nn.Module):
         if finite and not bool((good := torch.isfinite(images)).all()):
             number = int((~good.flatten(1).all(1)).nonzero()[0])
             raise QsdError(f"image {number} of the batch holds values that are not finite; leave it out.")
+        return images
 
     def evaluate(self, images: Tensor) -> Any:
         """The network's output: in the count domain if all delays are lossless, else time step by time step.
@@ -239,9 +240,7 @@ class SpikingNetwork(nn.Module):
         Raises:
             QsdError: If the interval is too short, and as `simulate`.
         """
-        batches = list(images)
-        for batch in batches:
-            self._check_images(batch, finite=True)
+        batches = [self._check_images(batch, finite=True) for batch in images]
         latency, interval = self.latency(delay), self._interval(delay, interval)
         runtime, patterns = self.runtime, self._patterns(record)
         clock = Clock(self.time_steps, len(batches), interval)
