@@ -245,8 +245,6 @@ class SpikingNetwork(nn.Module):
         runtime, patterns = self.runtime, self._patterns(record)
         clock = Clock(self.time_steps, len(batches), interval)
         stream = Stream([], [], latency, clock.interval)
-        if not batches:
-            return stream
         latest = self.time_steps if self.currents else clock.interval  # an image stays, currents end with their window
 
         def keep(name: str, counts: Tensor) -> None:
@@ -254,7 +252,7 @@ class SpikingNetwork(nn.Module):
                 stream.counts.setdefault(name, []).append(counts.to(torch.uint8))
 
         with runtime.running("clock", delay_choice(delay), clock=clock) as run, runtime.counting(keep):
-            for _ in range((len(batches) - 1) * clock.interval + latency):
+            for _ in range((len(batches) - 1) * clock.interval + latency if batches else 0):
                 clock.advance()
                 number, step = clock.image(0)
                 image = batches[number] if 1 <= step <= latest else torch.zeros_like(batches[0])
