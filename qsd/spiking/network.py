@@ -169,8 +169,8 @@ class SpikingNetwork(nn.Module):
     def latency(self, delay: Delay = None) -> int:
         """Time steps on one global clock from the first input step to the last output step.
 
-        The steps of a window plus the delays on the longest path, plus the steps but one for every attention on it whose
-        query waits for ``k^T v`` to be complete.
+        The steps of a window plus the delays on the longest path, plus the steps but one for every attention on it
+        whose query waits for ``k^T v`` to be complete.
 
         Args:
             delay: Overrides the stored delays, as in `simulate`.

@@ -168,7 +168,7 @@ def _scaling(call: Call) -> Recognized:
 
 
 def _places(call: Call) -> bool:
-    """Whether a layer with spikes as its input multiplies currents by 2, 4, 8, ..., which shifts their binary digits."""
+    """Whether a layer that sees spikes multiplies currents by 2, 4, 8, ..., which shifts their binary digits."""
     return call.name == "mul" and call.role in ("synapse", "product") and shifted_places(call.arguments[1]) is not None
 
 

@@ -20,7 +20,7 @@ class Trace:
         spikes: Binary spikes ``[steps, B, ...]`` (bool) of the recorded neurons, in their own window: of T steps, in
             the binary code of as many as a count has digits.
         counts: Spike counts ``[B, ...]`` (uint8) of all neurons.
-        membrane: Membrane potentials ``[steps + delay, B, ...]`` of the recorded neurons, after the charge of each step.
+        membrane: Membrane potentials ``[steps + delay, B, ...]`` of the recorded neurons, after each step's charge.
     """
 
     logits: Any

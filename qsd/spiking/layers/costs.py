@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qsd.spiking.codes import Code
+
 # Operations of the network as it is, with each merged chain as one kernel, and of the network with all factors.
 BY_NETWORK = ("merged", "unmerged")
 
@@ -24,16 +26,21 @@ class LayerInputs:
     """Inputs of one call of a layer.
 
     Attributes:
-        tensors: Spike counts ``[B, ...]``, or where time steps are taken binary spikes ``[T * B, ...]``.
-        time_steps: T of the network.
+        tensors: Spike counts ``[B, ...]``, or where time steps are taken binary spikes ``[steps * B, ...]``.
+        code: The code whose spikes are counted.
         stepped: Whether time steps are taken.
         image: Whether the inputs are functions of images alone, which are the same in every time step.
     """
 
     tensors: tuple[Tensor, ...]
-    time_steps: int
+    code: Code
     stepped: bool
     image: bool
+
+    @property
+    def time_steps(self) -> int:
+        """Steps of a window."""
+        return self.code.steps
 
     @property
     def images(self) -> float:
@@ -50,12 +57,22 @@ class LayerInputs:
         return self.steps(x).sum(0) if self.stepped else x
 
     def steps(self, x: Tensor) -> Tensor:
-        """Spikes by time step, ``[T, B, ...]``, where time steps are taken.
+        """Spikes by time step, ``[steps, B, ...]``.
 
         Args:
             x: One of the tensors.
         """
+        if not self.stepped:
+            return self.code.digits(x)
         return x.reshape(self.time_steps, len(x) // self.time_steps, *x.shape[1:])
+
+    def spikes(self, x: Tensor) -> Tensor:
+        """The number of spikes by element, in the shape of the tensor; values that are no counts stay as they are.
+
+        Args:
+            x: One of the tensors.
+        """
+        return x if self.stepped or self.image else self.code.ones(x)
 
     def cells(self, x: Tensor) -> float:
         """Neurons times time steps: the most spikes that could come in.
@@ -109,10 +126,11 @@ def synaptic_operations(
         merged: Multiply-accumulates of the merged kernel for one image; ``None`` for the sum of the factors'.
     """
     (x,), images = inputs.tensors, inputs.images
+    spikes = inputs.spikes(x)
     total = images * sum(dense)
     if inputs.image:  # the current is the same in every time step, and computed once
         return Operations(macs={"merged": total if merged is None else images * merged, "unmerged": total}, dense=total)
-    additions = {key: float((x.double() * fan_out(key)).sum()) for key in BY_NETWORK}
+    additions = {key: float((spikes.double() * fan_out(key)).sum()) for key in BY_NETWORK}
     # All factors but the first see analog values, once per image, on currents summed over the window.
     macs = {"merged": 0.0, "unmerged": images * sum(dense[1:])}
-    return Operations(float(x.sum(dtype=torch.float64)), inputs.cells(x), additions, macs, total)
+    return Operations(float(spikes.sum(dtype=torch.float64)), inputs.cells(x), additions, macs, total)

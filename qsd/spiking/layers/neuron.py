@@ -96,8 +96,8 @@ class DelayedNeuron(TimedLayer):
 
         Args:
             membrane: Potential of some neurons after the charge.
-            threshold: A number, or a tensor of the same shape, see `threshold_at`; in the binary code times the value of
-                the step's spike.
+            threshold: A number, or a tensor of the same shape, see `threshold_at`; in the binary code times the value
+                of the step's spike.
             spikes: Receives 0 and 1, in the same shape and type.
         """
         fire(membrane, threshold, spikes)

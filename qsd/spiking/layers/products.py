@@ -51,7 +51,7 @@ class SpikingProduct(TimedLayer):
 
     def operations(self, inputs: LayerInputs) -> Operations:
         left, right = inputs.tensors
-        of_left, of_right = (float(x.sum(dtype=torch.float64)) for x in inputs.tensors)
+        of_left, of_right = (float(inputs.spikes(x).sum(dtype=torch.float64)) for x in inputs.tensors)
         cells_left, cells_right = (inputs.cells(x) for x in inputs.tensors)
         return Operations(
             of_left + of_right,
@@ -65,7 +65,8 @@ class SpikingProduct(TimedLayer):
     def _zero_skipping(self, inputs: LayerInputs) -> float:
         """Additions where the running sums that a spike meets are not zero."""
         left, right = (x.double() for x in inputs.tensors)
-        if not inputs.stepped:  # trains without gaps: a running sum is zero in its neuron's first step only
+        if not inputs.stepped and inputs.code.radix == 1:
+            # Trains without gaps: a running sum is zero in its neuron's first step only.
             later = right - (right > 0).double()
             return _meet(left, right != 0) + _meet(left != 0, later)
         lefts, rights = inputs.steps(left), inputs.steps(right)
@@ -106,9 +107,10 @@ class SpikingQuery(SpikingProduct):
 
     def operations(self, inputs: LayerInputs) -> Operations:
         matrix, query = inputs.tensors
-        spikes = float(query.sum(dtype=torch.float64))
+        number = inputs.spikes(query)
+        spikes = float(number.sum(dtype=torch.float64))
         cells = inputs.cells(query)
-        skipping = _meet(inputs.counts(matrix) != 0, inputs.counts(query))
+        skipping = _meet(inputs.counts(matrix) != 0, inputs.counts(number))
         additions = both(spikes * matrix.shape[-2])
         return Operations(spikes, cells, additions, dense=_dense(inputs), zero_skipping=skipping)
 

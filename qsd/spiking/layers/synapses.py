@@ -111,8 +111,8 @@ class Convolution(nn.Module):
 class SpikingLinear(TimedLayer):
     """A synapse: linear map from spikes to currents.
 
-    Its bias is injected in shares that add up to 1, in the unary code in T equal ones. The current of a spike is shifted
-    by the spike's places.
+    Its bias is injected in shares that add up to 1, in the unary code in T equal ones. The current of a spike is
+    shifted by the spike's places.
 
     Subclasses implement `linear_map`, `absorb`, `operations` (`synaptic_operations` helps) and `stored_bits`.
     """
