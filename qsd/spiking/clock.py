@@ -2,8 +2,8 @@
 
 Every signal has a window offset ``arrival`` and carries image k (counted from 0, ``interval`` steps apart) in ticks
 ``arrival + k * interval + 1 .. arrival + k * interval + steps``, where a window has T steps in the unary code and fewer
-in the binary one. Signals that meet are aligned: the earlier one waits in a queue, as a chip would hold the current of a
-residual connection until its branch arrives.
+in the binary one. Signals that meet are aligned: the earlier one waits in a queue, as a chip would hold the current of
+a residual connection until its branch arrives.
 """
 
 from collections import deque

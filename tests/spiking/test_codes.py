@@ -202,6 +202,21 @@ def test_a_network_of_currents_takes_them_once():
 # -- measurements ------------------------------------------------------------------------------------------------------
 
 
+def spikes_of_inputs(spiking, images):
+    """By synapse and by query of an attention, the spikes that come in over all steps."""
+    fired = {}
+
+    def note(layer, inputs, _output):
+        fired[layer.name] = float(inputs[-1].sum())
+
+    seen = [m for m in spiking.layers().values() if m.role == "synapse" or m.name.endswith(".query")]
+    handles = [layer.register_forward_hook(note) for layer in seen]
+    spiking.simulate(images)
+    for handle in handles:
+        handle.remove()
+    return fired
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_spikes_and_additions_are_those_that_were_fired_and_stand_beside_the_other_code(name):
     model = dense_network(name)
@@ -209,15 +224,7 @@ def test_spikes_and_additions_are_those_that_were_fired_and_stand_beside_the_oth
     for code in ("unary", "binary"):
         spiking = to_spike_driven(model, code=code)
         energy = measure_energy(spiking, IMAGES, progress=False)
-        fired = {}
-        handles = [
-            layer.register_forward_hook(lambda m, i, o: fired.update({m.call: sum(float(x.sum()) for x in i[-1:])}))
-            for layer in spiking.layers().values()
-            if layer.role == "synapse" or layer.name.endswith(".query")
-        ]
-        spiking.simulate(IMAGES)
-        for handle in handles:
-            handle.remove()
+        fired = spikes_of_inputs(spiking, IMAGES)
         for layer in energy.layers:
             if layer.name in fired and layer.kind != "stem":
                 assert layer.spikes == pytest.approx(fired[layer.name] / 2), layer.name
