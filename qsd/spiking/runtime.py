@@ -31,6 +31,7 @@ class Run:
         trace: Receives counts and recordings, in time steps.
         clock: The global clock, in ticks.
         calls: Number of calls of every layer up to now.
+        codes: By layer the codes of its inputs in the present call.
     """
 
     mode: Mode = "count"
@@ -39,6 +40,7 @@ class Run:
     trace: Trace = field(default_factory=lambda: Trace(torch.empty(0), 0))
     clock: Clock = field(default_factory=lambda: Clock(1, 0, 1))
     calls: Counter[str] = field(default_factory=Counter)
+    codes: dict[str, tuple[Code, ...]] = field(default_factory=dict)
 
 
 class Runtime:

@@ -32,8 +32,7 @@ class TimedLayer(nn.Module):
     """A layer of a converted network.
 
     It may run several times in a pass, on the levels of a pyramid: ``call`` is the name of the present call, and each
-    call has a state of its own (a chip would have a copy of the layer for each level). ``codes`` are the codes of the
-    call's inputs: spikes are digits, currents add up as they are.
+    call has a state of its own (a chip would have a copy of the layer for each level).
 
     A subclass sets ``role`` and implements the methods that raise `NotImplementedError` here; conversion names those
     that it lacks.
@@ -49,7 +48,11 @@ class TimedLayer(nn.Module):
         super().__init__()
         self.name, self.runtime = name, runtime
         self.call = name
-        self.codes: tuple[Code, ...] = ()
+
+    @property
+    def codes(self) -> tuple[Code, ...]:
+        """The codes of the present call's inputs: spikes are digits, currents add up as they are."""
+        return self.runtime.run.codes[self.name]
 
     @abstractmethod
     def count(self, *inputs: Tensor) -> Tensor:
@@ -142,7 +145,7 @@ class TimedLayer(nn.Module):
         if runtime.mode == "count":
             return self.count(*inputs)
         inputs, arrival = runtime.aligned(inputs)
-        self.codes = tuple(runtime.code_of(x) for x in inputs)
+        runtime.run.codes[self.name] = tuple(runtime.code_of(x) for x in inputs)
         constant = any(getattr(x, "source", None) is IMAGE for x in inputs)
         values = tuple(plain(x) for x in inputs)
         if runtime.mode == "step":
