@@ -146,7 +146,7 @@ class OperationCounter:
         if operations.zero_skipping is not None:
             entry.zero_skipping = (entry.zero_skipping or 0.0) + operations.zero_skipping
         self.cells[layer.call] = self.cells.get(layer.call, 0) + operations.cells
-        papers = operations.firing_rate * given.time_steps * operations.dense
+        papers = operations.firing_rate * given.window * operations.dense
         self.papers[layer.call] = self.papers.get(layer.call, 0) + papers
 
     def _outside(self, operation: Operation) -> None:

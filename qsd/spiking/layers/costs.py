@@ -39,14 +39,19 @@ class LayerInputs:
 
     @property
     def time_steps(self) -> int:
-        """Steps of a window."""
+        """T of the network, the largest spike count."""
+        return self.code.largest
+
+    @property
+    def window(self) -> int:
+        """Number of time steps in which the spikes of one value come."""
         return self.code.steps
 
     @property
     def images(self) -> float:
         """Number of images."""
         length = len(self.tensors[0])
-        return length / self.time_steps if self.stepped and not self.image else length
+        return length / self.window if self.stepped and not self.image else length
 
     def counts(self, x: Tensor) -> Tensor:
         """Sums over the window, ``[B, ...]``.
@@ -64,10 +69,10 @@ class LayerInputs:
         """
         if not self.stepped:
             return self.code.digits(x)
-        return x.reshape(self.time_steps, len(x) // self.time_steps, *x.shape[1:])
+        return x.reshape(self.window, len(x) // self.window, *x.shape[1:])
 
     def spikes(self, x: Tensor) -> Tensor:
-        """The number of spikes by element, in the shape of the tensor; values that are no counts stay as they are.
+        """The number of spikes by element, in the shape of the tensor; only counts have one.
 
         Args:
             x: One of the tensors.
@@ -80,7 +85,7 @@ class LayerInputs:
         Args:
             x: One of the tensors.
         """
-        return x.numel() if self.stepped else x.numel() * self.time_steps
+        return x.numel() if self.stepped else x.numel() * self.window
 
 
 @dataclass
@@ -126,11 +131,14 @@ def synaptic_operations(
         merged: Multiply-accumulates of the merged kernel for one image; ``None`` for the sum of the factors'.
     """
     (x,), images = inputs.tensors, inputs.images
-    spikes = inputs.spikes(x)
     total = images * sum(dense)
     if inputs.image:  # the current is the same in every time step, and computed once
         return Operations(macs={"merged": total if merged is None else images * merged, "unmerged": total}, dense=total)
-    additions = {key: float((spikes.double() * fan_out(key)).sum()) for key in BY_NETWORK}
+    reach = {key: fan_out(key).double() for key in BY_NETWORK}
+    # Summed over images and channels first, so that the fan-out is multiplied to one small map.
+    axes = tuple(range(max(1, x.dim() - max(reached.dim() for reached in reach.values()))))
+    spikes = inputs.spikes(x).sum(axes, dtype=torch.float64)
+    additions = {key: float((spikes * reached).sum()) for key, reached in reach.items()}
     # All factors but the first see analog values, once per image, on currents summed over the window.
     macs = {"merged": 0.0, "unmerged": images * sum(dense[1:])}
-    return Operations(float(spikes.sum(dtype=torch.float64)), inputs.cells(x), additions, macs, total)
+    return Operations(float(spikes.sum()), inputs.cells(x), additions, macs, total)
