@@ -16,7 +16,7 @@ Energy is computed from operation counts with the prices of one multiply-accumul
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from rich.table import Table
@@ -84,8 +84,8 @@ class CodeCost:
         Args:
             costs: Their costs, at least one.
         """
-        names = ("spikes", "additions", "shifts", "energy_mj")
-        return replace(costs[0], **{name: math.fsum(getattr(cost, name) for cost in costs) for name in names})
+        numbers = [(cost.spikes, cost.additions, cost.shifts, cost.energy_mj) for cost in costs]
+        return cls(costs[0].code, costs[0].steps, *map(math.fsum, zip(*numbers)))
 
 
 @dataclass
