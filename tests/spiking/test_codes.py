@@ -1,5 +1,7 @@
 """The binary code: digits of counts, the networks that exchange them, their steps and their cost."""
 
+import copy
+import functools
 import itertools
 
 import pytest
@@ -20,7 +22,8 @@ from qsd.layers import QuantConv2d, TokenMean, conv_norm
 from qsd.models.packed_file import read_packed
 from qsd.neurons import SpikeNeuron
 from qsd.spiking import compare_counts, measure_lost_spikes
-from qsd.spiking.codes import build_code
+from qsd.spiking.codes import CODES, build_code
+from qsd.spiking.conversion import convert
 from qsd.spiking.layers import DelayedNeuron
 from qsd.spiking.runtime import Runtime
 from qsd.spiking.steps import pool_increment, product_increment
@@ -29,7 +32,25 @@ from tests.helpers.networks import NAMES, SMALL, assert_same_counts, dense_netwo
 
 WINDOWS = [1, 2, 3, 4, 5, 6, 7, 8, 10, 15]
 FAMILY = ["qsd_tiny", "csdformer_4_256"]
-IMAGES = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+
+@functools.cache
+def small(name):
+    """One small network of a family for all tests."""
+    return dense_network(name, depth=2)
+
+
+@functools.cache
+def small_binary(name):
+    """Its conversion to the binary code."""
+    return to_spike_driven(small(name), code="binary")
+
+
+@functools.cache
+def small_unary(name):
+    """Its conversion to the unary code."""
+    return to_spike_driven(small(name))
 
 
 def digits_on_paper(count, digits):
@@ -125,37 +146,35 @@ def test_shifted_increments_add_up_to_the_product_of_counts_also_when_windows_ar
 
 
 @pytest.mark.parametrize("name", sample(FAMILY, NAMES))
-def test_networks_fire_the_trained_counts_in_fewer_steps_for_every_window(name):
-    for time_steps in sample([1, 4, 6], WINDOWS):
-        model = dense_network(name, time_steps=time_steps)
+def test_networks_fire_the_trained_counts_for_every_window(name):
+    options, images = sample({"depth": 2}, {}), torch.randn(2, 3, *sample((32, 34), (41, 34)), dtype=torch.float64)
+    for time_steps in sample([4, 6], WINDOWS):
+        model = dense_network(name, time_steps=time_steps, **options)
         spiking = to_spike_driven(model, code="binary")
-        assert_same_counts(model, spiking, torch.randn(2, 3, 41, 34, dtype=torch.float64))
-        steps, unary = spiking.code.steps, to_spike_driven(model).latency()
-        assert steps == time_steps.bit_length()
-        neurons = (unary - time_steps) / max(1, time_steps - 1)  # on the longest path, waiting queries among them
-        assert spiking.latency() == steps + neurons * (steps - 1)
+        assert spiking.code.steps == time_steps.bit_length()
+        assert_same_counts(model, spiking, images)
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_digits_on_one_clock_are_those_of_each_image_alone(name):
-    spiking = to_spike_driven(dense_network(name, depth=2), merge="rep", code="binary")
-    images = IMAGES.split(1)
-    alone = [spiking.simulate(image) for image in images]
-    for interval in (None, spiking.interval() + 3):
-        stream = spiking.stream(images, record="*", interval=interval)
-        assert stream.finished == [spiking.latency(), spiking.latency() + stream.interval]
-        for k, trace in enumerate(alone):
-            torch.testing.assert_close(stream.logits[k], trace.logits, rtol=1e-12, atol=1e-12)
-            assert all(torch.equal(stream.counts[name][k], counts) for name, counts in trace.counts.items())
+    spiking = small_binary(name)
+    images = torch.randn(2, 1, 3, 32, 32, dtype=torch.float64)
+    stream = spiking.stream(images, record="*", interval=spiking.interval() + 1)
     assert spiking.interval() == 2 * 3 - 1, "a membrane is busy for two windows but one step"
+    assert stream.finished == [spiking.latency(), spiking.latency() + 6]
+    for k, image in enumerate(images):
+        trace = spiking.simulate(image)
+        torch.testing.assert_close(stream.logits[k], trace.logits, rtol=1e-12, atol=1e-12)
+        assert all(torch.equal(stream.counts[name][k], counts) for name, counts in trace.counts.items())
 
 
 def test_steps_of_the_published_network():
     # b + 61 neurons and 8 waiting queries of b - 1 steps each; in the unary code T in the place of b.
     for time_steps, unary, binary in ((4, 211, 141), (15, 981, 211)):
         model = timm.create_model("qsd_15m", **{**SMALL, "depth": 8}, time_steps=time_steps)
-        found = [to_spike_driven(model, merge=False, code=code).latency() for code in ("unary", "binary")]
-        assert found == [unary, binary]
+        networks = [convert(model, None, "none", None, None, check=False, code=code) for code in CODES]
+        assert [network.latency() for network in networks] == [unary, binary]
+        assert networks[1].interval() == 2 * time_steps.bit_length() - 1
 
 
 class Branches(nn.Module):
@@ -219,10 +238,8 @@ def spikes_of_inputs(spiking, images):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_spikes_and_additions_are_those_that_were_fired_and_stand_beside_the_other_code(name):
-    model = dense_network(name)
     codes = {}
-    for code in ("unary", "binary"):
-        spiking = to_spike_driven(model, code=code)
+    for code, spiking in (("unary", small_unary(name)), ("binary", small_binary(name))):
         energy = measure_energy(spiking, IMAGES, progress=False)
         fired = spikes_of_inputs(spiking, IMAGES)
         for layer in energy.layers:
@@ -243,7 +260,7 @@ def test_spikes_and_additions_are_those_that_were_fired_and_stand_beside_the_oth
 
 
 def test_products_skip_zeros_of_the_sums_that_they_meet():
-    spiking, name, heads = to_spike_driven(dense_network("csdformer_4_256"), code="binary"), "blocks.0.attn", 4
+    spiking, name, heads = small_binary("csdformer_4_256"), "blocks.0.attn", 4
     trace = spiking.simulate(IMAGES, record=f"{name}.*")
     query, key = (trace.spikes[f"{name}.{n}_neuron"].double().flatten(3).unflatten(2, (heads, -1)) for n in "qk")
     lefts, rights = torch.zeros_like(query[0]), torch.zeros_like(key[0])
@@ -262,8 +279,7 @@ def test_products_skip_zeros_of_the_sums_that_they_meet():
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_audit_finds_one_bit_by_synapse_and_step_and_names_the_shifts(name):
-    model = dense_network(name)
-    audit = audit_spike_driven(to_spike_driven(model, code="binary"), IMAGES)
+    audit = audit_spike_driven(small_binary(name), IMAGES)
     audit.check()
     for operation in audit.operations:
         synapse = operation.operation in ("convolution", "linear")
@@ -272,14 +288,12 @@ def test_the_audit_finds_one_bit_by_synapse_and_step_and_names_the_shifts(name):
         else:
             assert operation.shift == 2  # the first of three digits
             assert operation.status == "binary" if synapse else operation.spike_driven
-    assert {o.shift for o in audit_spike_driven(to_spike_driven(model), IMAGES).operations} == {0}
+    assert {o.shift for o in audit_spike_driven(small_unary(name), IMAGES).operations} == {0}
 
 
 def test_a_lost_spike_costs_its_digit_and_more_of_the_output_than_in_the_unary_code():
-    model = dense_network(depth=2)
     found = {}
-    for code in ("unary", "binary"):
-        spiking = to_spike_driven(model, code=code)
+    for code, spiking in (("unary", small_unary("qsd_tiny")), ("binary", small_binary("qsd_tiny"))):
         found[code] = measure_lost_spikes(spiking, IMAGES, shares=(0.0, 0.02, 1.0))
         nothing, some, everything = found[code].rows
         assert (nothing.lost, nothing.logit_error, nothing.count_error, nothing.agreement) == (0, 0, 0, 1)
@@ -297,7 +311,7 @@ def test_a_lost_spike_costs_its_digit_and_more_of_the_output_than_in_the_unary_c
 
 
 def test_comparison_and_float32():
-    model = dense_network("csdformer_4_256").float()
+    model = copy.deepcopy(small("csdformer_4_256")).float()
     spiking, images = to_spike_driven(model, code="binary"), torch.randn(4, 3, 24, 24)
     assert (compare_counts(model, spiking, images, "simulate").farthest_first_difference or 0) < 1e-4
 
@@ -306,9 +320,8 @@ def test_comparison_and_float32():
 
 
 def test_packed_files_keep_the_code_and_those_without_one_are_unary(tmp_path):
-    model, path = dense_network(depth=2), tmp_path / "packed.safetensors"
-    for code in ("unary", "binary"):
-        spiking = to_spike_driven(model, code=code)
+    path = tmp_path / "packed.safetensors"
+    for code, spiking in (("unary", small_unary("qsd_tiny")), ("binary", small_binary("qsd_tiny"))):
         save_packed(spiking, path)
         loaded = load_packed(path)
         assert loaded.code.name == code
@@ -318,10 +331,10 @@ def test_packed_files_keep_the_code_and_those_without_one_are_unary(tmp_path):
 
 
 def test_early_firing_is_refused_with_the_reason():
-    model, message = dense_network(depth=2), r"has a delay of [01], and in the binary code the first digit of a count"
+    message = r"has a delay of [01], and in the binary code the first digit of a count"
     with pytest.raises(QsdError, match=f"neuron head_neuron {message}"):
-        to_spike_driven(model, delay={"head_neuron": 1}, code="binary")
-    spiking = to_spike_driven(model, code="binary")
+        to_spike_driven(small("csdformer_4_256"), delay={"head_neuron": 1}, code="binary")
+    spiking = small_binary("csdformer_4_256")
     for run in (spiking.simulate, spiking.stream, audit_spike_driven):
         arguments = (spiking, IMAGES) if run is audit_spike_driven else (IMAGES,)
         with pytest.raises(QsdError, match=message):
@@ -333,11 +346,11 @@ def test_early_firing_is_refused_with_the_reason():
     later = spiking.simulate(IMAGES, delay=4)  # waiting longer than the input lasts changes nothing
     assert torch.equal(later.logits, spiking.simulate(IMAGES).logits)
     with pytest.raises(QsdError, match="code='ternary' is unknown; use 'unary' or 'binary'"):
-        to_spike_driven(model, code="ternary")
+        to_spike_driven(small("csdformer_4_256"), code="ternary")
 
 
 def test_a_neuron_whose_threshold_does_not_fall_is_found(monkeypatch):
     # The self-check of a conversion: a neuron that fires at its one threshold in every step fires no digits.
     monkeypatch.setattr("qsd.spiking.codes.BinaryCode.level", lambda self, threshold, step: threshold)
     with pytest.raises(QsdError, match="the simulation differs from the trained network at neuron"):
-        to_spike_driven(dense_network(depth=2), code="binary")
+        to_spike_driven(small("csdformer_4_256"), code="binary")
