@@ -283,8 +283,7 @@ class BinaryCode(Code):
         return torch.stack([whole >> self.places(step) & 1 for step in range(1, self.steps + 1)]).to(counts.dtype)
 
     def ones(self, counts: Tensor) -> Tensor:
-        # In the smallest integers that hold T, which are many times faster than a table.
-        whole = counts.to(torch.uint8 if self.largest < 2**8 else torch.int16)
+        whole = counts.to(torch.uint8)  # T is at most 255, and bytes are many times faster than a table.
         ones = whole & 1
         for place in range(1, self.steps):
             ones = ones + (whole >> place & 1)
