@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qsd.spiking.clock import Clock
+from qsd.spiking.codes import Code, CodeName, build_code
 from qsd.spiking.names import DelayChoice, delay_choice
 from qsd.spiking.results import Trace
 from qsd.spiking.signals import MarkedTensor, is_marked, plain
@@ -49,6 +50,7 @@ class Run:
         calls: Number of calls of every layer up to now.
         present: Name of every layer's present call.
         paths: Receives what is found, while tracing.
+        codes: By layer the codes of its inputs in the present call.
     """
 
     mode: Mode = "count"
@@ -57,6 +59,7 @@ class Run:
     trace: Trace = field(default_factory=lambda: Trace(torch.empty(0), 0))
     clock: Clock = field(default_factory=lambda: Clock(1, 0, 1))
     calls: Counter[str] = field(default_factory=Counter)
+    codes: dict[str, tuple[Code, ...]] = field(default_factory=dict)
     present: dict[str, str] = field(default_factory=dict)
     paths: Paths = field(default_factory=Paths)
 
@@ -78,11 +81,13 @@ class Runtime:
     Tracing replaces ``paths`` and ``repeated`` (layers that run several times in a pass) when it is complete.
 
     Args:
-        time_steps: T of the network.
+        time_steps: T of the network, the largest spike count.
+        code: How a count travels as binary spikes; it decides how many steps a window has.
     """
 
-    def __init__(self, time_steps: int) -> None:
+    def __init__(self, time_steps: int, code: CodeName = "unary") -> None:
         self.time_steps = time_steps
+        self.code: Code = build_code(code, time_steps)
         self.paths = Paths()
         self.repeated: frozenset[str] = frozenset()
         self.converting = True  # while it is still open which neurons' amplitudes go into weights
@@ -176,10 +181,19 @@ class Runtime:
         run.present[name] = f"{name}@{number}" if name in self.repeated else name
         return run.present[name]
 
+    def code_of(self, x: Any) -> Code:
+        """The code of a signal: a neuron's spikes are digits; currents, and spikes with a value, add up as they are.
+
+        Args:
+            x: An input of a layer.
+        """
+        return self.code.plain if getattr(x, "source", None) is None else self.code
+
     def split(self, x: Tensor) -> Tensor:
-        """Give the time steps their own axis: ``[T * B, ...]`` to ``[T, B, ...]``.
+        """Give the steps of the window their own axis: ``[steps * B, ...]`` to ``[steps, B, ...]``.
 
         Args:
             x: A tensor with time and batch in its first axis.
         """
-        return x.reshape(self.time_steps, x.shape[0] // self.time_steps, *x.shape[1:])
+        steps = self.code.steps
+        return x.reshape(steps, x.shape[0] // steps, *x.shape[1:])

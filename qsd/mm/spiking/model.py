@@ -18,12 +18,13 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from qsd.energy import Energy, OperationCounter, Preset
+from qsd.energy import CodeCost, Energy, OperationCounter, Preset
 from qsd.errors import QsdError
 from qsd.mm.spiking.segments import DENSE, cut, dense_head
 from qsd.neurons import SpikeNeuron
 from qsd.spiking import Audit, SpikingNetwork, Trace, to_spike_driven
 from qsd.spiking.audit import Auditor
+from qsd.spiking.codes import Code, CodeName
 from qsd.spiking.merging import Merge
 from qsd.spiking.names import Delay, check_delay, delay_within
 
@@ -89,8 +90,18 @@ class ConvertedModel(nn.Module):
         return self.segments[DENSE].time_steps
 
     @property
+    def code(self) -> Code:
+        """How a count travels as binary spikes, in all segments."""
+        return self.segments[DENSE].code
+
+    @property
+    def lossless_delay(self) -> int:
+        """The shortest lossless delay."""
+        return self.code.lossless_delay
+
+    @property
     def lossless(self) -> bool:
-        """Whether every neuron waits for at least T - 1 time steps."""
+        """Whether every neuron waits for its whole input."""
         return all(network.lossless for network in self.segments.values())
 
     def train(self, mode: bool = True) -> "ConvertedModel":
@@ -240,7 +251,8 @@ def total_energy(energies: dict[str, Energy]) -> Energy:
     first = next(iter(energies.values()))
     layers = [layer for energy in energies.values() for layer in energy.layers]
     merged = all(energy.merged for energy in energies.values())
-    return Energy(first.preset, first.time_steps, merged, first.images, layers)
+    codes = [CodeCost.sum(costs) for costs in zip(*(energy.codes for energy in energies.values()))]
+    return Energy(first.preset, first.time_steps, merged, first.images, layers, codes)
 
 
 @torch.no_grad()
@@ -258,7 +270,11 @@ def predict(model: Any, batch: Batch) -> list[Any]:
 
 @torch.no_grad()
 def convert_model(
-    model: nn.Module, delay: Delay = None, merge: Merge = True, merged_bits: int | None = None
+    model: nn.Module,
+    delay: Delay = None,
+    merge: Merge = True,
+    merged_bits: int | None = None,
+    code: CodeName = "unary",
 ) -> ConvertedModel:
     """Convert a trained detector or segmenter into one whose networks exchange binary spikes.
 
@@ -270,6 +286,7 @@ def convert_model(
         delay: As in `qsd.to_spike_driven`.
         merge: As in `qsd.to_spike_driven`.
         merged_bits: As in `qsd.to_spike_driven`.
+        code: As in `qsd.to_spike_driven`.
 
     Raises:
         QsdError: For a model of another structure, or with a layer that does not spike.
@@ -278,7 +295,9 @@ def convert_model(
     segments, parts = {}, cut(model)
     delays = _delays_of_parts(delay, {name: _neuron_names(part) for name, (part, _) in parts.items()})
     for name, (part, example) in parts.items():
-        segments[name] = to_spike_driven(part, delays[name], merge, merged_bits, example, currents=name != DENSE)
+        segments[name] = to_spike_driven(
+            part, delays[name], merge, merged_bits, example, currents=name != DENSE, code=code
+        )
     if len(steps := {network.time_steps for network in segments.values()}) > 1:
         found = ", ".join(map(str, sorted(steps)))
         raise QsdError(f"all neurons need one number of time steps; found: {found}.")
