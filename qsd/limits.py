@@ -9,6 +9,11 @@ from typing import Any
 
 from qsd.errors import QsdError
 
+
+class BadValue(argparse.ArgumentTypeError, ValueError):
+    """A value that an argument of a parser cannot have; argparse and jsonargparse show its message."""
+
+
 LARGEST_SEED = 2**32 - 1  # NumPy's
 
 # Lightning fails on values out of these ranges late, or passes over them.
@@ -101,7 +106,7 @@ def whole(least: int | None = None, most: int | None = None) -> Callable[[Any], 
         try:
             value = int(text)
         except (TypeError, ValueError, OverflowError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
+            raise BadValue(f"{text!r} is no whole number") from error
         return _in_range(value, text, least, most)
 
     return parse
@@ -119,7 +124,7 @@ def number(least: float | None = None, most: float | None = None) -> Callable[[A
         try:
             value = float(text)
         except (TypeError, ValueError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+            raise BadValue(f"{text!r} is no number") from error
         return _in_range(value, text, least, most)
 
     return parse
@@ -128,7 +133,7 @@ def number(least: float | None = None, most: float | None = None) -> Callable[[A
 def _in_range(value: Any, text: Any, least: float | None, most: float | None) -> Any:
     reason = problem(value, least, most)
     if reason is not None:
-        raise argparse.ArgumentTypeError(f"{text} {reason}")
+        raise BadValue(f"{text} {reason}")
     return value
 
 
@@ -141,7 +146,7 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from error
+        raise BadValue(f"{text!r} is no JSON ({error})") from error
     if not isinstance(content, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"time_steps\": 8}}'")
+        raise BadValue(f"{text!r} is no JSON object, such as '{{\"time_steps\": 8}}'")
     return content

@@ -1,44 +1,53 @@
 """Numbers from the command line that used to fail deep inside: one line, before anything is loaded."""
 
-import importlib
-
 import pytest
 
 from qsd import QsdError
 from qsd.callbacks import Distillation, SpikeStatistics
 from qsd.data import DigitsData, ImageFolderData
+from qsd.limits import check_trainer
 from qsd.program import parser_message
 from qsd.tasks import ClassificationTask
 from qsd_launcher import main
+from tests.helpers import sample
 
-COMMANDS = [
-    ("fit --seed_everything 4294967296", "seed_everything=4294967296 is not from 0 to 4294967295"),
-    ("fit --seed_everything -1", "seed_everything=-1 is negative"),
-    ("fit --trainer.max_epochs -2", "max_epochs=-2"),
-    ("fit --trainer.gradient_clip_val .inf", "gradient_clip_val=inf is not finite"),
-    ("fit --trainer.check_val_every_n_epoch 0", "check_val_every_n_epoch=0"),
-    ("fit --trainer.val_check_interval 0", "val_check_interval=0"),
-    ("fit --trainer.val_check_interval .nan", "val_check_interval=nan is not finite"),
-    ("fit --trainer.accumulate_grad_batches 0", "accumulate_grad_batches=0"),
-    ("fit --trainer.limit_train_batches .inf", "limit_train_batches=inf is not finite"),
-    ("fit --trainer.log_every_n_steps -1", "log_every_n_steps=-1"),
-    ("fit --trainer.accelerator gpuu", "gpuu"),
-    ("fit --model.base_lr .inf", "base_lr=inf is not finite"),
-    ("fit --model.modle qsd_8m", "did you mean --model.model?"),
-    ("fit --data.batch_sise 8", "did you mean --data.batch_size?"),
-    ("fit --trainer.max_epoch 1", "did you mean --trainer.max_epochs?"),
-    ("convert a.ckpt --max-images 0", "images"),
-    ("convert a.ckpt --delay -1", "delay"),
-    ("convert a.ckpt --delay 99999", "delay"),
-    ("convert a.ckpt --calibrate inf", "calibrate"),
-    ("convert a.ckpt --float-accuracy nan", "float"),
-    ("convert a.ckpt --merged-bits 99", "merged"),
-    ("convert a.ckpt --device gpu", "the device 'gpu' is unknown"),
-    ("convert a.ckpt --device cuda:99", "the device 'cuda:99' does not exist here"),
-    ("convert a.ckpt --device meta", "the device 'meta' is not supported here"),
-    ("export a.ckpt --max-images -3", "images"),
-    ("analyze a.ckpt --max-images 0", "images"),
-    ("analyze a.ckpt --device tpu", "tpu"),
+TRAINER = [
+    ({"max_epochs": -2}, "trainer.max_epochs=-2 is below -1"),
+    ({"gradient_clip_val": float("inf")}, "trainer.gradient_clip_val=inf is not finite"),
+    ({"check_val_every_n_epoch": 0}, "trainer.check_val_every_n_epoch=0 is below 1"),
+    ({"val_check_interval": 0}, "trainer.val_check_interval=0 is not positive"),
+    ({"val_check_interval": float("nan")}, "trainer.val_check_interval=nan is not finite"),
+    ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches=0 is below 1"),
+    ({"limit_train_batches": float("inf")}, "trainer.limit_train_batches=inf is not finite"),
+    ({"log_every_n_steps": -1}, "trainer.log_every_n_steps=-1 is negative"),
+]
+# Each builds the parsers of Lightning, which takes a second.
+COMMANDS = sample(
+    ["fit --trainer.val_check_interval 0", "convert a.ckpt --device gpu"],
+    [
+        "fit --seed_everything 4294967296", "fit --seed_everything -1", "fit --trainer.max_epochs -2",
+        "fit --trainer.gradient_clip_val .inf", "fit --trainer.check_val_every_n_epoch 0",
+        "fit --trainer.val_check_interval 0", "fit --trainer.accelerator gpuu", "fit --model.base_lr .inf",
+        "convert a.ckpt --max-images 0", "convert a.ckpt --delay -1", "convert a.ckpt --delay 99999",
+        "convert a.ckpt --calibrate inf", "convert a.ckpt --float-accuracy nan", "convert a.ckpt --merged-bits 99",
+        "convert a.ckpt --device gpu", "convert a.ckpt --device cuda:99", "convert a.ckpt --device meta",
+        "export a.ckpt --max-images -3", "analyze a.ckpt --max-images 0", "analyze a.ckpt --device tpu",
+    ],
+)  # fmt: skip
+WORDS = {
+    "4294967296": "is not from 0 to 4294967295", "-1": "negative", "-2": "-2 is below -1", ".inf": "inf is not finite",
+    "gpuu": "gpuu", "99999": "not from 0 to 4096", "inf": "inf is not finite", "nan": "nan is not finite",
+    "99": "not from 2 to 16", "gpu": "the device 'gpu' is unknown", "cuda:99": "the device 'cuda:99' does not exist",
+    "meta": "the device 'meta' is not supported", "tpu": "the device 'tpu' is unknown", "-3": "-3 is below 1",
+}  # fmt: skip
+NEAREST = sample(
+    [("fit --model.modle qsd_8m", "--model.model")],
+    [
+        ("fit --model.modle qsd_8m", "--model.model"), ("fit --data.batch_sise 8", "--data.batch_size"),
+        ("fit --trainer.maxepochs 1", "--trainer.max_epochs"), ("convert a.ckpt --max-imagse 3", "--max-images"),
+    ],
+)  # fmt: skip
+QUICK = [
     ("run a.png --model a.onnx --top 0", "0 is below 1"),
     ("run a.png --model a.onnx --top 1e3", "'1e3' is no whole number"),
     ("run a.png --model a.onnx --score inf", "inf is not finite"),
@@ -59,18 +68,45 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-def test_numbers_and_options_that_cannot_be_end_in_one_line(capsys, tmp_path, monkeypatch):
+def refused(command, capsys):
+    """The line by which a command is refused."""
+    words = command.split()
+    if words[0] == "fit":
+        words += ["--config", "configs/digits.yaml", "--trainer.logger", "false"]
+    assert main(words) == 2, command
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert len(error) < 700, command
+    return error
+
+
+def test_numbers_that_cannot_be_end_in_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    importlib.import_module("qsd.cli")
-    for command, message in COMMANDS:
-        words = command.split()
-        if words[0] == "fit":
-            words += ["--config", "configs/digits.yaml", "--trainer.logger", "false"]
-        assert main(words) == 2, command
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert message in error, (command, error)
-        assert len(error) < 700, command
-    assert not list(tmp_path.glob("**/*.ckpt"))
+    for command in COMMANDS:
+        value = command.split()[-1]
+        expected = (
+            "val_check_interval=0" if "val_check_interval" in command else WORDS.get(value, f"{value} is below 1")
+        )
+        expected = "check_val_every_n_epoch=0" if "check_val_every" in command else expected
+        assert expected in refused(command, capsys), command
+    for command, message in QUICK:
+        assert message in refused(command, capsys), command
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistyped_option_is_named_with_the_nearest_one(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command, nearest in NEAREST:
+        assert f"did you mean {nearest}?" in refused(command, capsys), command
+
+
+def test_numbers_of_the_trainer_are_checked():
+    for settings, message in TRAINER:
+        with pytest.raises(QsdError, match=message):
+            check_trainer(settings, True)
+    for seed in (-1, 2**32):
+        with pytest.raises(QsdError, match="seed_everything="):
+            check_trainer({}, seed)
+    check_trainer({"max_epochs": -1, "val_check_interval": 0.25, "gradient_clip_val": None}, False)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_unusual_convolutions_convert_and_are_counted(conv):
     ones.weight.fill_(1.0)
     ones.bias.zero_()
     spikes = count_spikes(spiking, images)["1"]
-    assert layer.additions["merged"] == pytest.approx(float(ones(spikes).sum()))
+    assert layer.additions["merged"] == pytest.approx(float(ones(spikes).sum()) / len(images))
 
 
 def test_chains_of_unusual_convolutions_merge():

@@ -1,8 +1,8 @@
 """The option ``--device``."""
 
-import argparse
-
 import torch
+
+from qsd.limits import BadValue
 
 
 def device_name(text: str) -> str:
@@ -14,11 +14,11 @@ def device_name(text: str) -> str:
     try:
         device = torch.device(text)
     except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"the device {text!r} is unknown; use cpu, cuda, cuda:1, ...") from error
+        raise BadValue(f"the device {text!r} is unknown; use cpu, cuda, cuda:1, ...") from error
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index is not None and count <= device.index) or not count:
-            raise argparse.ArgumentTypeError(f"the device {text!r} does not exist here; there are {count} CUDA devices")
+            raise BadValue(f"the device {text!r} does not exist here; there are {count} CUDA devices")
     elif device.type not in ("cpu", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
-        raise argparse.ArgumentTypeError(f"the device {text!r} is not supported here; use cpu or cuda")
+        raise BadValue(f"the device {text!r} is not supported here; use cpu or cuda")
     return text

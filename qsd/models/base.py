@@ -193,9 +193,7 @@ class ImageClassifier(nn.Module):
             strict: Whether all names have to be those of the model.
             assign: Whether the tensors take the place of the parameters, as in PyTorch.
         """
-        if state_dict.keys() != self.state_dict().keys():
-            state_dict = adapted_state(self, state_dict)
-        return super().load_state_dict(state_dict, strict, assign)
+        return super().load_state_dict(adapted_state(self, state_dict), strict, assign)
 
     def get_classifier(self) -> nn.Module:
         """The classifier, `QuantLinear` or identity."""

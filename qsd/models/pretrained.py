@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm.models import FeatureGetterNet
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
@@ -21,7 +21,7 @@ _NAMES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin",
 _ENDINGS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 
 
-def load_pretrained(model: nn.Module, hint: str) -> None:
+def load_pretrained(model: nn.Module, hint: str, first_conv: str | None = None) -> None:
     """Load the weights that a model's ``pretrained_cfg`` names: ``file``, a folder (``local-dir:``), or ``state_dict``.
 
     A first convolution for another number of channels is adapted as timm does, and its step sizes are measured again.
@@ -30,6 +30,7 @@ def load_pretrained(model: nn.Module, hint: str) -> None:
     Args:
         model: Fresh model of this package, as timm builds it.
         hint: The answer where no weights are named.
+        first_conv: Name of the first convolution, where the configuration does not tell it.
 
     Raises:
         QsdError: If no weights are named, if they lie on a server, cannot be read, or do not fit the model.
@@ -51,7 +52,7 @@ def load_pretrained(model: nn.Module, hint: str) -> None:
     if isinstance(model, FeatureGetterNet):  # of `features_only=True`, which may lack the last stages
         network = model.model
         state = {name: tensor for name, tensor in state.items() if name in network.state_dict()}
-    first = cfg.get("first_conv")
+    first = cfg.get("first_conv") or first_conv
     adapted = isinstance(first, str) and _adapt_first(network, state, first)
     load_state(network, state, "the state dict" if isinstance(source, Mapping) else str(source))
     if adapted:

@@ -176,7 +176,7 @@ def _register(family: Family, name: str, arguments: Arguments, description: str)
             **{**arguments, **kwargs},
         )
         if pretrained:
-            load_pretrained(model, f"{name}: {family.hint}")
+            load_pretrained(model, f"{name}: {family.hint}", family.cfg(arguments).get("first_conv"))
         # Packed files store this, so that the model can be built again by its name.
         stored = {k: v for k, v in kwargs.items() if k not in _NOT_STORED}
         channels = getattr(model, "in_chans", 3)

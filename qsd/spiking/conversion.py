@@ -94,10 +94,9 @@ def convert(
         currents: Whether the input is currents.
         code: How counts travel as spikes.
     """
-    merge = merge_choice(merge)
-    check_merge(merge, merged_bits)
+    check_merge(merge := merge_choice(merge), merged_bits)
     time_steps = _time_steps(model)
-    example = _random_image(model) if example is None else example
+    example = (_random_image(model) if example is None else example).to("cpu", torch.float64)
     parameter = next(model.parameters())
     choose = delay_choice(delay)
     runtime = Runtime(time_steps, code)
@@ -109,7 +108,6 @@ def convert(
     trained = copy.deepcopy(model).double().eval()
     compact.load_into(trained, torch.float64)
     network = conversion.convert(copy.deepcopy(trained), "")
-    example = example.to("cpu", torch.float64)
     spiking = SpikingNetwork(network, conversion.runtime, example, compact, merge, merged_bits, currents)
     spiking.to(parameter.device)
     check_delay(delay, spiking.neurons())
