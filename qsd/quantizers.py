@@ -29,6 +29,7 @@ class StepSizeQuantizer(nn.Module):
         self.bits = bits
         self.q_min, self.q_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         self.step = nn.Parameter(torch.ones(out_channels))
+        self.seen = -1  # version of the steps that were last looked at
         expect_steps()
 
     @torch.no_grad()

@@ -112,7 +112,9 @@ def lean_form(layer: QuantConv2d | QuantLinear) -> tuple[Tensor | None, Synapse]
         return None, Synapse((0, 0), geometry)
     if type(quantizer) is not StepSizeQuantizer or has_hooks(quantizer):
         return None
-    watch_step(quantizer, quantizer.step)
+    if quantizer.step._version != quantizer.seen:  # Here, because each call takes time.
+        quantizer.seen = quantizer.step._version
+        watch_step(quantizer, quantizer.step)
     return quantizer.step, Synapse((quantizer.q_min, quantizer.q_max), geometry)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from qsd.rounding import HALF_TYPES, round_counts, tie_slack
+from qsd.rounding import HALF_TYPES, tie_slack
 
 # One number, or a tensor without dimensions.
 Scalar = float | Tensor
@@ -180,7 +180,7 @@ def fire(
     bits = 4 if time_steps <= 7 else 8
     highest = x.new_full((), 2 ** (bits - 1))
     is_one = not isinstance(amplitude, Tensor) and amplitude == 1
-    slack = tie_slack(x, time_steps, threshold)
+    half, slack = x.dtype in HALF_TYPES, 0.0 if x.dtype != torch.float64 else tie_slack(x, time_steps, threshold)
     parts: list[Tensor] | None = []
     buffer = x.new_empty(min(count, block))  # one for all blocks: fresh memory is slow on a CPU
     for part, counts in zip(source.split(block), target.split(block)):
@@ -189,7 +189,10 @@ def fire(
             torch.mul(part, time_steps, out=drive)
         else:
             torch.div(part, threshold, out=drive)
-        _round_(drive, time_steps, slack, counts)
+        if half:  # as `qsd.rounding.round_counts` does
+            counts.copy_(drive.float().add_(0.5).floor_().clamp_(0, time_steps))
+        else:
+            torch.add(drive, 0.5 + slack, out=counts).floor_().clamp_(0, time_steps)
         if parts is not None and count:
             packed = _pack_(drive, counts, time_steps, highest, bits)
             parts = None if packed is None else [*parts, packed]
@@ -200,14 +203,6 @@ def fire(
     if not parts:
         return output, layout, None
     return output, layout, parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _round_(drive: Tensor, time_steps: int, slack: float, counts: Tensor) -> None:
-    """Write the counts of one block, as `qsd.rounding.round_counts` computes them."""
-    if drive.dtype in HALF_TYPES:
-        counts.copy_(round_counts(drive, time_steps))
-    else:
-        torch.add(drive, 0.5 + slack, out=counts).floor_().clamp_(0, time_steps)
 
 
 def _pack_(drive: Tensor, counts: Tensor, time_steps: int, highest: Tensor, bits: int) -> Tensor | None:

@@ -33,7 +33,10 @@ def stored(tmp_path_factory):
 def load(tmp_path, stored):
     def load(header, tensors=None):
         path = tmp_path / "spiking.safetensors"
-        safetensors.torch.save_file({**stored[1], **(tensors or {})}, path, {"qsd": json.dumps(header)})
+        try:
+            safetensors.torch.save_file({**stored[1], **(tensors or {})}, path, {"qsd": json.dumps(header)})
+        except KeyError as error:  # complex numbers, before safetensors 0.5
+            pytest.skip(f"this safetensors has no {error}")
         return load_packed(path)
 
     return load
