@@ -200,9 +200,7 @@ def fire(
             counts.mul_(amplitude)
     copy = amplitude.detach().clone() if isinstance(amplitude, Tensor) else amplitude
     layout = Layout(bits, count, block, x.dtype, copy)
-    if not parts:
-        return output, layout, None
-    return output, layout, parts[0] if len(parts) == 1 else torch.cat(parts)
+    return output, layout, None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _pack_(drive: Tensor, counts: Tensor, time_steps: int, highest: Tensor, bits: int) -> Tensor | None:
