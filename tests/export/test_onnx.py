@@ -82,6 +82,7 @@ def test_the_float_file_takes_any_number_of_images_and_gives_the_same_logits(tmp
     for size in (1, 3, 16):
         logits = session.run(None, {"images": images[:size].numpy()})[0]
         torch.testing.assert_close(torch.from_numpy(logits), spiking(images[:size]), rtol=1e-4, atol=1e-4)
+    assert session.run(None, {"images": images[:0].numpy()})[0].shape == (0, 10)
     header = json.loads(session.get_modelmeta().custom_metadata_map["qsd"])
     assert header["notes"] == {"class_names": ["a"]}
     assert header["image"] == [3, 32, 32]
