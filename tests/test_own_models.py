@@ -213,3 +213,15 @@ def test_step_sizes_that_go_through_zero_are_told_once(lean):
             model(images)
     assert len(told) == 1
     assert "step sizes have to stay positive" in str(told[0].message)
+
+
+def test_a_delay_for_a_neuron_that_does_not_exist_is_refused_before_a_training():
+    from types import SimpleNamespace
+
+    from qsd.callbacks import ConvertToSpikeDriven
+
+    trainer = SimpleNamespace(fast_dev_run=False, enable_validation=True)
+    task = nn.ModuleDict({"model": network(padding=1)})
+    ConvertToSpikeDriven(delay={"1": 2}).on_fit_start(trainer, task)
+    with pytest.raises(QsdError, match="names the neuron 'stem', which does not exist"):
+        ConvertToSpikeDriven(delay={"stem": 2}).on_fit_start(trainer, task)

@@ -14,6 +14,7 @@ from qsd import report
 from qsd.errors import QsdError
 from qsd.neurons import SpikeNeuron
 from qsd.packing import image_notes
+from qsd.spiking.names import check_delay
 
 
 class ConvertToSpikeDriven(Callback):
@@ -51,6 +52,7 @@ class ConvertToSpikeDriven(Callback):
                 "ConvertToSpikeDriven verifies on validation images, and there are none; give some or remove it from "
                 "the callbacks."
             )
+        check_delay(self.options.delay, sorted(name.removeprefix("model.") for name in neurons))
         raster = self.options.raster
         if raster is not None and f"model.{raster}" not in neurons:
             known = ", ".join(sorted(name.removeprefix("model.") for name in neurons)[:3])
