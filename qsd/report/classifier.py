@@ -126,7 +126,8 @@ class ClassifierMeasurements(Measurements):
 
     def energy(self) -> Energy:
         options = self.options
-        return measure_energy(self.spiking, self.loader, options.preset, options.max_images, self.progress)
+        images, progress = options.max_images, self.progress
+        return measure_energy(self.spiking, self.loader, options.preset, images, progress, options.prices)
 
     def sizes(self) -> ModelSize:
         return model_size(self.spiking)

@@ -280,7 +280,7 @@ def metrics(record: Record) -> dict[str, float]:
     for row in record.delays.rows if record.delays else ():
         found[f"accuracy_delay_{row.delay}"] = row.accuracy
     if record.energy:
-        found |= {f"energy_{key}_mj": value for key, value in record.energy.total_mj.model_dump().items()}
+        found |= {f"energy_{key}_mj": mj for key, mj in record.energy.total_mj.model_dump().items() if mj is not None}
     if record.audit:
         found["spike_driven"] = record.audit.spike_driven
     return {f"spiking/{key}": float(value) for key, value in found.items()}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qsd import plots
-from qsd.report import words
+from qsd.report import memory, words
 from qsd.report.costs import EnergyRecord
 from qsd.report.findings import audit_finding, findings
 from qsd.report.record import DenseAccuracy, Record
@@ -28,6 +28,11 @@ def html(record: Record) -> str:
         energy_measured=words.energy_measured(record),
         energy_rows=_energy_rows(record),
         energy_columns=[{"key": key, "title": title} for key, title, _ in plots.ENERGY_COLUMNS],
+        memory_rows=memory.memory_rows(record.energy),
+        memory_layers=memory.layer_rows(record.energy),
+        bit_rows=memory.bit_rows(record.energy),
+        neurobench_rows=memory.neurobench_rows(record.energy),
+        price_source=memory.source(record.energy) if record.energy else "",
         size_rows=_size_rows(record),
         way=words.evaluation(record),
         merge_words=words.merging(record),
@@ -69,6 +74,7 @@ def _figures(record: Record) -> Figures:
         **_activity_figures(record),
         **_raster_figures(record),
         **_energy_figures(record),
+        **memory.memory_figures(record.energy),
         "sizes": [sizes],
     }
 
@@ -150,6 +156,7 @@ def _energy_rows(record: Record) -> list[dict[str, Any]]:
     return [
         {"name": name, "mj": totals[key], "ratio": totals[key] / baseline if baseline else None, "how": how}
         for key, (name, how) in _conventions(record.energy).items()
+        if totals[key] is not None
     ]
 
 
@@ -171,6 +178,11 @@ def _conventions(energy: EnergyRecord) -> dict[str, tuple[str, str]]:
             "integer network",
             f"ours, the baseline: the trained layers on {energy.bits}-bit activations without any spikes, every MAC "
             "at the preset's price",
+        ),
+        "float_twin": ("float twin", "the trained layers on floats, every MAC at the price of floats"),
+        "lemaire": (
+            "model of Lemaire et al.",
+            "the merged network in their analytical model (2022), which includes memory and has its own prices",
         ),
     }
 

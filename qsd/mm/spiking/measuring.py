@@ -152,7 +152,8 @@ class DetectorMeasurements(Measurements):
         return self.spiking.audit(self.stepped, progress=self.progress)
 
     def energy(self) -> Energy:
-        self.energies = self.spiking.energy(self.images, self.options.preset, self.progress)
+        options = self.options
+        self.energies = self.spiking.energy(self.images, options.preset, self.progress, options.prices)
         return total_energy(self.energies)
 
     def sizes(self) -> ModelSize:

@@ -1,10 +1,12 @@
 """What a layer tells about its cost: the operations of one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from qsd.spiking.layers.movement import UNKNOWN, Signal
 
 # Operations of the network as it is, with each merged chain as one kernel, and of the network with all factors.
 BY_NETWORK = ("merged", "unmerged")
@@ -25,21 +27,50 @@ class LayerInputs:
 
     Attributes:
         tensors: Spike counts ``[B, ...]``, or where time steps are taken binary spikes ``[T * B, ...]``.
-        time_steps: T of the network.
+        time_steps: T of the network, the largest spike count.
         stepped: Whether time steps are taken.
         image: Whether the inputs are functions of images alone, which are the same in every time step.
+        signals: Range and origin of each tensor.
+        weight_bits: Width of the trained network's quantized weights, by name.
+        merged_bits: Width of merged kernels; ``None`` for floats.
     """
 
     tensors: tuple[Tensor, ...]
     time_steps: int
     stepped: bool
     image: bool
+    signals: tuple[Signal, ...] = ()
+    weight_bits: Mapping[str, int] = field(default_factory=dict)
+    merged_bits: int | None = None
+
+    @property
+    def window(self) -> int:
+        """Number of time steps in which the spikes of one value come."""
+        return self.time_steps
 
     @property
     def images(self) -> float:
         """Number of images."""
-        length = len(self.tensors[0])
-        return length / self.time_steps if self.stepped and not self.image else length
+        return self._images(self.tensors[0])
+
+    def _images(self, x: Tensor) -> float:
+        return len(x) / self.window if self.stepped and not self.image else len(x)
+
+    def signal(self, index: int = 0) -> Signal:
+        """Range and origin of a tensor.
+
+        Args:
+            index: Position of the tensor.
+        """
+        return self.signals[index] if index < len(self.signals) else UNKNOWN
+
+    def size(self, x: Tensor) -> float:
+        """Number of values per image.
+
+        Args:
+            x: One of the tensors, or the output.
+        """
+        return float(x[0].numel())
 
     def counts(self, x: Tensor) -> Tensor:
         """Sums over the window, ``[B, ...]``.
@@ -47,7 +78,15 @@ class LayerInputs:
         Args:
             x: One of the tensors.
         """
-        return self.steps(x).sum(0) if self.stepped else x
+        return self.steps(x).sum(0) if self.stepped and not self.image else x
+
+    def spikes(self, x: Tensor) -> Tensor:
+        """Number of spikes of each value: of a count ``[B, ...]`` itself, of binary spikes ``[T * B, ...]`` 0 or 1.
+
+        Args:
+            x: One of the tensors, or the output.
+        """
+        return x
 
     def steps(self, x: Tensor) -> Tensor:
         """Spikes by time step, ``[T, B, ...]``, where time steps are taken.
@@ -55,7 +94,7 @@ class LayerInputs:
         Args:
             x: One of the tensors.
         """
-        return x.reshape(self.time_steps, len(x) // self.time_steps, *x.shape[1:])
+        return x.reshape(self.window, len(x) // self.window, *x.shape[1:])
 
     def cells(self, x: Tensor) -> float:
         """Neurons times time steps: the most spikes that could come in.
@@ -63,7 +102,7 @@ class LayerInputs:
         Args:
             x: One of the tensors.
         """
-        return x.numel() if self.stepped else x.numel() * self.time_steps
+        return x.numel() if self.stepped else x.numel() * self.window
 
 
 @dataclass
@@ -78,6 +117,9 @@ class Operations:
         dense: Multiply-accumulates of the unmerged layer in an ordinary network, whose inputs are numbers.
         rate: Firing rate in the papers' convention, rate x T x dense operations; ``None`` for that of the spikes.
         zero_skipping: Accumulates of a product if zeros of its integer operand are skipped.
+        nonzero: Inputs that are not zero: the events of a network of numbers; ``None`` for all.
+        effective: Multiply-accumulates of the unmerged layer for inputs that are not zero; ``None`` for all.
+        dense_merged: Multiply-accumulates of the merged layer for numbers; ``None`` for those of the unmerged one.
     """
 
     spikes: float = 0.0
@@ -87,6 +129,9 @@ class Operations:
     dense: float = 0.0
     rate: float | None = None
     zero_skipping: float | None = None
+    nonzero: float | None = None
+    effective: float | None = None
+    dense_merged: float | None = None
 
     @property
     def firing_rate(self) -> float:
@@ -110,9 +155,24 @@ def synaptic_operations(
     """
     (x,), images = inputs.tensors, inputs.images
     total = images * sum(dense)
-    if inputs.image:  # the current is the same in every time step, and computed once
-        return Operations(macs={"merged": total if merged is None else images * merged, "unmerged": total}, dense=total)
-    additions = {key: float((x.double() * fan_out(key)).sum()) for key in BY_NETWORK}
+    of_kernel = total if merged is None else images * merged
+    if inputs.image:  # The current is the same in every time step, and computed once.
+        return Operations(macs={"merged": of_kernel, "unmerged": total}, dense=total, dense_merged=of_kernel)
+    reach = {key: fan_out(key).double() for key in BY_NETWORK}
+    # Summed over images and channels first, so that the fan-out is multiplied to one small map.
+    axes = tuple(range(max(1, x.dim() - max(reached.dim() for reached in reach.values()))))
+    spikes = inputs.spikes(x).sum(axes, dtype=torch.float64)
+    nonzero = torch.count_nonzero(inputs.counts(x), axes)
+    additions = {key: float((spikes * reached).sum()) for key, reached in reach.items()}
     # All factors but the first see analog values, once per image, on currents summed over the window.
-    macs = {"merged": 0.0, "unmerged": images * sum(dense[1:])}
-    return Operations(float(x.sum(dtype=torch.float64)), inputs.cells(x), additions, macs, total)
+    inner = images * sum(dense[1:])
+    return Operations(
+        float(spikes.sum()),
+        inputs.cells(x),
+        additions,
+        {"merged": 0.0, "unmerged": inner},
+        total,
+        nonzero=float(nonzero.sum()),
+        effective=float((nonzero * reach["unmerged"]).sum()) + inner,
+        dense_merged=of_kernel,
+    )
