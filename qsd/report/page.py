@@ -4,6 +4,7 @@ from typing import Any
 
 from qsd import plots
 from qsd.report import memory, words
+from qsd.report.activity_plots import figures, page_figures
 from qsd.report.costs import EnergyRecord
 from qsd.report.findings import audit_finding, findings
 from qsd.report.record import DenseAccuracy, Record
@@ -24,6 +25,7 @@ def html(record: Record) -> str:
         cards=_cards(record),
         findings=findings(record),
         plots=_figures(record),
+        activity_plots=page_figures(record.activity, figures(record.activity)) if record.activity else {},
         measured=words.measured(record),
         energy_measured=words.energy_measured(record),
         energy_rows=_energy_rows(record),

@@ -206,6 +206,8 @@ def test_subcommands(command, workplace, tree, finished, exported, monkeypatch, 
             shutil.copy(trained, name)
     if command.startswith("qsd run"):
         _bring_exported_file(exported)
+    if "--image IMAGE" in command:
+        Image.new("RGB", (40, 30), (200, 100, 0)).save("IMAGE", "PNG")
     if command == "qsd demo":
         shorten_conversions(monkeypatch, stages=("delays", "energy"))
     words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qsd.mm.drawing import read_image
 from qsd.mm.loading import load_model
-from qsd.mm.spiking.model import convert_model, predict
+from qsd.mm.spiking.model import Batch, ConvertedModel, convert_model, predict
 from qsd.mm.spiking.segments import DENSE
 from qsd.spiking import SpikingNetwork
 
@@ -29,12 +29,22 @@ def dense_segment(checkpoint: str | Path, image: str | Path, device: str) -> tup
     model, config = load_model(checkpoint, device)
     _, batch = read_image(config, image)
     converted = convert_model(model)
+    return converted.segments[DENSE], dense_input(converted, batch), type(model).__name__
+
+
+def dense_input(converted: ConvertedModel, batch: Batch) -> Tensor:
+    """The images of a batch as they reach the dense segment, ``[B, C, H, W]``.
+
+    Args:
+        converted: The converted model.
+        batch: A batch of a data loader.
+    """
     inputs: dict[str, Tensor] = {}
 
     def run(name: str, x: Tensor) -> Any:
         inputs.setdefault(name, x)
-        return converted.segments[name](x)
+        return converted.segments[name].evaluate(x)
 
     with converted.running(run):
         predict(converted.model, batch)
-    return converted.segments[DENSE], inputs[DENSE], type(model).__name__
+    return inputs[DENSE]

@@ -81,7 +81,7 @@ def pool_movement(inputs: LayerInputs, output: Tensor, call: str, sums: bool) ->
     steps, held = images * inputs.window, signal.bits("integer")
     traffic: dict[Network, Traffic] = {}
     for network in NETWORKS:
-        value = value_bits(network, signal)
+        value = signal.bits(network) if inputs.image else value_bits(network, signal)
         into, out = address_bits(size) + value, address_bits(pooled) + value
         if value == 0:
             state = held if sums else 0
