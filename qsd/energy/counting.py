@@ -136,14 +136,18 @@ class OperationCounter:
             bits = self.spiking.trained.bits, self.spiking.merged_bits
             given = LayerInputs(tensors, self.time_steps, not self.lossless, image, signals, *bits)
             operations = layer.operations(given)
-            result = plain(output)
-            movement = layer.movement(given, result, operations)
-            self.watch.note(result, movement.output)
-            self.accounts.add(layer.call, movement, signals, carrier=layer.role in ("neuron", "pool"))
-            if layer.role == "neuron":
-                self._add_neurons(given, result, movement)
+            if len(tensors[0]):  # A head of regions may get none.
+                self._move(layer, given, plain(output), operations)
         if operations is not None:
             self._add(layer, operations, image)
+
+    def _move(self, layer: TimedLayer, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> None:
+        """Add the bits that a layer moves."""
+        movement = layer.movement(inputs, output, operations)
+        self.watch.note(output, movement.output)
+        self.accounts.add(layer.call, movement, inputs.signals, carrier=layer.role in ("neuron", "pool"))
+        if layer.role == "neuron":
+            self._add_neurons(inputs, output, movement)
 
     def _add_neurons(self, inputs: LayerInputs, output: Tensor, movement: Movement) -> None:
         """Add to NeuroBench's counts."""
@@ -178,7 +182,7 @@ class OperationCounter:
         """Add an operation outside of layers: a sum over positions, or one that no layer accounts for."""
         if operation.layer is not None or self.spiking.runtime.mode == "trace":
             return
-        x = operation.activations[0]
+        x, additions = operation.activations[0], 0.0
         name = f"{operation.name} ({operation.torch_name})"
         if operation.torch_name in _TAPS:
             if operation.output.shape == x.shape:
@@ -203,18 +207,18 @@ class OperationCounter:
             for key in entry.macs:
                 entry.macs[key] += float(operation.output.numel() * length)
         if name in self.layers:
-            self._move(name, operation, self.layers[name].kind)
+            self._move_outside(name, operation, additions)
 
-    def _move(self, name: str, operation: Operation, kind: str) -> None:
-        """Add the bits that an operation outside of layers moves."""
+    def _move_outside(self, name: str, operation: Operation, additions: float) -> None:
+        """Add the bits that an operation outside of layers moves; its additions are those of this call."""
         (x, *_), output = operation.activations, operation.output
         if not isinstance(output, Tensor) or not len(x) or not output.numel():
             return
         passes = len(x) * (self.time_steps if self.lossless else 1)
         images, signal = passes / self.time_steps, self.watch.signal(x)
         values, outputs = x.numel() / len(x), output.numel() / len(x)
-        if kind == "mean":
-            movement = sums_movement(images, passes, values, outputs, signal)
+        if self.layers[name].kind == "mean":
+            movement = sums_movement(images, passes, values, outputs, additions, signal)
         else:
             movement = once_movement(images, values, outputs, signal)
         self.accounts.add(name, movement, (signal,))

@@ -3,7 +3,9 @@
 from qsd.spiking.layers.movement import NETWORKS, Moved, Movement, Network, Signal, Traffic
 
 
-def sums_movement(images: float, passes: float, values: float, outputs: float, signal: Signal) -> Movement:
+def sums_movement(
+    images: float, passes: float, values: float, outputs: float, additions: float, signal: Signal
+) -> Movement:
     """Sums over positions, of spikes or of currents, which come in every time step.
 
     Args:
@@ -11,18 +13,18 @@ def sums_movement(images: float, passes: float, values: float, outputs: float, s
         passes: Number of images times the steps of their windows.
         values: Values of the input per image.
         outputs: Sums per image.
+        additions: Additions of the spiking network: one for each spike, or for each current in every step.
         signal: Range of the values, summed over the window.
     """
     total = signal.times(max(1.0, values / outputs))
     parts: dict[Network, list[Traffic]] = {}
     for network in NETWORKS:
-        times = passes if network in ("merged", "unmerged") else images
-        # Spikes have one bit in each step.
-        value = 1 if times == passes and signal.sources else signal.bits(network)
-        sums, added = total.bits(network), times * values
+        spiking, sums = network in ("merged", "unmerged"), total.bits(network)
+        times, added = (passes, additions) if spiking else (images, images * values)
+        value = 1 if spiking and signal.sources else signal.bits(network)  # Spikes have one bit in each step.
         events = Moved(0.0, added * sums, added * sums, added * value)
-        kept = 0.0 if times == images else times * outputs * sums
-        reuse = Moved(0.0, kept, kept or images * outputs * sums, added * value)
+        written = times * outputs * sums
+        reuse = Moved(0.0, written if spiking else 0.0, written, times * values * value)
         parts[network] = [Traffic(values * value + outputs * sums, events, reuse)]
     return Movement(parts, total)
 

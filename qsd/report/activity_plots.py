@@ -53,16 +53,16 @@ def page_figures(record: ActivityRecord, drawn: Mapping[str, Sequence[Figure]]) 
             "Spikes per neuron and time step at each position, mean over the channels and neurons of a stage.",
         ),
         "attention": (
-            f"Attention over the image in {len(record.received) + len(record.responses)} layers",
+            f"Attention over the image, by token, in {len(record.received) + len(record.responses)} layers",
             "Attention that each token receives (mean of the matrix over heads and queries), or, where there is no "
             "matrix, the firing rate of each token's response. Each panel has its own scale.",
         ),
         "matrices": (
-            f"Matrices of attention in {len(record.matrices)} layers",
+            f"Matrices of attention, queries by keys, in {len(record.matrices)} layers",
             "Matrix of attention, queries by keys, mean over heads as share of T.",
         ),
         "spikes_over_time": (
-            f"Spikes over {record.latency} time steps in {len(record.over_time)} stages",
+            f"Spikes per neuron over {record.latency} time steps in {len(record.over_time)} stages",
             "Spikes per neuron of each stage in each time step of the global clock.",
         ),
     }

@@ -3,9 +3,12 @@ import pytest
 import timm
 import torch
 
+from qsd.energy import preset_prices
 from qsd.neurons import SpikeNeuron
 from qsd.report import Record, costs, record
+from qsd.report.activity_record import ActivityRecord
 from qsd.report.costs import EnergyColumns
+from qsd.spiking.layers.movement import FLOWS, NETWORKS
 
 
 def _made_up(model="qsd_tiny", time_steps=4, layers=12):
@@ -50,13 +53,41 @@ def _made_up(model="qsd_tiny", time_steps=4, layers=12):
         ),
         energy=costs.EnergyRecord(
             preset="fp32", mac_pj=4.6, ac_pj=0.9, time_steps=time_steps, merged=True, bits=3, images=200, layers=layers,
-            total_mj=costs.EnergyTotals(**totals, papers_stem_per_step=totals["papers"] * 1.1),
+            total_mj=costs.EnergyTotals(**totals, papers_stem_per_step=totals["papers"] * 1.1), **_memory(layers),
         ),
         sizes=costs.Sizes(
             parameters=15_100_000, float_bytes=60_500_000, packed_bytes=7_700_000, file_bytes=7_800_000,
             converted_bytes=147_600_000, float_equivalents=1.9e6,
         ),
         segments=[],
+        activity=_activity(random),
+    )  # fmt: skip
+
+
+def _memory(layers):
+    """Totals of memory, prices and NeuroBench's metrics."""
+    with_memory = {}
+    for network in NETWORKS:
+        for flow in FLOWS:
+            arithmetic = sum(layer.arithmetic_mj[network][flow] for layer in layers)
+            memory = [sum(layer.memory_mj[network][flow][end] for layer in layers) for end in (0, 1)]
+            found = costs.WithMemory(arithmetic=arithmetic, memory=memory, total=[arithmetic + end for end in memory])
+            with_memory.setdefault(network, {})[flow] = found
+    operations = costs.SynapticOperations(Effective_MACs=1e7, Effective_ACs=2e9, Dense=5.9e10)
+    metrics = costs.NeuroBenchMetrics(
+        footprint=7.6e6, connection_sparsity=0.11, activation_sparsity=0.83, synaptic_operations=operations,
+        membrane_updates=4.2e7,
+    )  # fmt: skip
+    return {"with_memory_mj": with_memory, "prices": preset_prices("fp32"), "neurobench": metrics}
+
+
+def _activity(random):
+    """Pictures of an image."""
+    maps = {f"stages.{i}": random.rand(2**i, 2**i).round(3).tolist() for i in (3, 2, 1)}
+    return ActivityRecord(
+        image=random.rand(32, 32).round(3).tolist(), rates=maps, received={}, latency=211,
+        responses={"stages.2.blocks.0.attn": random.rand(4, 4).round(3).tolist()},
+        over_time={stage: random.rand(211).tolist() for stage in maps},
     )  # fmt: skip
 
 
@@ -71,8 +102,18 @@ def _layer(random, name, i):
         additions=costs.MergedAndUnmerged(merged=4e7 * merged, unmerged=2e7 * merged),
         macs=costs.Multiplications(merged=0.0, unmerged=1e6, integer=5e6),
         zero_skipping=3e6,
-        energy_mj=EnergyColumns(merged=merged, unmerged=unmerged, papers=papers, integer=merged * 0.7),
+        energy_mj=EnergyColumns(
+            merged=merged, unmerged=unmerged, papers=papers, integer=merged * 0.7, float_twin=merged, lemaire=9 * merged
+        ),
+        bits={network: dict.fromkeys(FLOWS, _moved(random)) for network in NETWORKS},
+        arithmetic_mj={network: dict.fromkeys(FLOWS, merged) for network in NETWORKS},
+        memory_mj={network: {flow: [3 * merged, (4 + (i > 0)) * merged] for flow in FLOWS} for network in NETWORKS},
+        break_even={"arithmetic": 0.14, "events": 0.0, "reuse": None},
     )
+
+
+def _moved(random):
+    return costs.MovedBits(**dict(zip(costs.MovedBits.model_fields, (1e8 * random.rand(5)).tolist())))
 
 
 def _operation(name, i):

@@ -55,16 +55,16 @@ def test_rates_attention_and_time_are_those_of_the_spikes(tmp_path):
         assert bool(activity.matrices) == name.startswith("csd")
         assert bool(activity.responses) == name.startswith("qsd")
 
-        facts = {"model": name, "image": "<b>.png", "time_steps": 4}
-        written = write_activity(activity, image[0], tmp_path / name, facts)
-        assert {path.name for path in written} >= set(FILES)
-        assert name.startswith("qsd") or (tmp_path / name / "matrices.png").is_file()
-        for path in written:
-            if path.suffix == ".png":
-                with Image.open(path) as picture:
-                    picture.verify()
-        page = (tmp_path / name / "activity.html").read_text()
-        assert page.count("<img ") == len(written) - 2
-        assert "<b>.png" not in page
-        record = json.loads((tmp_path / name / "activity.json").read_text())
-        assert record["over_time"] == activity.over_time
+    facts = {"model": name, "image": "<b>.png", "time_steps": 4}
+    written = write_activity(activity, image[0], tmp_path / name, facts)
+    assert {path.name for path in written} >= set(FILES)
+    assert (tmp_path / name / "matrices.png").is_file()
+    for path in written:
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                picture.verify()
+    page = (tmp_path / name / "activity.html").read_text()
+    assert page.count("<img ") == len(written) - 2
+    assert "<b>.png" not in page
+    record = json.loads((tmp_path / name / "activity.json").read_text())
+    assert record["over_time"] == activity.over_time

@@ -51,10 +51,8 @@ class LayerInputs:
     @property
     def images(self) -> float:
         """Number of images."""
-        return self._images(self.tensors[0])
-
-    def _images(self, x: Tensor) -> float:
-        return len(x) / self.window if self.stepped and not self.image else len(x)
+        length = len(self.tensors[0])
+        return length / self.window if self.stepped and not self.image else length
 
     def signal(self, index: int = 0) -> Signal:
         """Range and origin of a tensor.
@@ -70,7 +68,7 @@ class LayerInputs:
         Args:
             x: One of the tensors, or the output.
         """
-        return float(x[0].numel())
+        return float(x.shape[1:].numel())
 
     def counts(self, x: Tensor) -> Tensor:
         """Sums over the window, ``[B, ...]``.
