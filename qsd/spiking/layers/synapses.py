@@ -251,8 +251,8 @@ class SpikingChain(SpikingLinear):
         merged = factors
         if len(factors) > 1:
             kernel = Geometry.merged([convolution.geometry for convolution in self.convolutions.values()])
-            sides = inputs.tensors[0].shape[-2:]
-            merged = [Factor.of_convolution(kernel, *sides, inputs.merged_bits or FLOAT_BITS)]
+            rows, columns = inputs.tensors[0].shape[-2:]
+            merged = [Factor.of_convolution(kernel, rows, columns, inputs.merged_bits or FLOAT_BITS)]
         return linear_movement(inputs, operations, {"merged": merged, "unmerged": factors})
 
 
