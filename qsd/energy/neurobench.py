@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from qsd.spiking.network import SpikingNetwork
 
 
@@ -44,7 +46,7 @@ class NeuroBench:
             counts.bits += layer.stored_bits(spiking.trained.bits, spiking.merged_bits)
             for weight in layer.kernels():
                 counts.weights += weight.numel()
-                counts.zeros += float((weight == 0).sum())
+                counts.zeros += weight.numel() - int(torch.count_nonzero(weight))
         return counts
 
     def add(self, other: "NeuroBench") -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from qsd.functional import exact_matmul
 from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
-from qsd.spiking.layers.costs import LayerInputs, Operations, both
+from qsd.spiking.layers.costs import LayerInputs, Operations, both, exact_sum, nonzero_sum
 from qsd.spiking.layers.movement import Movement
 from qsd.spiking.layers.product_movement import product_movement, query_movement
 from qsd.spiking.steps import product_increment
@@ -46,8 +46,8 @@ class SpikingProduct(TimedLayer):
 
     def operations(self, inputs: LayerInputs) -> Operations:
         left, right = inputs.tensors
-        of_left, of_right = (float(inputs.spikes(x).sum(dtype=torch.float64)) for x in inputs.tensors)
-        events = float(torch.count_nonzero(inputs.counts(left)))
+        of_left, of_right = (float(exact_sum(inputs.spikes(x))) for x in inputs.tensors)
+        events = float(nonzero_sum(inputs.counts(left)))
         cells_left, cells_right = (inputs.cells(x) for x in inputs.tensors)
         return Operations(
             of_left + of_right,
@@ -106,11 +106,11 @@ class SpikingQuery(SpikingProduct):
 
     def operations(self, inputs: LayerInputs) -> Operations:
         matrix, query = inputs.tensors
-        spikes = float(inputs.spikes(query).sum(dtype=torch.float64))
+        spikes = float(exact_sum(inputs.spikes(query)))
         cells = inputs.cells(query)
         skipping = _meet(inputs.counts(matrix) != 0, inputs.counts(query))
         additions = both(spikes * matrix.shape[-2])
-        events = float(torch.count_nonzero(inputs.counts(query)))
+        events = float(nonzero_sum(inputs.counts(query)))
         return Operations(
             spikes,
             cells,
