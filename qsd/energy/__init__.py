@@ -3,11 +3,12 @@
 from qsd.energy.counting import OperationCounter, measure_energy
 from qsd.energy.geometry import Geometry, dense_macs, fan_out
 from qsd.energy.prices import PRESETS, Memory, Preset, Prices, preset_prices, read_prices
-from qsd.energy.table import COLUMNS, Energy, LayerEnergy, energy_csv
+from qsd.energy.table import COLUMNS, CodeCost, Energy, LayerEnergy, energy_csv
 
 __all__ = [
     "COLUMNS",
     "PRESETS",
+    "CodeCost",
     "Energy",
     "Geometry",
     "LayerEnergy",

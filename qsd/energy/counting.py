@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qsd.energy.accounts import Accounts, Row
+from qsd.energy.codes import CodeCounter
 from qsd.energy.neurobench import NeuroBench
 from qsd.energy.outside import once_movement, sums_movement
 from qsd.energy.prices import Preset, Prices, chosen_prices, preset_prices
@@ -78,6 +79,7 @@ class OperationCounter:
         self.layers: dict[str, LayerEnergy] = {}
         self.papers: dict[str, float] = {}  # rate x T x dense operations
         self.cells: dict[str, float] = {}  # neurons x steps that could have fired
+        self.codes = CodeCounter(spiking)
         self.accounts = Accounts()
         self.counts = NeuroBench.of_weights(spiking)
         chains = spiking.chains().values()
@@ -114,7 +116,7 @@ class OperationCounter:
         if prices is None:
             assert preset != "own"
             prices = preset_prices(preset)
-        energy = Energy(preset, self.time_steps, self.merged, images, [], prices, copy.copy(self.counts))
+        energy = Energy(preset, self.time_steps, self.merged, images, [], [], prices, copy.copy(self.counts))
         layers, rows = copy.deepcopy(self.layers), self.accounts.rows()
         for name in rows:  # Neurons whose spikes go to no layer have no operations.
             layers.setdefault(name, LayerEnergy(name, "neuron"))
@@ -123,6 +125,7 @@ class OperationCounter:
             layer.rate = layer.spikes / cells if cells else 0.0
             price(layer, rows.get(name, Row()), energy, self.papers.get(name, 0))
             energy.layers.append(layer)
+        energy.codes = self.codes.costs(energy)
         return energy
 
     def _layer(self, layer: TimedLayer, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -134,12 +137,13 @@ class OperationCounter:
             signals = tuple(self.watch.signal(x) for x in tensors)
             image = self.watch.is_image(tensors[0])
             bits = self.spiking.trained.bits, self.spiking.merged_bits
-            given = LayerInputs(tensors, self.time_steps, not self.lossless, image, signals, *bits)
+            given = LayerInputs(tensors, self.spiking.code, not self.lossless, image, signals, *bits)
             operations = layer.operations(given)
             if len(tensors[0]):  # A head of regions may get none.
                 self._move(layer, given, plain(output), operations)
-        if operations is not None:
-            self._add(layer, operations, image)
+            if operations is not None:
+                self.codes.add(layer, given, operations)
+                self._add(layer, operations, given)
 
     def _move(self, layer: TimedLayer, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> None:
         """Add the bits that a layer moves."""
@@ -156,8 +160,8 @@ class OperationCounter:
         self.counts.spikes += movement.words.additions
         self.counts.updates += cells + movement.words.additions
 
-    def _add(self, layer: TimedLayer, operations: Operations, image: bool) -> None:
-        stem = image and layer.role == "synapse"
+    def _add(self, layer: TimedLayer, operations: Operations, inputs: LayerInputs) -> None:
+        stem = inputs.image and layer.role == "synapse"
         entry = self.layers.setdefault(layer.call, LayerEnergy(layer.call, "stem" if stem else layer.role))
         entry.spikes += operations.spikes
         for key, number in operations.additions.items():
@@ -170,13 +174,13 @@ class OperationCounter:
         if operations.zero_skipping is not None:
             entry.zero_skipping = (entry.zero_skipping or 0.0) + operations.zero_skipping
         self.cells[layer.call] = self.cells.get(layer.call, 0) + operations.cells
-        papers = operations.firing_rate * self.time_steps * dense
+        papers = operations.firing_rate * inputs.window * dense
         self.papers[layer.call] = self.papers.get(layer.call, 0) + papers
         form = "merged" if self.merged else "unmerged"
         self.counts.macs += operations.macs[form]
         self.counts.additions += operations.additions[form]
         kernel = dense if operations.dense_merged is None or not self.merged else operations.dense_merged
-        self.counts.dense += kernel if image else kernel * self.time_steps
+        self.counts.dense += kernel if inputs.image else kernel * inputs.window
 
     def _outside(self, operation: Operation) -> None:
         """Add an operation outside of layers: a sum over positions, or one that no layer accounts for."""
@@ -198,7 +202,9 @@ class OperationCounter:
                 (values >= 0).all() and (values <= self.time_steps).all() and (values == values.round()).all()
             )
             # Spikes add once each; a current comes in every step.
-            additions = float(values.sum()) if counts else x.numel() * (self.time_steps if self.lossless else 1)
+            spikes, steps = self.spiking.code.ones(values) if self.lossless else values, self.spiking.code.steps
+            additions = float(spikes.sum()) if counts else x.numel() * (steps if self.lossless else 1)
+            self.codes.add_values(additions, values if counts else None)
             for key in ("merged", "unmerged"):
                 entry.additions[key] += additions
         elif operation.kind != "other":
@@ -214,8 +220,9 @@ class OperationCounter:
         (x, *_), output = operation.activations, operation.output
         if not isinstance(output, Tensor) or not len(x) or not output.numel():
             return
-        passes = len(x) * (self.time_steps if self.lossless else 1)
-        images, signal = passes / self.time_steps, self.watch.signal(x)
+        steps = self.spiking.code.steps
+        passes = len(x) * (steps if self.lossless else 1)
+        images, signal = passes / steps, self.watch.signal(x)
         values, outputs = x.numel() / len(x), output.numel() / len(x)
         if self.layers[name].kind == "mean":
             movement = sums_movement(images, passes, values, outputs, additions, signal)

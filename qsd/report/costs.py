@@ -6,6 +6,7 @@ from pydantic import Field
 
 from qsd.energy import Preset, Prices
 from qsd.schema import Schema, Share, Size, TimeSteps
+from qsd.spiking.codes import CodeName
 from qsd.spiking.layers.movement import Flow, Network
 
 Count = Annotated[float, Field(ge=0)]  # of operations per image, so not always whole
@@ -102,6 +103,17 @@ class NeuroBenchMetrics(Schema):
     membrane_updates: Count
 
 
+class CodeCost(Schema):
+    """The same counts in one code, per image; see `qsd.energy.CodeCost`."""
+
+    code: CodeName
+    steps: TimeSteps
+    spikes: Count
+    additions: Count
+    shifts: Count
+    energy_mj: Count
+
+
 class EnergyRecord(Schema):
     """Operations and energy; see `qsd.energy.Energy`. Earlier records have neither memory nor NeuroBench's metrics."""
 
@@ -114,6 +126,7 @@ class EnergyRecord(Schema):
     images: Size
     layers: list[EnergyLayer]
     total_mj: EnergyTotals
+    codes: list[CodeCost] = Field(default_factory=list)
     prices: Prices | None = None
     with_memory_mj: dict[Network, dict[Flow, WithMemory]] = Field(default_factory=dict)
     neurobench: NeuroBenchMetrics | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qsd.spiking.codes import Code
 from qsd.spiking.layers.movement import UNKNOWN, Signal
 
 # Operations of the network as it is, with each merged chain as one kernel, and of the network with all factors.
@@ -52,8 +53,8 @@ class LayerInputs:
     """Inputs of one call of a layer.
 
     Attributes:
-        tensors: Spike counts ``[B, ...]``, or where time steps are taken binary spikes ``[T * B, ...]``.
-        time_steps: T of the network, the largest spike count.
+        tensors: Spike counts ``[B, ...]``, or where time steps are taken binary spikes ``[steps * B, ...]``.
+        code: The code whose spikes are counted.
         stepped: Whether time steps are taken.
         image: Whether the inputs are functions of images alone, which are the same in every time step.
         signals: Range and origin of each tensor.
@@ -62,7 +63,7 @@ class LayerInputs:
     """
 
     tensors: tuple[Tensor, ...]
-    time_steps: int
+    code: Code
     stepped: bool
     image: bool
     signals: tuple[Signal, ...] = ()
@@ -70,9 +71,14 @@ class LayerInputs:
     merged_bits: int | None = None
 
     @property
+    def time_steps(self) -> int:
+        """T of the network, the largest spike count."""
+        return self.code.largest
+
+    @property
     def window(self) -> int:
         """Number of time steps in which the spikes of one value come."""
-        return self.time_steps
+        return self.code.steps
 
     @property
     def images(self) -> float:
@@ -104,21 +110,23 @@ class LayerInputs:
         """
         return self.steps(x).sum(0) if self.stepped and not self.image else x
 
-    def spikes(self, x: Tensor) -> Tensor:
-        """Number of spikes of each value: of a count ``[B, ...]`` itself, of binary spikes ``[T * B, ...]`` 0 or 1.
-
-        Args:
-            x: One of the tensors, or the output.
-        """
-        return x
-
     def steps(self, x: Tensor) -> Tensor:
-        """Spikes by time step, ``[T, B, ...]``, where time steps are taken.
+        """Spikes by time step, ``[steps, B, ...]``.
 
         Args:
             x: One of the tensors.
         """
+        if not self.stepped:
+            return self.code.digits(x)
         return x.reshape(self.window, len(x) // self.window, *x.shape[1:])
+
+    def spikes(self, x: Tensor) -> Tensor:
+        """The number of spikes by element, in the shape of the tensor; only counts have one.
+
+        Args:
+            x: One of the tensors.
+        """
+        return x if self.stepped or self.image else self.code.ones(x)
 
     def cells(self, x: Tensor) -> float:
         """Neurons times time steps: the most spikes that could come in.

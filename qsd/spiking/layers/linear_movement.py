@@ -181,8 +181,9 @@ def _of_numbers(
 
 
 def _injected(inputs: LayerInputs, outputs: float, sums: int) -> Traffic:
-    """The constant current of an image, which charges the membranes in every time step, in either dataflow."""
-    bits = inputs.images * inputs.window * outputs * sums
+    """The current of an image, which charges the membranes in every time step that a constant current comes in."""
+    injections = sum(inputs.code.share(step) > 0 for step in range(1, inputs.window + 1))
+    bits = inputs.images * injections * outputs * sums
     events, reuse = (Moved(membranes_read=2 * bits, membranes_written=bits) for _ in range(2))  # Current and membrane.
     return Traffic(2 * outputs * sums, events, reuse)
 
