@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qsd.errors import QsdError
+from qsd.spiking.codes import Code
 from qsd.spiking.layers import DelayedNeuron
 from qsd.spiking.network import SpikingNetwork
 
@@ -18,7 +19,7 @@ class Activity:
 
     Attributes:
         rates: Firing rate by stage and position, spikes per neuron and time step, ``[H, W]`` of the stage's finest map.
-        responses: By attention layer without a matrix, the mean firing rate of each token's response, ``[H, W]``.
+        responses: By attention layer without a matrix, the mean count of each token's response as share of T, ``[H, W]``.
         matrices: By attention layer with a matrix of queries by keys, its mean over heads as shares of T, ``[N, N]``.
         received: By attention layer with a matrix, the mean attention that each token receives, ``[H, W]``.
         over_time: By stage, spikes per neuron in each time step of the global clock.
@@ -78,19 +79,19 @@ def measure_activity(spiking: SpikingNetwork, image: Tensor) -> Activity:
         for handle in handles:
             handle.remove()
     activity = Activity(latency=trace.latency)
-    _add_rates(activity, trace.counts, spiking.time_steps)
+    _add_rates(activity, trace.counts, spiking.code)
     _add_attention(activity, trace.counts, spiking.time_steps)
     for stage, fired in timeline.items():
         activity.over_time[stage] = [fired.get(step, 0.0) / sizes[stage] for step in range(trace.latency)]
     return activity
 
 
-def _add_rates(activity: Activity, counts: dict[str, Tensor], time_steps: int) -> None:
+def _add_rates(activity: Activity, counts: dict[str, Tensor], code: Code) -> None:
     """Means over channels and neurons; maps of a stage are brought to the size of its finest one."""
     maps: dict[str, list[Tensor]] = {}
     for call, count in counts.items():
         if count.dim() == 4 and not call.partition("@")[0].endswith("score_neuron"):
-            maps.setdefault(stage_of(call), []).append(count.double().mean(1) / time_steps)
+            maps.setdefault(stage_of(call), []).append(code.ones(count).double().mean(1) / code.steps)
     for stage, found in maps.items():
         height, width = (max(x.shape[axis] for x in found) for axis in (1, 2))
         sized = [F.interpolate(x[None], (height, width), mode="nearest")[0, 0] for x in found]
