@@ -19,7 +19,8 @@ class Activity:
 
     Attributes:
         rates: Firing rate by stage and position, spikes per neuron and time step, ``[H, W]`` of the stage's finest map.
-        responses: By attention layer without a matrix, the mean count of each token's response as share of T, ``[H, W]``.
+        responses: By attention layer without a matrix, the mean count of each token's response as share of T,
+            ``[H, W]``.
         matrices: By attention layer with a matrix of queries by keys, its mean over heads as shares of T, ``[N, N]``.
         received: By attention layer with a matrix, the mean attention that each token receives, ``[H, W]``.
         over_time: By stage, spikes per neuron in each time step of the global clock.
