@@ -46,13 +46,14 @@ def _price_memory(layer: LayerEnergy, row: Row, energy: Energy) -> None:
     for network in NETWORKS:
         for flow in FLOWS:
             moved = row.moved(network, flow)
-            layer.bits.setdefault(network, {})[flow] = {key: bits / images for key, bits in asdict(moved).items()}
+            layer.moved.setdefault(network, {})[flow] = {key: bits / images for key, bits in asdict(moved).items()}
             memory = row.pj(network, flow, prices)
             layer.memory_mj.setdefault(network, {})[flow] = [pj * _MJ / images for pj in memory]
             silent, busy = _arithmetic_pj(layer, network, flow, prices)
             layer.arithmetic_mj.setdefault(network, {})[flow] = busy * _MJ
             asleep = row.pj(network, flow, prices, silent=True)[0] / images
             ends[network, flow] = (silent, busy), (asleep, memory[0] / images)
+    layer.break_even = dict.fromkeys(("arithmetic", *FLOWS))
     if layer.kind not in ("synapse", "product"):
         return
     mine = ends[energy.network, "reuse"][0]

@@ -56,7 +56,7 @@ class LayerEnergy:
             ``effective`` the same for inputs that are not zero.
         zero_skipping: Accumulates of a product if zeros of its integer operand are skipped, else ``None``.
         energy_mj: Energy by column, in mJ.
-        bits: Bits moved by network, dataflow and kind, see `qsd.spiking.layers.movement.Moved`.
+        moved: Bits moved by network, dataflow and kind, see `qsd.spiking.layers.movement.Moved`.
         arithmetic_mj: Energy of the arithmetic by network and dataflow, in mJ.
         memory_mj: Energy of the memory by network and dataflow, in mJ, at both ends of the price of DRAM.
         break_even: Firing rate below which spikes need less energy than integers, 0 to 1: ``arithmetic`` alone, and
@@ -71,7 +71,7 @@ class LayerEnergy:
     macs: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_MACS, 0.0))
     zero_skipping: float | None = None
     energy_mj: dict[str, float] = field(default_factory=dict)
-    bits: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    moved: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     arithmetic_mj: dict[str, dict[str, float]] = field(default_factory=dict)
     memory_mj: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     break_even: dict[str, float | None] = field(default_factory=dict)
@@ -242,7 +242,7 @@ def energy_csv(layers: list[dict[str, Any]], converted: str) -> str:
             for flow in FLOWS:
                 spiking = network in ("merged", "unmerged")
                 numbers = "effective" if (network, flow) == ("integer", "events") else "integer"
-                moved = layer["bits"].get(network, {}).get(flow, {})
+                moved = layer["moved"].get(network, {}).get(flow, {})
                 writer.writerow(
                     [layer["name"], layer["kind"], network, flow, layer["rate"],
                      layer["additions"][network] if spiking else 0.0,

@@ -50,20 +50,22 @@ def page_figures(record: ActivityRecord, drawn: Mapping[str, Sequence[Figure]]) 
     words = {
         "firing_rates": (
             f"Firing rates over the image by stage; means: {means}",
-            "Spikes per neuron and time step at each position, mean over the channels and neurons of a stage.",
+            "Spikes per neuron and time step at each position, mean over the channels and neurons of a stage. "
+            "Measured on one of the images.",
         ),
         "attention": (
             f"Attention over the image, by token, in {len(record.received) + len(record.responses)} layers",
             "Attention that each token receives (mean of the matrix over heads and queries), or, where there is no "
-            "matrix, the firing rate of each token's response. Each panel has its own scale.",
+            "matrix, the firing rate of each token's response. Each panel has its own scale. "
+            "Measured on one of the images.",
         ),
         "matrices": (
             f"Matrices of attention, queries by keys, in {len(record.matrices)} layers",
-            "Matrix of attention, queries by keys, mean over heads as share of T.",
+            "Matrix of attention, queries by keys, mean over heads as share of T. Measured on one of the images.",
         ),
         "spikes_over_time": (
             f"Spikes per neuron over {record.latency} time steps in {len(record.over_time)} stages",
-            "Spikes per neuron of each stage in each time step of the global clock.",
+            "Spikes per neuron of each stage in each time step of the global clock. Measured on one of the images.",
         ),
     }
     return {name: series(found, *words[name]) for name, found in drawn.items()}

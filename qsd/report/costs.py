@@ -1,13 +1,13 @@
 """The parts of a conversion record that say what the network costs: operations, energy and bytes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import Field
 
 from qsd.energy import Preset, Prices
 from qsd.schema import Schema, Share, Size, TimeSteps
 from qsd.spiking.codes import CodeName
-from qsd.spiking.layers.movement import Flow, Network
+from qsd.spiking.layers.movement import Network
 
 Count = Annotated[float, Field(ge=0)]  # of operations per image, so not always whole
 
@@ -58,6 +58,31 @@ class MovedBits(Schema):
 
 
 Range = Annotated[list[Count], Field(min_length=2, max_length=2)]  # at both ends of the price of DRAM
+_T = TypeVar("_T")
+
+
+class ByFlow(Schema, Generic[_T]):
+    """Something in each dataflow; see `qsd.spiking.layers.movement`."""
+
+    events: _T
+    reuse: _T
+
+
+class ByNetwork(Schema, Generic[_T]):
+    """Something of each network, in each dataflow."""
+
+    merged: ByFlow[_T]
+    unmerged: ByFlow[_T]
+    integer: ByFlow[_T]
+    float_twin: ByFlow[_T]
+
+
+class BreakEven(Schema):
+    """Firing rates below which spikes win; ``None`` for a layer without spikes."""
+
+    arithmetic: Share | None
+    events: Share | None
+    reuse: Share | None
 
 
 class EnergyLayer(Schema):
@@ -71,10 +96,10 @@ class EnergyLayer(Schema):
     macs: Multiplications
     zero_skipping: Count | None
     energy_mj: EnergyColumns
-    bits: dict[Network, dict[Flow, MovedBits]] = Field(default_factory=dict)
-    arithmetic_mj: dict[Network, dict[Flow, Count]] = Field(default_factory=dict)
-    memory_mj: dict[Network, dict[Flow, Range]] = Field(default_factory=dict)
-    break_even: dict[Literal["arithmetic", "events", "reuse"], Share | None] = Field(default_factory=dict)
+    moved: ByNetwork[MovedBits] | None = None
+    arithmetic_mj: ByNetwork[Count] | None = None
+    memory_mj: ByNetwork[Range] | None = None
+    break_even: BreakEven | None = None
 
 
 class WithMemory(Schema):
@@ -128,7 +153,7 @@ class EnergyRecord(Schema):
     total_mj: EnergyTotals
     codes: list[CodeCost] = Field(default_factory=list)
     prices: Prices | None = None
-    with_memory_mj: dict[Network, dict[Flow, WithMemory]] = Field(default_factory=dict)
+    with_memory_mj: ByNetwork[WithMemory] | None = None
     neurobench: NeuroBenchMetrics | None = None
 
     @property

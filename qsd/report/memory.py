@@ -20,10 +20,8 @@ def memory_finding(energy: EnergyRecord) -> Finding:
     Args:
         energy: Operations and energy, with memory.
     """
-    flows = {
-        network: {flow: found.model_dump() for flow, found in by_flow.items()}
-        for network, by_flow in energy.with_memory_mj.items()
-    }
+    assert energy.with_memory_mj is not None
+    flows = energy.with_memory_mj.model_dump()
     wins = [
         own < their
         for flow in FLOW_NAMES
@@ -65,9 +63,9 @@ def memory_rows(energy: EnergyRecord | None) -> list[dict[str, str]]:
 
 
 def _of_flow(energy: EnergyRecord, flow: str) -> dict[str, WithMemory]:
-    return {
-        network: found for network, flows in energy.with_memory_mj.items() for f, found in flows.items() if f == flow
-    }
+    """The networks in one dataflow; none in records of earlier versions."""
+    found = energy.with_memory_mj
+    return {} if found is None else {network: getattr(getattr(found, network), flow) for network in NETWORK_NAMES}
 
 
 def between(ends: Range) -> str:
@@ -90,14 +88,14 @@ def layer_rows(energy: EnergyRecord | None) -> list[dict[str, Any]]:
         return []
     rows = []
     for layer in energy.layers:
-        totals = {}
-        for network in (energy.network, "integer"):
+        if layer.memory_mj is None or layer.arithmetic_mj is None or layer.break_even is None:
+            continue
+        totals, memory, arithmetic = {}, layer.memory_mj.model_dump(), layer.arithmetic_mj.model_dump()
+        for kind, network in (("spiking", energy.network), ("integer", "integer")):
             for flow in FLOW_NAMES:
-                memory = layer.memory_mj[network][flow]  # type: ignore[index]
-                arithmetic = layer.arithmetic_mj[network][flow]  # type: ignore[index]
-                kind = "integer" if network == "integer" else "spiking"
-                totals[f"{kind}_{flow}"] = between([1e3 * (arithmetic + end) for end in memory])
-        rates = {key: rate_words(layer.break_even.get(key)) for key in ("arithmetic", *FLOW_NAMES)}  # type: ignore[call-overload]
+                ends = [1e3 * (arithmetic[network][flow] + end) for end in memory[network][flow]]
+                totals[f"{kind}_{flow}"] = between(ends)
+        rates = {key: rate_words(rate) for key, rate in layer.break_even.model_dump().items()}
         rows.append({"name": layer.name, "rate": layer.rate, "rates": rates, "totals": totals})
     return rows
 
@@ -123,9 +121,10 @@ def bit_rows(energy: EnergyRecord | None) -> list[dict[str, Any]]:
         return []
     found = []
     for layer in energy.layers:
-        flows = layer.bits[energy.network]
-        cells = [count(getattr(moved, kind)) for flow in FLOW_NAMES for moved in [flows[flow]] for kind in KINDS]  # type: ignore[index]
-        found.append({"name": layer.name, "cells": cells})
+        if layer.moved is not None:
+            flows = layer.moved.model_dump()[energy.network]
+            cells = [count(flows[flow][kind]) for flow in FLOW_NAMES for kind in KINDS]
+            found.append({"name": layer.name, "cells": cells})
     return found
 
 
@@ -144,7 +143,7 @@ def memory_figures(energy: EnergyRecord | None) -> dict[str, list[PageFigure]]:
             words.append(f"{NETWORK_NAMES[network]} {name} {between(found.total)} mJ")
     caption = (
         "Energy per image: arithmetic, and memory at the lower price of DRAM; thin lines reach to the upper price. "
-        f"Prices: {source(energy)}."
+        f"Measured on {energy.images} images. Prices: {source(energy)}."
     )
     return {"memory": [page_figure(plots.energy_with_memory(bars), f"Totals with memory: {'; '.join(words)}", caption)]}
 

@@ -121,7 +121,7 @@ def test_bits_and_picojoules_that_can_be_counted_on_paper():
         for network in ("merged", "unmerged") if kind == "spiking" else (kind,):
             for flow, rows in flows.items():
                 for name, bits in rows.items():
-                    assert tuple(layers[name].bits[network][flow][key] for key in KINDS) == bits, (network, flow, name)
+                    assert tuple(layers[name].moved[network][flow][key] for key in KINDS) == bits, (network, flow, name)
                 macs, additions = operations[kind, flow]
                 assert totals[network][flow]["arithmetic"] == pytest.approx((4.6 * macs + 0.9 * additions) * 1e-9)
     # All but the head's own bits lie in the small memory, at 1/4 pJ a bit; the head's cost 1 to 2 pJ.
@@ -277,14 +277,14 @@ def test_spikingjelly_counts_the_same_where_its_assumptions_are_ours():
         network(currents)
     counted = counter.get_counts()["Global"]
     outputs = second[0].numel() + 7
-    weights = sum(row.bits["merged"]["events"]["weights_read"] for row in rows) - 32 * outputs
+    weights = sum(row.moved["merged"]["events"]["weights_read"] for row in rows) - 32 * outputs
     assert weights == 8 * counted["weight_read_bytes"]
     assert counted["bias_read_bytes"] == 4 * outputs * 4
     for key, theirs in (
         ("membranes_read", "neuron_state_read_bytes"),
         ("membranes_written", "neuron_state_write_bytes"),
     ):
-        moved = sum(row.bits["merged"]["reuse"][key] for row in rows)
+        moved = sum(row.moved["merged"]["reuse"][key] for row in rows)
         assert moved - 4 * 32 * outputs == 8 * counted[theirs]
 
     # Memory of an ordinary network: inputs, weights and outputs once each, as the float twin with best reuse.
@@ -292,6 +292,6 @@ def test_spikingjelly_counts_the_same_where_its_assumptions_are_ours():
     counts = first.sum(0)
     with counters.DispatchCounterMode([counter]), torch.no_grad():
         nn.Conv2d(3, 5, 3, 2, 1)(counts)
-    moved = energy["conv"].bits["float_twin"]["reuse"]
+    moved = energy["conv"].moved["float_twin"]["reuse"]
     ours = moved["weights_read"] + moved["activations_read"] + moved["membranes_written"]
     assert ours == 8 * counter.records["Global"][torch.ops.aten.convolution.default]

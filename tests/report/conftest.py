@@ -23,7 +23,7 @@ def _made_up(model="qsd_tiny", time_steps=4, layers=12):
         rate = sum(n * share for n, share in enumerate(histogram)) / time_steps
         neurons.append(record.NeuronActivity(name=name, size=4096, rate=rate, histogram=histogram))
     operations = ["stem.downsample.proj", *(name.replace("neuron", "proj") for name in names), "head"]
-    layers = [_layer(random, name, i) for i, name in enumerate(operations)]
+    layers = [_layer(random, name, i, i == 0 or len(operations) > 6) for i, name in enumerate(operations)]
     columns = EnergyColumns.model_fields
     totals = {key: sum(getattr(layer.energy_mj, key) for layer in layers) for key in columns}
     return Record(
@@ -71,32 +71,40 @@ def _made_up(model="qsd_tiny", time_steps=4, layers=12):
 
 def _memory(layers):
     """Totals of memory, prices and NeuroBench's metrics."""
-    with_memory = {}
-    for network in NETWORKS:
-        for flow in FLOWS:
-            arithmetic = sum(layer.arithmetic_mj[network][flow] for layer in layers)
-            memory = [sum(layer.memory_mj[network][flow][end] for layer in layers) for end in (0, 1)]
-            found = costs.WithMemory(arithmetic=arithmetic, memory=memory, total=[arithmetic + end for end in memory])
-            with_memory.setdefault(network, {})[flow] = found
+    merged = sum(layer.energy_mj.merged for layer in layers)
+    found = costs.WithMemory(arithmetic=merged, memory=[3 * merged, 4 * merged], total=[4 * merged, 5 * merged])
     operations = costs.SynapticOperations(Effective_MACs=1e7, Effective_ACs=2e9, Dense=5.9e10)
     metrics = costs.NeuroBenchMetrics(
         footprint=7.6e6, connection_sparsity=0.11, activation_sparsity=0.83, synaptic_operations=operations,
         membrane_updates=4.2e7,
     )  # fmt: skip
-    return {"with_memory_mj": with_memory, "prices": preset_prices("fp32"), "neurobench": metrics}
+    return {"with_memory_mj": _by_network(found), "prices": preset_prices("fp32"), "neurobench": metrics}
 
 
 def _activity(random):
     """Pictures of an image."""
-    maps = {f"stages.{i}": random.rand(2**i, 2**i).round(3).tolist() for i in (3, 2, 1)}
+    maps = {"stage": random.rand(2, 2).round(3).tolist()}
     return ActivityRecord(
-        image=random.rand(32, 32).round(3).tolist(), rates=maps, received={}, latency=211,
-        responses={"stages.2.blocks.0.attn": random.rand(4, 4).round(3).tolist()},
-        over_time={stage: random.rand(211).tolist() for stage in maps},
+        image=random.rand(2, 2).round(3).tolist(), rates=maps, responses={"attn": maps["stage"]}, received={},
+        over_time={"stage": random.rand(3).tolist()}, latency=3,
     )  # fmt: skip
 
 
-def _layer(random, name, i):
+def _by_network(value):
+    flows = dict.fromkeys(FLOWS, value)
+    return dict.fromkeys(NETWORKS, flows)
+
+
+def _traffic(random, energy):
+    return {
+        "moved": _by_network(_moved(random)),
+        "arithmetic_mj": _by_network(energy),
+        "memory_mj": _by_network([3 * energy, 4 * energy]),
+        "break_even": {"arithmetic": 0.14, "events": 0.0, "reuse": None},
+    }
+
+
+def _layer(random, name, i, memory):
     kind = "stem" if i == 0 else "head" if name == "head" else "product" if "attn.attn" in name else "synapse"
     merged, unmerged, papers = random.exponential(0.02, 3).tolist()
     return costs.EnergyLayer(
@@ -110,10 +118,7 @@ def _layer(random, name, i):
         energy_mj=EnergyColumns(
             merged=merged, unmerged=unmerged, papers=papers, integer=merged * 0.7, float_twin=merged, lemaire=9 * merged
         ),
-        bits={network: dict.fromkeys(FLOWS, _moved(random)) for network in NETWORKS},
-        arithmetic_mj={network: dict.fromkeys(FLOWS, merged) for network in NETWORKS},
-        memory_mj={network: {flow: [3 * merged, (4 + (i > 0)) * merged] for flow in FLOWS} for network in NETWORKS},
-        break_even={"arithmetic": 0.14, "events": 0.0, "reuse": None},
+        **(_traffic(random, merged) if memory else {}),
     )
 
 
