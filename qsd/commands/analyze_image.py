@@ -11,7 +11,10 @@ from qsd.commands import openmmlab
 from qsd.commands.data import data_from_arguments
 from qsd.commands.predictor import Predictor
 from qsd.data import BadImage, load_image
+from qsd.data.transforms import eval_transform
 from qsd.errors import QsdError
+from qsd.image_notes import read_image_notes
+from qsd.packing import image_notes
 from qsd.reading import regular_file
 from qsd.report.activity import FILES, write_activity
 from qsd.spiking import SpikingNetwork
@@ -54,9 +57,16 @@ def _load(path: str, options: Namespace) -> tuple[SpikingNetwork, Tensor, str]:
             raise QsdError(f"{path} holds no network of spikes; give a packed file or a checkpoint.")
         return predictor.network, predictor.read(options.image), Path(path).name
     data: Any = data_from_arguments(options)
+    if getattr(data, "mean", None) is None:
+        data.setup("validate")  # Some data sets measure their statistics.
+    facts = read_image_notes(image_notes(data), Path(path))
     trained, name = load_trained(path)
-    image = load_image(options.image, getattr(data, "exif_orientation", "upright"))
-    if isinstance(image, BadImage):
-        raise QsdError(f"image {options.image} cannot be read: {image.reason}")
-    pixels = data.eval_transform()(image.convert("L") if data.in_chans == 1 else image).unsqueeze(0)
-    return to_spike_driven(trained.to(options.device)), pixels.to(options.device), name
+    found = load_image(options.image, getattr(data, "exif_orientation", "upright"))
+    if isinstance(found, BadImage):
+        raise QsdError(f"image {options.image} cannot be read: {found.reason}")
+    height, width = facts.img_size
+    transform = eval_transform(
+        (height, width), facts.interpolation, facts.crop_pct, mean=tuple(facts.mean), std=tuple(facts.std)
+    )
+    image = transform(found.convert("L") if len(facts.mean) == 1 else found).unsqueeze(0)
+    return to_spike_driven(trained.to(options.device)), image.to(options.device), name
