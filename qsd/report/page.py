@@ -158,7 +158,12 @@ def _energy_rows(record: Record) -> list[dict[str, Any]]:
     totals = record.energy.total_mj.model_dump()
     baseline = totals["integer"]
     return [
-        {"name": name, "mj": totals[key], "ratio": totals[key] / baseline if baseline else None, "how": how}
+        {
+            "name": name,
+            "mj": totals[key],
+            "ratio": totals[key] / baseline if baseline and key != "lemaire" else None,
+            "how": how,
+        }
         for key, (name, how) in _conventions(record.energy).items()
         if totals[key] is not None
     ]
