@@ -143,8 +143,8 @@ def memory_figures(energy: EnergyRecord | None) -> dict[str, list[PageFigure]]:
             words.append(f"{NETWORK_NAMES[network]} {name} {between(found.total)} mJ")
     caption = (
         "Energy per image: arithmetic, and memory at the lower price of DRAM; thin lines reach to the upper price. "
-        f"Measured on {energy.images} images; preset {energy.preset}: {energy.mac_pj} pJ per MAC, {energy.ac_pj} pJ per "
-        f"addition. Prices: {source(energy)}."
+        f"Measured on {energy.images} images; preset {energy.preset}: {energy.mac_pj} pJ per MAC, {energy.ac_pj} pJ "
+        f"per addition. Prices: {source(energy)}."
     )
     return {"memory": [page_figure(plots.energy_with_memory(bars), f"Totals with memory: {'; '.join(words)}", caption)]}
 
