@@ -1,124 +1,24 @@
 """Synapses: linear maps of spikes to currents."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.errors import QsdError
-from qsd.functional import pad_frame
 from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
+from qsd.spiking.layers.convolution import Convolution
 from qsd.spiking.layers.costs import LayerInputs, Operations, synaptic_operations
-from qsd.spiking.layers.geometry import Geometry, Padding, Pair, dense_macs, fan_out, padding_pairs, pair
+from qsd.spiking.layers.geometry import Geometry, dense_macs, fan_out
+from qsd.spiking.layers.linear_movement import Factor, linear_movement
+from qsd.spiking.layers.movement import FLOAT_BITS, Movement
+from qsd.spiking.layers.spike_movement import mean_movement
 from qsd.spiking.runtime import Runtime
 from qsd.spiking.steps import shift
-
-_FLOAT_BITS = 32  # of scales, biases and weights that are not quantized
-
-
-class Convolution(nn.Module):
-    """One linear factor of a chain, with norms folded in.
-
-    Args:
-        weight: ``[C_out, C_in / groups, k_h, k_w]``.
-        bias: ``[C_out]``.
-        stride: Stride of the kernel, one number or two.
-        padding: Rows and columns of zeros around the input, see `qsd.spiking.layers.geometry.Padding`.
-        groups: Groups of channels.
-        frame: Value by channel ``[C_out]`` of one pixel put around the output, or ``None`` for no frame.
-        dilation: Distance of the kernel's taps, one number or two.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    frame: Tensor | None
-    scale: Tensor | None
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        stride: int | Sequence[int] = 1,
-        padding: Padding = 0,
-        groups: int = 1,
-        frame: Tensor | None = None,
-        dilation: int | Sequence[int] = 1,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.register_buffer("frame", frame)
-        self.register_buffer("scale", None)
-        self.stride, self.padding, self.groups = pair(stride), padding_pairs(padding), groups
-        self.dilation = pair(dilation)
-
-    @property
-    def geometry(self) -> Geometry:
-        """The shape of the convolution."""
-        channels, inputs, *kernel = self.weight.shape
-        frame = 0 if self.frame is None else 1
-        return Geometry(channels, inputs, pair(kernel), self.stride, self.padding, self.groups, frame, self.dilation)
-
-    @property
-    def outer_padding(self) -> tuple[Pair, Pair]:
-        """The padding of an equal convolution without a frame, which is the response to zeros around the input."""
-        frame = 0 if self.frame is None else 1
-        height, width = ((before + frame, after + frame) for before, after in self.padding)
-        return height, width
-
-    def stored_bits(self, width: int) -> float:
-        """Bits of the weights, of one scale and one bias by output channel, and of the frame.
-
-        Args:
-            width: Bits of a weight.
-        """
-        vectors = 2 if self.frame is None else 3
-        return self.weight.numel() * width + _FLOAT_BITS * vectors * len(self.bias)
-
-    def quantize(self, bits: int, dtype: torch.dtype) -> None:
-        """Round the weights to integers times a scale by output channel (symmetric).
-
-        Args:
-            bits: Bits of the integers.
-            dtype: Type in which the scale has to be exact, so that the weights can be rebuilt in that type.
-        """
-        largest = self.weight.abs().amax(dim=(1, 2, 3))
-        scale = torch.where(largest > 0, largest / (2 ** (bits - 1) - 1), 1.0).to(dtype).to(self.weight.dtype)
-        self.restore((self.weight / scale.view(-1, 1, 1, 1)).round(), scale, self.bias)
-
-    def integers(self) -> Tensor:
-        """The integers of quantized weights, int16 ``[C_out, C_in / groups, k_h, k_w]``."""
-        assert self.scale is not None
-        return (self.weight / self.scale.view(-1, 1, 1, 1)).round().to(torch.int16)
-
-    def restore(self, integers: Tensor, scale: Tensor, bias: Tensor) -> None:
-        """Put in quantized weights.
-
-        Args:
-            integers: ``[C_out, C_in / groups, k_h, k_w]``.
-            scale: Value of one unit of the integers, ``[C_out]``.
-            bias: ``[C_out]``.
-        """
-        self.scale = scale.to(self.weight)
-        self.weight = integers.to(self.weight) * self.scale.view(-1, 1, 1, 1)
-        self.bias = bias.to(self.weight)
-
-    def forward(self, x: Tensor, share: float = 1.0) -> Tensor:
-        """Convolve ``[B, C_in, H, W]``, with a share of bias and frame.
-
-        Args:
-            x: Input.
-            share: 1 in the count domain, less in a step: over a window both are added once.
-        """
-        (top, bottom), (left, right) = self.padding
-        padding = top, left
-        if (top, left) != (bottom, right):  # as padding="same" of an even kernel is
-            x, padding = F.pad(x, [left, right, top, bottom]), (0, 0)
-        y = F.conv2d(x, self.weight, self.bias * share, self.stride, padding, self.dilation, self.groups)
-        return y if self.frame is None else pad_frame(y, self.frame * share)
 
 
 class SpikingLinear(TimedLayer):
@@ -236,14 +136,34 @@ class SpikingChain(SpikingLinear):
             sum(dense_macs([first["merged"]], height, width)),
         )
 
+    def kernels(self) -> list[Tensor]:
+        return [factor.weight for factor in self.convolutions.values()] if self.merged is None else [self.merged.weight]
+
     def stored_bits(self, weight_bits: Mapping[str, int], merged_bits: int | None) -> float:
         if self.merged is not None:
-            return self.merged.stored_bits(merged_bits or _FLOAT_BITS)
-        total = 0.0
-        for key, factor in self.convolutions.items():
-            own = weight_bits.get(f"{self.name}.weight", _FLOAT_BITS)  # a single convolution has the chain's name
-            total += factor.stored_bits(weight_bits.get(f"{self.name}.{key}.weight", own))
-        return total
+            return self.merged.stored_bits(merged_bits or FLOAT_BITS)
+        widths = self._weight_bits(weight_bits)
+        return sum(factor.stored_bits(widths[key]) for key, factor in self.convolutions.items())
+
+    def _weight_bits(self, weight_bits: Mapping[str, int]) -> dict[str, int]:
+        """Bits of the weights of each factor."""
+        own = weight_bits.get(f"{self.name}.weight", FLOAT_BITS)  # A single convolution has the chain's name.
+        return {key: weight_bits.get(f"{self.name}.{key}.weight", own) for key in self.convolutions}
+
+    def movement(self, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> Movement:
+        assert operations is not None
+        height, width = inputs.tensors[0].shape[-2:]
+        bits, factors = self._weight_bits(inputs.weight_bits), []
+        for key, convolution in self.convolutions.items():
+            shape = convolution.geometry
+            factors.append(Factor.of_convolution(shape, height, width, bits[key], convolution.vectors))
+            height, width = (side + 2 * shape.frame for side in shape.size(height, width))
+        merged = factors
+        if len(factors) > 1:
+            kernel = Geometry.merged([convolution.geometry for convolution in self.convolutions.values()])
+            rows, columns = inputs.tensors[0].shape[-2:]
+            merged = [Factor.of_convolution(kernel, rows, columns, inputs.merged_bits or FLOAT_BITS)]
+        return linear_movement(inputs, operations, {"merged": merged, "unmerged": factors})
 
 
 class SpikingDense(SpikingLinear):
@@ -282,8 +202,21 @@ class SpikingDense(SpikingLinear):
 
     def stored_bits(self, weight_bits: Mapping[str, int], merged_bits: int | None) -> float:
         del merged_bits
-        width = weight_bits.get(f"{self.name}.weight", _FLOAT_BITS)
-        return self.weight.numel() * width + _FLOAT_BITS * 2 * len(self.bias)
+        width = weight_bits.get(f"{self.name}.weight", FLOAT_BITS)
+        return self.weight.numel() * width + FLOAT_BITS * 2 * len(self.bias)
+
+    def _factor(self, inputs: LayerInputs, positions: float) -> Factor:
+        """The layer as it is applied to so many positions."""
+        classes, features = self.weight.shape
+        width = inputs.weight_bits.get(f"{self.name}.weight", FLOAT_BITS)
+        macs = positions * self.weight.numel()
+        sums, reach = positions * classes, float(classes)
+        return Factor(positions * features, sums, macs, width, self.weight.numel(), classes, 2, reach, reach)
+
+    def movement(self, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> Movement:
+        assert operations is not None
+        factors = [self._factor(inputs, self._positions(inputs))]
+        return linear_movement(inputs, operations, {"merged": factors, "unmerged": factors})
 
 
 class SpikingPooledDense(SpikingDense):
@@ -299,6 +232,25 @@ class SpikingPooledDense(SpikingDense):
         currents = F.linear(spikes.transpose(1, 2), self.weight / positions)
         return currents.sum(1) + self.bias * share
 
+    def operations(self, inputs: LayerInputs) -> Operations:
+        found = super().operations(inputs)
+        # Numbers are averaged first, and their means are hardly ever zero.
+        return replace(found, nonzero=inputs.images * self.weight.shape[1], effective=None)
+
     def _positions(self, inputs: LayerInputs) -> int:
         del inputs
-        return 1  # where numbers are multiplied, the mean is taken first
+        return 1  # Where numbers are multiplied, the mean is taken first.
+
+    def movement(self, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> Movement:
+        assert operations is not None
+        (x,) = inputs.tensors
+        dense = self._factor(inputs, 1)
+        spiking = replace(dense, inputs=inputs.size(x), macs=inputs.size(x) * dense.outputs)
+        means = replace(inputs, signals=(inputs.signal().times(x.shape[2] * x.shape[3]),))
+        of_spikes = linear_movement(means, operations, {"merged": [spiking], "unmerged": [spiking]})
+        of_means = linear_movement(means, operations, {"merged": [dense], "unmerged": [dense]})
+        parts = dict(of_spikes.parts)
+        summed = mean_movement(inputs, x, float(x.shape[1]))
+        for network in ("integer", "float_twin"):
+            parts[network] = [*summed.parts[network], *of_means.parts[network]]
+        return Movement(parts, of_spikes.output, of_spikes.words)
