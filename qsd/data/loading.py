@@ -1,6 +1,7 @@
 """Data loaders that skip or report unreadable images, and that resume in the middle of an epoch."""
 
 import logging
+import zlib
 from collections.abc import Iterator
 from typing import Any, Literal, NoReturn
 
@@ -13,6 +14,7 @@ from qsd.data.sampling import TrainSampler
 from qsd.errors import QsdError
 from qsd.reading.files import shown
 from qsd.reading.images import BadImage
+from qsd.stopping import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,7 @@ class ImageLoader(DataLoader[Sample]):
         # Defaults and not fixed, because Lightning copies a loader from all of its attributes.
         kwargs.setdefault("collate_fn", collate)
         kwargs.setdefault("generator", torch.Generator())
+        kwargs.setdefault("worker_init_fn", ignore_stop_signals)
         super().__init__(dataset, **kwargs)
         self.bad_images = bad_images
 
@@ -151,12 +154,12 @@ class TrainLoader(ImageLoader):
 
     def __init__(self, dataset: ImageDataset, *, bad_images: BadImagePolicy, **kwargs: Any) -> None:
         super().__init__(dataset, bad_images=bad_images, **kwargs)
-        self._state = {"epoch": 0, "batches": 0}
+        self._state: dict[str, int] = {"epoch": 0, "batches": 0}
         self._resuming = False
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were handed out."""
-        return dict(self._state)
+        """The epoch, how many of its batches were handed out, and what their images depend on."""
+        return {**self._state, **self._order()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next iteration continue the epoch of the state, if it is of that epoch and batches are left.
@@ -177,10 +180,39 @@ class TrainLoader(ImageLoader):
         sampler = self.sampler
         if not isinstance(sampler, TrainSampler):
             return 0  # Lightning's `overfit_batches` has put a sampler without epochs here.
-        done = self._state["batches"] if self._resuming and self._state["epoch"] == sampler.epoch else 0
-        if done >= len(self):
+        saved = self._state
+        done = saved["batches"] if self._resuming and saved["epoch"] == sampler.epoch else 0
+        if done >= saved.get("length", len(self)):
             done = 0  # The checkpoint was written after the last batch.
+        if done:
+            self._check_order(saved)
         self._resuming = False
         self._state = {"epoch": sampler.epoch, "batches": done}
         sampler.skip = done * (self.batch_size or 1)
         return done
+
+    def _order(self) -> dict[str, int]:
+        """What decides which images are in a batch. Files of version 0.1.0 do not have it."""
+        sampler = self.sampler
+        if not isinstance(sampler, TrainSampler):
+            return {}
+        return {
+            "length": len(self),
+            "batch_size": self.batch_size or 1,
+            "processes": sampler.num_replicas,
+            "images": sampler.length,
+            "labels": zlib.crc32(self.dataset.source.labels.tobytes()),
+            "seed": sampler.seed,
+        }
+
+    def _check_order(self, saved: dict[str, int]) -> None:
+        """Refuse to go on within an epoch whose remaining batches would repeat images or leave some out."""
+        for name, value in self._order().items():
+            before = saved.get(name, value)
+            if before != value and name != "length":
+                difference = "other labels" if name == "labels" else f"{name}={value} instead of {before}"
+                raise QsdError(
+                    f"the checkpoint is from within epoch {saved['epoch']}, which cannot go on with {difference}: "
+                    "images would be repeated or left out; keep this setting, or resume from a checkpoint of the end "
+                    "of an epoch."
+                )
