@@ -117,6 +117,7 @@ class QsdCLI(LightningCLI):
         if "model" in network:
             network["model"], network["model_args"] = model_of_file(str(path), saved["model"], saved.get("model_args"))
         if network and "init_args" in (config.get("model") or {}):
+            rank_zero_only(_say_what_is_unused)(config.model.init_args, network, path)
             network = {"class_path": config.model.class_path, "init_args": network}
             self.config = self.parser.parse_object({self.config.subcommand: {"model": network}}, self.config)
 
@@ -180,6 +181,17 @@ class QsdCLI(LightningCLI):
         finally:
             if self._stop.message is not None and self.trainer.is_global_zero:
                 print(f"qsd: {self._stop.message}", file=sys.stderr)
+
+
+def _say_what_is_unused(given: Any, network: dict[str, Any], path: str) -> None:
+    """Say which arguments of the network a configuration gives in vain, beside a checkpoint with other ones."""
+    saved, chosen = (
+        {k: str(list(v) if isinstance(v, tuple) else v) for k, v in (part.get("model_args") or {}).items()}
+        for part in (network, given)
+    )
+    unused = {key: value for key, value in chosen.items() if saved.get(key, value) != value}
+    if unused:
+        print(f"The network is that of {path}; model_args {unused} of the configuration are not used.")
 
 
 class SaveConfig(SaveConfigCallback):
