@@ -23,6 +23,7 @@ class StopRequest:
         """Remember signals instead of being interrupted by them. Other threads than the main one receive none."""
         if self._before or threading.current_thread() is not threading.main_thread():
             return
+        self.received = None
         self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
 
     def forget(self) -> None:

@@ -31,6 +31,7 @@ class SaveOnStop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace Lightning's handlers: its own one ends a process at different batches than the others."""
+        self.message, self._validating = None, False
         self._request.listen()
 
     def on_train_batch_end(

@@ -11,7 +11,7 @@ import yaml
 
 from qsd import cli
 from tests.helpers import ROOT
-from tests.runs.test_interruptions import full_disk
+from tests.helpers.files import full_disk
 
 SMALL = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 4}
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -99,7 +99,7 @@ def test_a_stopped_training_says_how_it_goes_on(run):
 
 
 def test_faults_of_the_disk_are_one_line(run, monkeypatch):
-    with full_disk(20_000):
+    with full_disk():
         code, said = run("fit", "--trainer.max_epochs=1")
     assert code == 2
     assert said.count("qsd: error: ") == 1

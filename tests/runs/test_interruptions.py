@@ -1,9 +1,7 @@
 """A training that is stopped, killed or resumed: nothing is lost, nothing is changed without a word."""
 
 import os
-import resource
 import signal
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,21 +11,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from qsd import QsdError
 from qsd.runs import SaveOnStop, WholeFileCheckpointIO, newest_checkpoint
+from tests.helpers.files import full_disk
 from tests.helpers.linear import Digits, Linear, Send, fit
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
 INTERRUPTED = "checkpoints/interrupted.ckpt"
-
-
-@contextmanager
-def full_disk(size=2000):
-    """Let every write beyond this size fail, as on a full disk, with "File too large" instead of its message."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def same(a, b):
@@ -68,18 +56,17 @@ def test_ctrl_c_saves_too_and_the_second_one_does_not_wait(tmp_path):
     assert isinstance(ended.value.__context__, KeyboardInterrupt)
     assert "stopped by Ctrl-C; go on with" in watch.message
     assert (tmp_path / INTERRUPTED).is_file()
-    (tmp_path / INTERRUPTED).unlink()
     with pytest.raises(SystemExit):
-        fit(tmp_path, Send(1, 0, number=signal.SIGINT), Send(1, 0, number=signal.SIGINT), watch=watch)
+        fit(tmp_path / "second", Send(1, 0, number=signal.SIGINT), Send(1, 0, number=signal.SIGINT), watch=watch)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert not (tmp_path / INTERRUPTED).exists()
+    assert not (tmp_path / "second" / INTERRUPTED).exists()
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_gives_one_line(tmp_path):
     fit(tmp_path, max_epochs=1)
     last = tmp_path / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
-    with full_disk(), pytest.raises(QsdError, match=r"last.ckpt cannot be written: .*File too large") as error:
+    with full_disk(), pytest.raises(QsdError, match=r"last.ckpt cannot be written: .*No space left on device") as error:
         fit(tmp_path / "second", resume=last, limit_val_batches=0)
     assert "\n" not in str(error.value)
     way = WholeFileCheckpointIO()
@@ -181,5 +168,5 @@ def test_data_loading_processes_leave_signals_to_the_training(tmp_path):
             list(iter(loader))
 
     # PyTorch tells it at any point, within loading or not; the command line has the same line for both.
-    with pytest.raises((QsdError, RuntimeError), match="a data-loading process was ended|DataLoader worker"):
+    with pytest.raises((QsdError, RuntimeError), match=r"data-loading process was ended|DataLoader worker"):
         kill()
