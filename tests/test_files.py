@@ -148,7 +148,7 @@ def test_a_disk_that_is_full_is_one_line_whoever_writes(path, write):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    with pytest.raises(QsdError, match="results.json cannot be written"):
+    with pytest.raises(QsdError, match=r"results\.json cannot be written"):
         fill()
     assert path.read_text() == "old"
     assert os.listdir(path.parent) == [path.name]
