@@ -118,7 +118,7 @@ def count(value: float | None) -> str:
     """A number of operations with its thousands, millions or billions.
 
     Args:
-        value: the number, or ``None`` for a dash.
+        value: The number, or ``None`` for a dash.
     """
     if value is None:
         return "–"
