@@ -104,7 +104,7 @@ class ClassificationTask(LightningModule):
         self._auxiliary_losses: list[AuxiliaryLoss] = []
         self.neurons_are_set = False
         self._resumed: dict[str, Any] | None = None
-        self._rate_of_optimizer = 0.0
+        self.optimizer_rate = 0.0  # The peak rate that the optimizer was built with.
 
     def configure_callbacks(self) -> list[Callback]:
         """The parts of every training that are no part of the loss."""
@@ -159,7 +159,7 @@ class ClassificationTask(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer from timm's registry, and a warm-up and cosine schedule that advances by optimizer steps."""
         h = self.hparams
-        lr = self._rate_of_optimizer = self.learning_rate
+        lr = self.optimizer_rate = self.learning_rate
         with _blaming(
             f"optimizer {h['optimizer']!r} with optimizer_args={h['optimizer_args']}, base_lr={h['base_lr']}"
         ):
@@ -186,11 +186,6 @@ class ClassificationTask(LightningModule):
     @learning_rate.setter
     def learning_rate(self, rate: float) -> None:
         self.hparams["base_lr"] = rate * 256 / self.total_batch_size
-
-    def on_train_start(self) -> None:
-        """Build the optimizer again if Lightning has found another rate or batch size for a new training."""
-        if self.trainer.global_step == 0 and self._rate_of_optimizer != self.learning_rate:
-            self.trainer.strategy.setup_optimizers(self.trainer)
 
     @property
     def total_batch_size(self) -> int:

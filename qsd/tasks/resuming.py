@@ -62,6 +62,13 @@ class Resuming(Callback):
             if isinstance(callback, ModelCheckpoint) and state:
                 _keep_best(trainer, callback, state)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the optimizer again if Lightning has found another rate or batch size for a new training."""
+        task: Any = pl_module
+        built = getattr(task, "optimizer_rate", None)
+        if built is not None and trainer.global_step == 0 and built != task.learning_rate:
+            trainer.strategy.setup_optimizers(trainer)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the gradients, on which the first batch adds up."""
         gradients, self._gradients = self._gradients, {}
@@ -92,8 +99,9 @@ def _keep_best(trainer: Trainer, callback: ModelCheckpoint, state: dict[str, Any
     paths = {path: found(path) for path in {state["best_model_path"], *state["best_k_models"]} if path}
     paths = trainer.strategy.broadcast(paths)  # The first process may be the only one to see the disk.
     if state["best_model_path"] and paths[state["best_model_path"]] is None:
-        logger.warning(
-            "the best checkpoint so far, %s, is gone; the next one counts as best.", state["best_model_path"]
+        level = logging.WARNING if callback.monitor is not None else logging.DEBUG
+        logger.log(
+            level, "the best checkpoint so far, %s, is gone; the next one counts as best.", state["best_model_path"]
         )
         best: dict[str, torch.Tensor] = {}
     else:

@@ -58,8 +58,9 @@ def test_no_run_touches_the_files_of_another(run, capsys):
         assert Path(f"runs/imagenet/version_{number}/checkpoints/last.ckpt").is_file()
 
     # without loggers
+    options = ["--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.callbacks=null"]
     for number in (0, 1):
-        assert run("fit", "--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.limit_train_batches=1")[0] == 0
+        assert run("fit", *options)[0] == 0
         assert {"config.yaml", "checkpoints"} <= {path.name for path in Path(f"runs/version_{number}").iterdir()}
     assert not Path("runs/config.yaml").exists()
 
@@ -109,6 +110,16 @@ def test_faults_of_the_disk_are_one_line(run, monkeypatch):
     code, said = run("fit", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=file")
     assert code == 2
     assert "no folder for this run can be made" in said
+
+
+def test_a_killed_data_loading_process_is_one_line_wherever_pytorch_tells_it(run, monkeypatch):
+    def step(*_):
+        raise RuntimeError("DataLoader worker (pid 123) is killed by signal: Killed.")
+
+    monkeypatch.setattr("qsd.tasks.ClassificationTask.training_step", step)
+    code, said = run("fit", "--trainer.max_epochs=1")
+    assert code == 2
+    assert "qsd: error: a data-loading process was ended by the system" in said
 
 
 def test_sigterm_ends_an_evaluation_at_once(run, monkeypatch):
