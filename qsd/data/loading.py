@@ -2,7 +2,7 @@
 
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -149,17 +149,26 @@ class TrainLoader(ImageLoader):
     Args:
         dataset: The images.
         bad_images: Treatment of images that cannot be read.
+        order_before: `order` of the training that is resumed, if there is one and it is known.
         **kwargs: As for `torch.utils.data.DataLoader`; ``sampler`` is a `TrainSampler`.
     """
 
-    def __init__(self, dataset: ImageDataset, *, bad_images: BadImagePolicy, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        bad_images: BadImagePolicy,
+        order_before: Mapping[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(dataset, bad_images=bad_images, **kwargs)
-        self._state: dict[str, int] = {"epoch": 0, "batches": 0}
+        self.order_before = dict(order_before or {})
+        self._state = {"epoch": 0, "batches": 0}
         self._resuming = False
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, how many of its batches were handed out, and what their images depend on."""
-        return {**self._state, **self._order()}
+        """The epoch, and how many of its batches were handed out."""
+        return dict(self._state)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next iteration continue the epoch of the state, if it is of that epoch and batches are left.
@@ -180,19 +189,19 @@ class TrainLoader(ImageLoader):
         sampler = self.sampler
         if not isinstance(sampler, TrainSampler):
             return 0  # Lightning's `overfit_batches` has put a sampler without epochs here.
-        saved = self._state
-        done = saved["batches"] if self._resuming and saved["epoch"] == sampler.epoch else 0
-        if done >= saved.get("length", len(self)):
+        state = self._state
+        done = state["batches"] if self._resuming and state["epoch"] == sampler.epoch else 0
+        if done >= self.order_before.get("length", len(self)):
             done = 0  # The checkpoint was written after the last batch.
         if done:
-            self._check_order(saved)
+            self._check_order(state["epoch"])
         self._resuming = False
         self._state = {"epoch": sampler.epoch, "batches": done}
         sampler.skip = done * (self.batch_size or 1)
         return done
 
-    def _order(self) -> dict[str, int]:
-        """What decides which images are in a batch. Files of version 0.1.0 do not have it."""
+    def order(self) -> dict[str, int]:
+        """What decides which images are in a batch."""
         sampler = self.sampler
         if not isinstance(sampler, TrainSampler):
             return {}
@@ -205,14 +214,13 @@ class TrainLoader(ImageLoader):
             "seed": sampler.seed,
         }
 
-    def _check_order(self, saved: dict[str, int]) -> None:
+    def _check_order(self, epoch: int) -> None:
         """Refuse to go on within an epoch whose remaining batches would repeat images or leave some out."""
-        for name, value in self._order().items():
-            before = saved.get(name, value)
+        for name, value in self.order().items():
+            before = self.order_before.get(name, value)
             if before != value and name != "length":
                 difference = "other labels" if name == "labels" else f"{name}={value} instead of {before}"
                 raise QsdError(
-                    f"the checkpoint is from within epoch {saved['epoch']}, which cannot go on with {difference}: "
-                    "images would be repeated or left out; keep this setting, or resume from a checkpoint of the end "
-                    "of an epoch."
+                    f"the checkpoint is from within epoch {epoch}, which cannot go on with {difference}: images would "
+                    "be repeated or left out; keep this setting, or resume from a checkpoint of the end of an epoch."
                 )
