@@ -6,6 +6,7 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SECONDS_AFTER_SIGTERM = 30  # of a data-loading process
 
 
 class StopRequest:
@@ -49,14 +50,20 @@ class StopRequest:
             print("\nThe training stops after this batch and saves a checkpoint; Ctrl-C again stops it at once.")
 
 
-def ignore_stop_signals(_worker: int = 0) -> None:
-    """Let a data-loading process leave SIGTERM and Ctrl-C to the training process, which ends it.
+def outlast_stop_signals(_worker: int = 0) -> None:
+    """Let a data-loading process outlast SIGTERM and Ctrl-C, until the training process has finished its batch.
 
-    A terminal and a scheduler send them to all processes; without its loading processes the training could not finish
-    its batch. It is the ``worker_init_fn`` of a loader.
+    A terminal and a scheduler send them to all processes; without its loading processes the training could not finish.
+    It is the ``worker_init_fn`` of a loader.
 
     Args:
         _worker: The number of the process.
     """
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(_number: int, _frame: FrameType | None) -> None:
+    # Not ignored for good: PyTorch ends a process that hangs by the same signal, and then waits for it.
+    signal.alarm(_SECONDS_AFTER_SIGTERM)

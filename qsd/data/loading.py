@@ -14,7 +14,7 @@ from qsd.data.sampling import TrainSampler
 from qsd.errors import QsdError
 from qsd.reading.files import shown
 from qsd.reading.images import BadImage
-from qsd.stopping import ignore_stop_signals
+from qsd.stopping import outlast_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class ImageLoader(DataLoader[Sample]):
         # Defaults and not fixed, because Lightning copies a loader from all of its attributes.
         kwargs.setdefault("collate_fn", collate)
         kwargs.setdefault("generator", torch.Generator())
-        kwargs.setdefault("worker_init_fn", ignore_stop_signals)
+        kwargs.setdefault("worker_init_fn", outlast_stop_signals)
         super().__init__(dataset, **kwargs)
         self.bad_images = bad_images
 

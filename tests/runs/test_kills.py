@@ -16,8 +16,8 @@ from qsd.runs import newest_checkpoint, read_run_checkpoint
 from tests.helpers import sample
 from tests.helpers.training import SMALL
 
-KILLS = sample(3, 20)
-EPOCHS, STEPS = 6, 5  # steps of an epoch: 20 images in batches of 4
+KILLS = sample(1, 20)
+EPOCHS, STEPS = 3, 5  # steps of an epoch: 20 images in batches of 4
 
 
 class Progress(Callback):

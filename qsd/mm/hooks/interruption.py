@@ -15,7 +15,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from qsd.errors import QsdError
 from qsd.files import replace_content
 from qsd.mm.resuming import POINTER
-from qsd.stopping import StopRequest, ignore_stop_signals
+from qsd.stopping import StopRequest, outlast_stop_signals
 
 INTERRUPTED = "interrupted.pth"
 
@@ -117,6 +117,6 @@ class EndOfTraining(Hook):
 
 
 def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
-    ignore_stop_signals()
+    outlast_stop_signals()
     if start is not None:
         start(worker)
