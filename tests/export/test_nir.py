@@ -10,6 +10,7 @@ import qsd
 from qsd.export import to_nir
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.neurons import build_neuron
+from tests.helpers import sample
 from tests.helpers.exporting import CSD, QSD, spiking_network
 from tests.helpers.nir_interpreter import simulate
 
@@ -36,16 +37,11 @@ class Small(nn.Module):
         return self.head(self.fire3(x.mean((2, 3))))
 
 
-def parts():
-    csd, images = spiking_network(*CSD, part="stem")
-    yield csd, images
-    for merge in (True, False):
-        yield spiking_network(QSD[0], QSD[1], part="stem", merge=merge)
-
-
-@pytest.mark.parametrize("which", range(3), ids=["csdformer", "qsd merged", "qsd factors"])
-def test_tokenizers_fire_the_same_spikes_and_give_the_same_sums(which, tmp_path):
-    spiking, images = list(parts())[which]
+@pytest.mark.parametrize(
+    ("network", "merge"), sample([(CSD, True), (QSD, False)], [(CSD, True), (QSD, True), (QSD, False)])
+)
+def test_tokenizers_fire_the_same_spikes_and_give_the_same_sums(network, merge, tmp_path):
+    spiking, images = spiking_network(*network, part="stem", merge=merge)
     spiking = spiking.double()
     to_nir(spiking, tmp_path / "a.nir")
     sums, counts = simulate(tmp_path / "a.nir", images.double())
@@ -72,7 +68,7 @@ def test_a_classifier_of_ones_own_gives_the_same_counts_and_logits(tmp_path):
     assert schedule["steps"] == 4 + 3 * 3  # T, and three neurons in a row that wait T - 1 each.
 
 
-@pytest.mark.parametrize("network", [QSD, CSD], ids=["qsd", "csdformer"])
+@pytest.mark.parametrize("network", sample([CSD], [QSD, CSD]))
 def test_attention_is_refused_by_name_and_nothing_is_left(network, tmp_path):
     spiking, _ = spiking_network(*network)
     with pytest.raises(qsd.QsdError, match=r"NIR has no product of two activations, .*attn.*model.stem"):
@@ -98,6 +94,9 @@ def test_mistakes_are_named(tmp_path):
     spiking, _ = spiking_network(*CSD, part="stem", delay=1)
     with pytest.raises(qsd.QsdError, match="fires before its input is complete"):
         to_nir(spiking, tmp_path / "a.nir")
+    stem = spiking_network(*CSD, part="stem", code="binary")[0]
+    with pytest.raises(qsd.QsdError, match="one threshold for all time steps, which the binary code does not"):
+        to_nir(stem, tmp_path / "a.nir")
     flattened = nn.Sequential(QuantConv2d(3, 2, 3, weight_bits=4), build_neuron(4), nn.Flatten(), QuantLinear(8, 5))
     with pytest.raises(qsd.QsdError, match=r"cannot express the operation (Flatten|Reshape) behind 1;"):
         to_nir(qsd.to_spike_driven(flattened.eval(), example=torch.rand(1, 3, 4, 4)), tmp_path / "a.nir")
