@@ -19,7 +19,7 @@ from qsd.mm.checks import check_data, check_weights
 from qsd.mm.hooks import register_training_hooks, stop_hook
 from qsd.mm.loading import move_data
 from qsd.mm.resuming import check_resumable, check_same_training, checkpoint_to_resume
-from qsd.mm.work_dir import only_training_in
+from qsd.mm.work_dir import only_training_in, own_folder
 from qsd.program import Parser
 from qsd.reading import regular_file
 
@@ -99,6 +99,8 @@ def _train(options: argparse.Namespace, framework: str) -> None:
     if options.pretrained is not None:
         config.model.backbone.init_cfg = ConfigDict(type="Pretrained", checkpoint=options.pretrained)
     config.resume = options.resume is not None
+    if options.work_dir is None and config.work_dir == str(Path("runs", Path(options.config).stem)):
+        config.work_dir = own_folder(config.work_dir, options.resume)
     with only_training_in(config.work_dir, goes_on=config.resume):
         if config.resume:
             _resume(config, options.resume)

@@ -14,7 +14,7 @@ import qsd.mm  # noqa: F401
 from qsd import QsdError
 from qsd.mm.hooks import register_training_hooks, stop_hook
 from qsd.mm.resuming import check_same_training, checkpoint_to_resume
-from qsd.mm.work_dir import only_training_in
+from qsd.mm.work_dir import only_training_in, own_folder
 from tests.helpers.files import full_disk
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
@@ -209,6 +209,20 @@ def test_a_folder_belongs_to_one_training(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(QsdError, match="cannot be written"), only_training_in(tmp_path / "file" / "x", False):
         pass
+
+
+def test_a_folder_that_nobody_chose_is_a_new_one(tmp_path, capsys):
+    default = tmp_path / "runs" / "coco"
+    assert own_folder(default, None) == own_folder(default, "auto") == str(default)
+    for number, name in enumerate(["coco", "coco-1", "coco-2"]):
+        assert own_folder(default, None) == str(default.with_name(name))
+        default.with_name(name).mkdir(parents=True)
+        (default.with_name(name) / "epoch_1.pth").touch()
+        os.utime(default.with_name(name), (number, number))
+    assert "belongs to another training" in capsys.readouterr().out
+    assert own_folder(default, "auto") == str(default.with_name("coco-2"))
+    assert own_folder(default, str(default.with_name("coco-1") / "epoch_1.pth")) == str(default.with_name("coco-1"))
+    assert own_folder(default, "elsewhere/epoch_1.pth") == str(default)
 
 
 def test_another_optimizer_or_schedule_is_refused(tmp_path):
