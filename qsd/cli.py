@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -156,12 +156,13 @@ class QsdCLI(LightningCLI):
         if settings.get("fast_dev_run"):
             return super().instantiate_trainer(**kwargs)
         root = Path(settings.get("default_root_dir") or ".")
-        if settings.get("logger") is False and rank_zero_only.rank == 0:
+        is_first: bool = rank_zero_only(lambda: True)() or False
+        if settings.get("logger") is False and is_first:
             self._claims.append(runs.claim([root]))
             kwargs["default_root_dir"] = str(root / runs.folder_name(self._claims[0].version))
         trainer = super().instantiate_trainer(**kwargs)
         runs.write_whole_files(trainer)
-        if rank_zero_only.rank == 0:
+        if is_first:
             self._claims += runs.claim_for_loggers(trainer.loggers)
         if self.subcommand == "fit":
             trainer.callbacks.append(self._stop)  # type: ignore[attr-defined]

@@ -57,7 +57,7 @@ class SaveOnStop(Callback):
         """Stop a validation of one process; several ones may have different numbers of batches."""
         if self._request.received is None or trainer.sanity_checking or trainer.world_size > 1:
             return
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
                 callback.on_validation_epoch_end(trainer, pl_module)  # It gives the network its raw weights again.
         self._validating = True
