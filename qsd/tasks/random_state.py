@@ -32,8 +32,8 @@ class RandomStates(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the states until the first batch."""
-        seed = os.environ.get("PL_GLOBAL_SEED")
-        self._states = checkpoint.get(_KEY) if checkpoint.get(_SEED, seed) == seed else None
+        before, seed = checkpoint.get(_SEED), os.environ.get("PL_GLOBAL_SEED")
+        self._states = checkpoint.get(_KEY) if before == seed or None in (before, seed) else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the state of this process, right before the first operation that may draw from it."""

@@ -101,16 +101,15 @@ def test_a_checkpoint_is_written_beside_its_target_and_not_in_the_temporary_fold
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"data": Digits(batch_size=3)}, "batch_size=3 instead of 4"),
-        ({"data": Digits(images=13)}, "images=13 instead of 14"),
-        ({"data": Digits(seed=4)}, "seed=4 instead of 3"),
-        ({"accumulate_grad_batches": 3}, "accumulate_grad_batches=1"),
-    ],
-    ids=["batch", "images", "seed", "accumulation"],
-)
+CHANGES = [
+    ({"data": Digits(batch_size=3)}, "batch_size=3 instead of 4"),
+    ({"accumulate_grad_batches": 3}, "accumulate_grad_batches=1"),
+    ({"data": Digits(images=13)}, "images=13 instead of 14"),
+    ({"data": Digits(seed=4)}, "seed=4 instead of 3"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), sample(CHANGES[:2], CHANGES), ids=lambda value: str(value)[:20])
 def test_another_order_of_images_is_refused_within_an_epoch_and_honoured_at_its_end(tmp_path, change, message):
     with pytest.raises(SIGTERMException):
         fit(tmp_path, Send(1, 1))
