@@ -1,6 +1,5 @@
 """A training that is stopped, killed or resumed: nothing is lost, nothing is changed without a word."""
 
-import os
 import signal
 import subprocess
 
