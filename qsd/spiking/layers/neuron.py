@@ -14,7 +14,7 @@ from qsd.spiking.layers.base import TimedLayer
 from qsd.spiking.layers.costs import LayerInputs, Operations
 from qsd.spiking.names import matches
 from qsd.spiking.runtime import Runtime
-from qsd.spiking.steps import charge, fire
+from qsd.spiking.steps import charge, fire, fire_half_even
 
 Potential = float | Tensor
 
@@ -32,7 +32,7 @@ class DelayedNeuron(TimedLayer):
     A neuron whose input is a product of spikes gets, beside the integer currents, the value of their unit. Its
     threshold is divided by that value, anew for every size of the image.
 
-    A neuron of other dynamics overrides `threshold_at`, `start`, `charge`, `fire` and, for the count domain,
+    A neuron of other dynamics overrides `threshold_at`, `limit`, `start`, `charge`, `fire` and, for the count domain,
     `spike_counts`. Steps and ticks are composed of these, so that they agree by construction.
 
     Args:
@@ -48,7 +48,7 @@ class DelayedNeuron(TimedLayer):
         super().__init__(name, runtime)
         self.delay = delay
         self.time_steps, self.threshold, self.amplitude = trained.time_steps, trained.threshold, trained.amplitude
-        self.drive = trained.drive
+        self.drive, self.rule = trained.drive, trained.rule
         self.scaled = False
 
     def step_size(self, features: int) -> float:
@@ -65,13 +65,20 @@ class DelayedNeuron(TimedLayer):
     def threshold_at(self, scale: float = 1.0) -> Potential:
         """The threshold in units of the input.
 
-        A tensor that broadcasts to one time step of the input, ``[B, ...]``, gives every neuron its own threshold,
-        which `fire` may change in place.
+        A tensor that broadcasts to one time step of the input, ``[B, ...]``, gives every neuron its own threshold.
 
         Args:
             scale: Value of one unit of the input, where the input is a product of spikes.
         """
         return self.threshold / scale
+
+    def limit(self, threshold: Potential) -> Potential:
+        """The threshold as `fire` gets it; a tensor that broadcasts to one time step may be changed there, in place.
+
+        Args:
+            threshold: See `threshold_at`.
+        """
+        return threshold
 
     def start(self, threshold: Potential) -> Potential:
         """The membrane potential at the beginning of a window; half a threshold rounds to the nearest count.
@@ -95,7 +102,7 @@ class DelayedNeuron(TimedLayer):
 
         Args:
             membrane: Potential of some neurons after the charge.
-            threshold: A number, or a tensor of the same shape, see `threshold_at`.
+            threshold: A number, or a tensor of the same shape, see `limit`.
             spikes: Receives 0 and 1, in the same shape and type.
         """
         fire(membrane, threshold, spikes)
@@ -107,7 +114,7 @@ class DelayedNeuron(TimedLayer):
             x: Input, accumulated over the window ``[B, ...]``.
             scale: Value of one unit of the input, where the input is a product of spikes.
         """
-        return spike_count(x / self.threshold_at(*scale) if scale else self.drive(x), self.time_steps)
+        return spike_count(x / self.threshold_at(*scale) if scale else self.drive(x), self.time_steps, self.rule)
 
     # -- the three ways to run -----------------------------------------------------------------------------------------
 
@@ -151,7 +158,7 @@ class DelayedNeuron(TimedLayer):
         chunks = zip(
             *(_chunks(tensor) for tensor in (currents, spikes, potentials)),
             _as_chunks(self.start(threshold), currents[0]),
-            _as_chunks(threshold, currents[0]),
+            _as_chunks(self.limit(threshold), currents[0]),
         )
         for current, spike, potential, start, limit in chunks:
             membrane = start[0].clone() if isinstance(start, Tensor) else torch.full_like(current[0], start)
@@ -176,7 +183,8 @@ class DelayedNeuron(TimedLayer):
         if window.begins:
             threshold = self.threshold_at(*scale)
             state["membrane"], state["count"] = _filled(self.start(threshold), x), torch.zeros_like(x)
-            state["threshold"] = _filled(threshold, x) if isinstance(threshold, Tensor) else threshold
+            limit = self.limit(threshold)
+            state["threshold"] = _filled(limit, x) if isinstance(limit, Tensor) else limit
         if window.open:
             self.charge(state["membrane"], x)
         if window.within(delay, self.time_steps):
@@ -194,6 +202,16 @@ class DelayedNeuron(TimedLayer):
 
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, threshold={self.threshold:g}, delay={self.delay}"
+
+
+class HalfEvenNeuron(DelayedNeuron):
+    """A delayed neuron that rounds halves to even counts: its spikes 1, 3, ... need more than the threshold."""
+
+    def limit(self, threshold: Potential) -> Potential:
+        return threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float64)
+
+    def fire(self, membrane: Tensor, threshold: Tensor, spikes: Tensor) -> None:
+        fire_half_even(membrane, threshold, spikes)
 
 
 def _filled(value: Potential, like: Tensor) -> Tensor:
