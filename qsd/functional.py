@@ -74,7 +74,7 @@ def spike_count(drive: Tensor, time_steps: int, rule: CountRule = HALF_UP) -> Te
     QSD-Transformer's published code); with a closed window it is 1 at 0 and T too.
 
     Args:
-        drive: accumulated input divided by the threshold, any shape.
+        drive: Accumulated input divided by the threshold, any shape.
         time_steps: T, the most spikes that a neuron can fire.
         rule: Rounding of halves, and the window of the gradient.
 
@@ -184,10 +184,10 @@ def lsq_quantize(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor
     number of elements although the steps are per channel.
 
     Args:
-        weight: float weights ``[C_out, ...]``.
-        step: positive step sizes ``[C_out]``.
-        q_min: smallest integer, ``-2**(bits - 1)``.
-        q_max: largest integer, ``2**(bits - 1) - 1``.
+        weight: Float weights ``[C_out, ...]``.
+        step: Positive step sizes ``[C_out]``.
+        q_min: Smallest integer, ``-2**(bits - 1)``.
+        q_max: Largest integer, ``2**(bits - 1) - 1``.
 
     Returns:
         Quantized weights in the shape of ``weight``.
@@ -335,9 +335,9 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """Stochastic depth: in training, drop a whole residual branch per image with probability ``rate``.
 
     Args:
-        x: a residual branch ``[B, ...]``.
-        rate: probability in ``[0, 1)``; what is kept is scaled by ``1 / (1 - rate)``.
-        training: does nothing if false.
+        x: A residual branch ``[B, ...]``.
+        rate: Probability in ``[0, 1)``; branches that are not dropped are scaled by ``1 / (1 - rate)``.
+        training: Whether branches are dropped at all.
 
     Returns:
         A tensor of the same shape.

@@ -15,16 +15,25 @@ Bimodality is Sarle's coefficient, ``(skewness^2 + 1) / kurtosis``: 5/9 for a un
 one, 1 for two equal points. More than 5/9 hints at two modes.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from math import inf, log2, nan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qsd.distillation import PROJECTIONS, AttentionRecorder, Teacher, attention_distances, attention_layers
+from qsd.distillation import (
+    PROJECTIONS,
+    AttentionMaps,
+    AttentionRecorder,
+    Teacher,
+    attention_distances,
+    attention_layers,
+)
 from qsd.errors import QsdError
 from qsd.neurons import SpikeNeuron
 
@@ -250,19 +259,13 @@ def measure_information(
         QsdError: If the network has no such attention, or there are no images.
     """
     if not attention_layers(model):
-        raise QsdError(
-            f"{type(model).__name__} has no attention with q_neuron, k_neuron and v_neuron: nothing can be measured."
-        )
+        what = type(model).__name__
+        raise QsdError(f"{what} has no attention with q_neuron, k_neuron and v_neuron: nothing can be measured.")
     device = next(model.parameters()).device
-    distances: dict[tuple[str, str], float] = dict.fromkeys(
-        ((layer, projection) for layer in attention_layers(model) for projection in PROJECTIONS), 0.0
-    )
+    distances: dict[tuple[str, str], float] = defaultdict(float)
     images_seen, hits = 0, 0.0
-    with (
-        _evaluated(model),
-        _attached(InformationMeter(model)) as meter,
-        _attached(AttentionRecorder(model)) as recorder,
-    ):
+    attached = _attached(InformationMeter(model)), _attached(AttentionRecorder(model))
+    with _evaluated(model), attached[0] as meter, attached[1] as recorder:
         for batch in batches:
             images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
             images = images.to(device)
@@ -272,10 +275,7 @@ def measure_information(
             hits = nan if labels is None else hits + float((logits.argmax(-1) == labels.to(device)).sum())
             students = recorder.take()
             if teacher is not None:
-                found = attention_distances(students, teacher(images, statistics)[1])
-                for i, layer in enumerate(recorder.layers):
-                    for projection in PROJECTIONS:
-                        distances[layer, projection] += float(found[projection][i].mean(1).sum())
+                _add_distances(distances, recorder.layers, students, teacher(images, statistics)[1])
             if images_seen >= max_images:
                 break
     if not images_seen:
@@ -283,6 +283,17 @@ def measure_information(
     means = None if teacher is None else {key: total / images_seen for key, total in distances.items()}
     accuracy = None if hits != hits else hits / images_seen
     return Information(images_seen, accuracy, meter.signals(means))
+
+
+def _add_distances(
+    totals: dict[tuple[str, str], float],
+    layers: list[str],
+    students: list[AttentionMaps],
+    teachers: list[AttentionMaps],
+) -> None:
+    found = attention_distances(students, teachers)
+    for projection, (i, layer) in product(PROJECTIONS, enumerate(layers)):
+        totals[layer, projection] += float(found[projection][i].mean(1).sum())
 
 
 @contextmanager

@@ -112,9 +112,6 @@ class LearnedStepNeuron(SpikeNeuron):
 
     The step exists and has a value when the constructor returns. All parameters of the class are step sizes.
 
-    Attributes:
-        step_name: Name of the parameter.
-
     A neuron behind a product of spikes receives the product of their counts, an integer, and the value of one unit of
     that integer (``scale``). Its threshold absorbs the scale: ``step / scale``, in units of counts. So ties are decided
     on integers, as binary spikes decide them.
@@ -126,8 +123,6 @@ class LearnedStepNeuron(SpikeNeuron):
     Raises:
         QsdError: If ``time_steps`` is out of range.
     """
-
-    step_name = "step"
 
     def __init__(self, time_steps: int = 4, amplitude: float | None = None) -> None:
         super().__init__(time_steps, amplitude=amplitude)
@@ -235,8 +230,6 @@ class QcfsNeuron(LearnedStepNeuron):
     The ceiling starts at 8, whatever the data, and its gradient is QCFS's own, without LSQ's factor. CSDformer's
     authors report that it does not converge.
     """
-
-    step_name = "ceiling"
 
     def __init__(self, time_steps: int = 4, amplitude: float | None = None) -> None:
         super().__init__(time_steps, amplitude)

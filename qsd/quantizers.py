@@ -19,12 +19,7 @@ class StepSizeQuantizer(nn.Module):
 
     Raises:
         QsdError: If ``bits`` is out of range.
-
-    Attributes:
-        step_name: Name of the parameter of step sizes.
     """
-
-    step_name = "step"
 
     def __init__(self, bits: int, out_channels: int) -> None:
         super().__init__()

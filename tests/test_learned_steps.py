@@ -316,8 +316,6 @@ def test_a_neuron_of_one_s_own_is_one_entry(monkeypatch):
     class ThetaNeuron(LearnedStepNeuron):
         """A step of another name, without a factor on its gradient."""
 
-        step_name = "theta"
-
         def __init__(self, time_steps=4, amplitude=None):
             super().__init__(time_steps, amplitude)
             self.theta = nn.Parameter(torch.ones(()))

@@ -39,7 +39,7 @@ class CifarData(ImageData):
         download: Fetch the files if they are missing.
         val_size: Number of training images that are reserved for validation; 0 trains on all and validates on the
             test images.
-        auto_augment: timm's name of a policy of distortions; None for none.
+        auto_augment: Policy of distortions, by its name in timm; ``None`` for no distortion.
         random_erasing: Probability that a rectangle is replaced by noise.
         hflip: Probability of the horizontal flip.
         seed: Seed of order and augmentation, not of the split; None takes that of ``seed_everything``, or 0.

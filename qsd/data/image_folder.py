@@ -30,7 +30,7 @@ class ImageFolderData(ImageData):
         batch_size: Images per step and process.
         num_workers: Loading processes per training process; 0 loads in the training process, None chooses the number
             of cores per training process, at most 8.
-        auto_augment: timm's name of a policy of distortions; None for none.
+        auto_augment: Policy of distortions, by its name in timm; ``None`` for no distortion.
         random_erasing: Probability that a rectangle is replaced by noise.
         color_jitter: Strength of brightness, contrast and saturation jitter; timm applies it only without
             ``auto_augment``.

@@ -1,4 +1,17 @@
-"""Converted networks as ONNX files, in floats or in integers."""
+"""Converted networks as ONNX files, in floats or in integers.
+
+A file with floats holds the network that `SpikingNetwork` evaluates. In a file with integers (ours) spike counts are
+unsigned bytes, weights are signed bytes with values of their 2 to 8 bits (perhaps times a power of two), and
+convolutions of spikes are integer convolutions. A layer whose input and output are spikes gives the same counts, for
+every input.
+
+Values between the convolutions of a chain (RepConv, SepConv) are rounded to 8 bits, on a grid from their least to
+their largest value on the images, and biases of such a chain are rounded to integers. ``inner`` holds the grids:
+least and largest unit of the channels, and the level of 0. A count that changes by such a rounding can change counts
+after it. ``round_inner="none"`` computes these chains in floats, from weights of 8 bits, and with exact counts; with
+``merged_bits=8`` in `qsd.to_spike_driven` there are no inner values. The first layer, whose input is the image, the
+sums of currents between blocks and the products of attention (of integers) are always floats.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,17 +43,7 @@ def to_onnx(
     The graph takes ``images`` ``[B, C, H, W]`` (float32, any B) and gives ``logits`` ``[B, classes]``. Its metadata
     have one entry, ``qsd``: JSON with ``kind``, ``time_steps``, ``image`` (``[C, H, W]``), ``inner`` and ``notes``.
 
-    A file with floats holds the network that `SpikingNetwork` evaluates. In a file with integers (ours) spike counts
-    are unsigned bytes, weights are signed bytes with values of their 2 to 8 bits (perhaps times a power of two), and
-    convolutions of spikes are integer convolutions. A layer whose input and output are spikes gives the same counts,
-    for every input.
-
-    Values between the convolutions of a chain (RepConv, SepConv) are rounded to 8 bits, on a grid from their least to
-    their largest value on the images, and biases of such a chain are rounded to integers. ``inner`` holds the grids:
-    least and largest unit of the channels, and the level of 0. A count that changes by such a rounding can change
-    counts after it. ``round_inner="none"`` computes these chains in floats, from weights of 8 bits, and with exact
-    counts; with ``merged_bits=8`` in `qsd.to_spike_driven` there are no inner values. The first layer, whose input is
-    the image, the sums of currents between blocks and the products of attention (of integers) are always floats.
+    The two kinds of files are described at the head of this module.
 
     Args:
         spiking: Network with lossless delays, because the file has no time steps.

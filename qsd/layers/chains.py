@@ -131,7 +131,7 @@ def rep_conv(channels: int, weight_bits: int | None = 4, layer_scale: float | No
     network's: one closes the reparametrisable chain, one belongs to the projection.
 
     Args:
-        channels: input and output channels, ``[B, C, H, W]`` to ``[B, C, H, W]``.
+        channels: Input and output channels, ``[B, C, H, W]`` to ``[B, C, H, W]``.
         weight_bits: 2 to 8, or ``None`` for float weights.
         layer_scale: Initial scale by channel of a residual branch that ends here, or ``None`` for none.
     """

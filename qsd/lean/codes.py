@@ -158,11 +158,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def fire(
-    x: Tensor,
-    time_steps: int,
-    threshold: Scalar | None,
-    amplitude: Scalar,
-    rule: CountRule = HALF_UP,
+    x: Tensor, time_steps: int, threshold: Scalar | None, amplitude: Scalar, rule: CountRule = HALF_UP
 ) -> tuple[Tensor, Layout, Tensor | None]:
     """Spike counts times an amplitude, and their codes.
 
@@ -194,8 +190,7 @@ def fire(
             torch.mul(part, time_steps, out=drive)
         else:
             torch.div(part, threshold, out=drive)
-        rounded = torch.round(drive, out=counts) if rule.half_even else torch.add(drive, 0.5, out=counts).floor_()
-        rounded.clamp_(0, time_steps)
+        _round(drive, counts, rule.half_even).clamp_(0, time_steps)
         if parts is not None and count:
             packed = _pack_(drive, counts, _bounds(drive, time_steps, rule.closed), highest, bits)
             parts = None if packed is None else [*parts, packed]
@@ -206,6 +201,11 @@ def fire(
     if not parts:
         return output, layout, None
     return output, layout, parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _round(drive: Tensor, counts: Tensor, half_even: bool) -> Tensor:
+    """Write the drive, rounded to whole numbers, into the memory of the counts."""
+    return torch.round(drive, out=counts) if half_even else torch.add(drive, 0.5, out=counts).floor_()
 
 
 def _bounds(drive: Tensor, time_steps: int, closed: bool) -> tuple[float, float]:

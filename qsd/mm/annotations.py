@@ -245,6 +245,24 @@ def _check_boxes(
     ]
     counts["of other images or classes, or ignored"] = len(annotations) - len(read)
     entries, file.numbers = [annotations[i] for i in read], read
+    values, area = _boxes_and_areas(file, entries)
+    shape = shapes[[places[owners[i]] for i in read]].reshape(-1, 2)[:, ::-1]
+    inner = np.minimum(values[:, :2] + values[:, 2:], shape) - np.maximum(values[:, :2], 0)
+    empty = (values[:, 2:] < 1).any(1) | (area <= 0)
+    outside = ~empty & (inner <= 0).any(1)
+    crowd = np.array([bool(entry.get("iscrowd")) for entry in entries], bool)
+    counts["of boxes without area"] = int(empty.sum())
+    counts["of boxes outside their image"] = int(outside.sum())
+    counts["of crowds"] = int((crowd & ~empty & ~outside).sum())
+    file.numbers = None
+    used = [read[i] for i in np.flatnonzero(~empty & ~outside)]
+    counts["images without boxes"] = len(places) - len({owners[i] for i in used if not annotations[i].get("iscrowd")})
+    return used, read
+
+
+def _boxes_and_areas(file: _File, entries: list[dict[str, Any]]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Boxes ``[N, 4]`` as x, y, width, height, and areas ``[N]``; a field that is no such number is refused."""
+    part = "annotations"
     boxes = file.column(part, entries, "bbox", frozenset({list}))
     areas = file.column(part, entries, "area", NUMBERS)
     if set(map(len, boxes)) - {4} or set(map(type, chain.from_iterable(boxes))) - NUMBERS:
@@ -260,18 +278,7 @@ def _check_boxes(
     area = floats(areas)
     if np.isnan(area).any():
         raise file.error(part, int(np.isnan(area).argmax()), entries, "has area=NaN")
-    shape = shapes[[places[owners[i]] for i in read]].reshape(-1, 2)[:, ::-1]
-    inner = np.minimum(values[:, :2] + values[:, 2:], shape) - np.maximum(values[:, :2], 0)
-    empty = (values[:, 2:] < 1).any(1) | (area <= 0)
-    outside = ~empty & (inner <= 0).any(1)
-    crowd = np.array([bool(entry.get("iscrowd")) for entry in entries], bool)
-    counts["of boxes without area"] = int(empty.sum())
-    counts["of boxes outside their image"] = int(outside.sum())
-    counts["of crowds"] = int((crowd & ~empty & ~outside).sum())
-    file.numbers = None
-    used = [read[i] for i in np.flatnonzero(~empty & ~outside)]
-    counts["images without boxes"] = len(places) - len({owners[i] for i in used if not annotations[i].get("iscrowd")})
-    return used, read
+    return values, area
 
 
 def _check_masks(

@@ -33,11 +33,11 @@ def check_data(runner: Runner, parts: tuple[str, ...]) -> None:
     Files are looked at by the first process; the others wait.
 
     Args:
-        runner: built from a configuration.
-        parts: of ``"train"``, ``"val"`` and ``"test"``, those that will be used.
+        runner: The runner that was built from a configuration.
+        parts: The parts that will be used, of ``"train"``, ``"val"`` and ``"test"``.
 
     Raises:
-        QsdError: for the first thing that does not fit.
+        QsdError: For the first fault.
     """
     for part in parts:
         _in_first_process(runner, partial(_check_files, runner.cfg, part))
@@ -117,11 +117,11 @@ def check_weights(model: nn.Module, checkpoint: str) -> None:
     """Refuse a checkpoint that lacks parameters of a model: mmengine would warn, and go on with random ones.
 
     Args:
-        model: built from a configuration, wrapped for several processes or not.
-        checkpoint: file that mmengine reads.
+        model: The model that was built from a configuration, wrapped for several processes or not.
+        checkpoint: A file that mmengine reads.
 
     Raises:
-        QsdError: if it cannot be read; with the first parameter that is missing or has another shape.
+        QsdError: If the file cannot be read, or for the first parameter that is missing or has another shape.
     """
     content = read_mm_checkpoint(checkpoint)
     state = content.get("state_dict", content)

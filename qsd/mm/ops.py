@@ -121,8 +121,8 @@ def roi_align_backward(
     Args:
         grad_output: Gradient by the output.
         rois: Index of the image and corners in pixels ``[K, 5]``.
-        argmax_y: unused.
-        argmax_x: unused.
+        argmax_y: Unused.
+        argmax_x: Unused.
         grad_input: Tensor that the result is written to.
         aligned_height: Rows of the grid.
         aligned_width: Columns of the grid.

@@ -6,6 +6,7 @@ tokenizer with max-pooling, batch norms only, ReLU over N in place of the softma
 neuron stands in front of the head; here one does, so that the head too sees spikes.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -76,6 +77,21 @@ class CsdBlock(nn.Module):
         return x + drop_path(self.mlp(x), self.drop_path_rate, self.training)
 
 
+def _check_arguments(activation: str, embed_dims: object, depth: int, mlp_ratio: float, strides: Sequence[int]) -> None:
+    learned = [kind for kind in neuron_kinds() if kind != "fixed"]
+    if activation not in (*learned, "relu"):
+        names = ", ".join(repr(kind) for kind in learned)
+        raise QsdError(f"activation={activation!r} is unknown; use {names} or 'relu'.")
+    if not isinstance(embed_dims, int) or embed_dims < 8 or embed_dims % 8:
+        raise QsdError(f"embed_dims={embed_dims!r} is no positive multiple of 8.")
+    if depth < 1:
+        raise QsdError(f"depth={depth} leaves no block.")
+    if mlp_ratio * embed_dims < 1:
+        raise QsdError(f"mlp_ratio={mlp_ratio} leaves no channels inside the MLPs.")
+    if len(strides) != 4 or min(strides) < 1:
+        raise QsdError(f"strides={tuple(strides)}: four positive strides are needed, one per pool.")
+
+
 class CsdFormer(ImageClassifier):
     """CSDformer for images ``[B, in_chans, H, W]``, any size and shape from the total stride upwards.
 
@@ -121,18 +137,7 @@ class CsdFormer(ImageClassifier):
         drop_path_rate: float = 0.0,
         global_pool: Literal["avg"] = "avg",
     ) -> None:
-        learned = [kind for kind in neuron_kinds() if kind != "fixed"]
-        if activation not in (*learned, "relu"):
-            names = ", ".join(repr(kind) for kind in learned)
-            raise QsdError(f"activation={activation!r} is unknown; use {names} or 'relu'.")
-        if not isinstance(embed_dims, int) or embed_dims < 8 or embed_dims % 8:
-            raise QsdError(f"embed_dims={embed_dims!r} is no positive multiple of 8.")
-        if depth < 1:
-            raise QsdError(f"depth={depth} leaves no block.")
-        if mlp_ratio * embed_dims < 1:
-            raise QsdError(f"mlp_ratio={mlp_ratio} leaves no channels inside the MLPs.")
-        if len(strides) != 4 or min(strides) < 1:
-            raise QsdError(f"strides={tuple(strides)}: four positive strides are needed, one per pool.")
+        _check_arguments(activation, embed_dims, depth, mlp_ratio, strides)
         time_steps = None if activation == "relu" else time_steps or None
         weight_bits = weight_bits or None
         super().__init__(
@@ -154,9 +159,7 @@ class CsdFormer(ImageClassifier):
         self.pool = TokenMean()
         self.head = self.build_head(num_classes)
 
-        self.total_stride = 1
-        for stride in strides:
-            self.total_stride *= stride
+        self.total_stride = math.prod(strides)
         self.feature_info = [
             {"num_chs": embed_dims, "reduction": self.total_stride, "module": f"blocks.{i}"} for i in range(depth)
         ]

@@ -5,7 +5,8 @@ follow the published classification code; its gaps (stochastic depth without eff
 filled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -68,32 +69,20 @@ class QsdTransformer(StagedClassifier):
             embed_dims[-1], num_classes, in_chans, time_steps, weight_bits, drop_rate, drop_path_rate, global_pool
         )
         kinds: dict[str, Any] = {"time_steps": time_steps, "weight_bits": weight_bits}
-        rates = drop_path_rates(drop_path_rate, sum(depths))
+        options: dict[str, Any] = {"num_heads": num_heads, "mlp_ratio": mlp_ratio, "attention": attention, **kinds}
+        convolutional: Callable[[int], nn.Module] = partial(ConvBlock, mlp_ratio=mlp_ratio, **kinds)
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
 
-        def transformer_blocks(dim: int, rates: list[float]) -> list[nn.Module]:
-            return [
-                TransformerBlock(
-                    dim, num_heads, mlp_ratio, attention=attention, layer_scale=layer_scale, drop_path_rate=r, **kinds
-                )
-                for r in rates
-            ]
+        def attending(dim: int) -> nn.Module:
+            return TransformerBlock(dim, layer_scale=layer_scale, drop_path_rate=next(rates), **options)
 
-        d0, d1, d2, d3 = embed_dims
-        self.stem = Stage(
-            Downsample(in_chans, d0 // 2, kernel_size=7, stride=strides[0], first=True, **kinds),
-            [ConvBlock(d0 // 2, mlp_ratio, **kinds)],
-        )
-        self.stages = nn.ModuleList(
-            [
-                Stage(Downsample(d0 // 2, d0, stride=strides[1], **kinds), [ConvBlock(d0, mlp_ratio, **kinds)]),
-                Stage(
-                    Downsample(d0, d1, stride=strides[2], **kinds),
-                    [ConvBlock(d1, mlp_ratio, **kinds) for _ in range(2)],
-                ),
-                Stage(Downsample(d1, d2, stride=strides[3], **kinds), transformer_blocks(d2, rates[: depths[0]])),
-                Stage(Downsample(d2, d3, stride=strides[4], **kinds), transformer_blocks(d3, rates[depths[0] :])),
-            ]
-        )
+        dims = [embed_dims[0] // 2, *embed_dims]
+        first = Downsample(in_chans, dims[0], kernel_size=7, stride=strides[0], first=True, **kinds)
+        self.stem, self.stages = Stage(first, [convolutional(dims[0])]), nn.ModuleList()
+        blocks = [(convolutional, 1), (convolutional, 2), (attending, depths[0]), (attending, depths[1])]
+        for dim, width, stride, (block, number) in zip(dims, embed_dims, strides[1:], blocks):
+            downsample = Downsample(dim, width, stride=stride, **kinds)
+            self.stages.append(Stage(downsample, [block(width) for _ in range(number)]))
         self.head_neuron = build_neuron(time_steps)
         self.head = self.build_head(num_classes)
         self.describe_stages(embed_dims, strides)

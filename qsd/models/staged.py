@@ -1,6 +1,7 @@
 """The base of classifiers that are a stem and a row of stages, each a down-sampling and blocks."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,12 +52,11 @@ class StagedClassifier(ImageClassifier):
             embed_dims: Channels of the stages.
             strides: Stride of the stem, then of each stage.
         """
-        reduction = strides[0]
-        self.feature_info = []
-        for i, dim in enumerate(embed_dims):
-            reduction *= strides[i + 1]
-            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
-        self.total_stride = reduction
+        self.feature_info = [
+            {"num_chs": dim, "reduction": prod(strides[: i + 2]), "module": f"stages.{i}"}
+            for i, dim in enumerate(embed_dims)
+        ]
+        self.total_stride = prod(strides)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features ``[B, C, H', W']`` to logits ``[B, num_classes]``.

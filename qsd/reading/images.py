@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from qsd.errors import QsdError
 
@@ -107,6 +107,8 @@ def load_image(path: str, exif_orientation: ExifOrientation = "upright") -> Imag
             return _to_rgb(upright(image) if exif_orientation == "upright" else image)
     except MemoryError:
         raise  # which is not the file's fault
+    except UnidentifiedImageError:
+        return BadImage(path, "it is no image of a known format")
     except Exception as error:  # whatever a decoder stumbles over: Pillow lists no types
         lines = str(error).splitlines() or [type(error).__name__]
         return BadImage(path, lines[0][:200].replace(repr(path), "the file"))
@@ -137,7 +139,7 @@ def _to_uint8(values: np.ndarray[Any, Any], mode: str, file_format: str | None) 
     """Scale grey values ``[H, W]`` of any depth to 0..255.
 
     Args:
-        values: integers or floats.
+        values: Integers or floats.
         mode: Pillow's name of the pixel format.
         file_format: Pillow's name of the file format.
 

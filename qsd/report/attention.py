@@ -1,4 +1,4 @@
-"""What attention's spikes tell, of one network or several side by side, as a page."""
+"""A page about the information that the spikes of attention carry, for one network or several side by side."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -11,7 +11,7 @@ from qsd.report import attention_plots as figures
 from qsd.report.rendering import Finding, PageFigure, render, series
 
 MOST_NETWORKS = len(figures.COLOURS)
-# Quantities of a signal: key, name on figures, name in tables, key of the most that it can be.
+# Quantities of a signal: key, name on figures, name in tables, key of the upper bound.
 QUANTITIES = (
     ("entropy", "entropy of the counts, bits", "entropy, bits", "max_entropy"),
     ("kept_variance", "share of the membrane's variance kept", "variance kept", None),
@@ -23,12 +23,12 @@ QUANTITIES = (
 
 
 def network_record(label: str, information: Information, **facts: Any) -> dict[str, Any]:
-    """One network of a record.
+    """The entry of one network in a record.
 
     Args:
-        label: what it is called on the page.
-        information: what was measured.
-        **facts: ``model``, ``time_steps``, ``weight_bits`` and ``checkpoint``.
+        label: Name of the network on the page.
+        information: The measurements.
+        **facts: The entries ``model``, ``time_steps``, ``weight_bits`` and ``checkpoint``.
     """
     return {"label": label, **facts, **information.to_dict()}
 
@@ -37,12 +37,12 @@ def attention_record(networks: Sequence[Mapping[str, Any]], data: str, teacher: 
     """A record of several networks, for `attention_html` and JSON.
 
     Args:
-        networks: of `network_record`.
-        data: what was measured on, in words.
-        teacher: whose similarities they were compared with, if any.
+        networks: Entries of `network_record`.
+        data: Name of the images that were measured, in words.
+        teacher: Name of the network whose token similarities were compared, or ``None``.
 
     Raises:
-        QsdError: if they cannot stand side by side.
+        QsdError: If there are too many networks, or their attention layers differ.
     """
     if not 1 <= len(networks) <= MOST_NETWORKS:
         raise QsdError(f"{len(networks)} networks: one to {MOST_NETWORKS} can be shown side by side.")
@@ -60,7 +60,7 @@ def attention_html(record: Mapping[str, Any]) -> str:
     """The page of a record.
 
     Args:
-        record: what `attention_record` returned, or what was written of it as JSON.
+        record: The result of `attention_record`, or the same read from JSON.
     """
     shown = [(key, name) for key, _, name, _ in QUANTITIES if _known(record, key)]
     return render(
@@ -75,10 +75,10 @@ def attention_html(record: Mapping[str, Any]) -> str:
 
 
 def findings(record: Mapping[str, Any]) -> list[Finding]:
-    """What a record says, in sentences.
+    """The findings of a record, in sentences.
 
     Args:
-        record: see `attention_html`.
+        record: A record, as in `attention_html`.
     """
     networks, means = record["networks"], record["means"]
     found = []
@@ -135,7 +135,7 @@ def _figures(record: Mapping[str, Any]) -> dict[str, list[PageFigure]]:
                 f"{network['label']} {'unknown' if value is None else f'{value:.3f}'}"
                 for network, value in zip(networks, record["means"][key])
             )
-            caption = f"{name[0].upper()}{name[1:]}, by layer{'; dashed: the most it can be' if limit else ''}."
+            caption = f"{name[0].upper()}{name[1:]}, by layer{'; dashed: the upper bound' if limit else ''}."
             drawn = figures.signal_bars(networks, key, name, limit)
             section = {"teacher_distance": "teacher", "firing_rate": "activity", "silent_heads": "activity"}
             alt = f"{name} by layer; means: {values}"

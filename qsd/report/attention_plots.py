@@ -1,4 +1,4 @@
-"""Figures of what attention's spikes tell, for one network or several side by side.
+"""Figures of the information that the spikes of attention carry, for one network or several side by side.
 
 A network is a record with ``label``, ``time_steps`` and ``signals``, as `qsd.report.attention` makes it; all have the
 same layers.
@@ -17,7 +17,7 @@ from qsd import plots
 from qsd.information import BINS_PER_UNIT, HIGHEST, LOWEST
 
 COLOURS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE)
-_LINES = ("-", "--", "-.", ":")  # colour is not the only difference
+_LINES = ("-", "--", "-.", ":")  # Networks can be told apart without colours.
 _ROWS_OF_MEMBRANES = 6
 
 Network = Mapping[str, Any]
@@ -27,7 +27,7 @@ def signal_name(signal: Mapping[str, Any]) -> str:
     """``stages.2.blocks.0.query`` for the queries of ``stages.2.blocks.0.attn``.
 
     Args:
-        signal: a record.
+        signal: The record of a signal.
     """
     return f"{signal['layer'].removesuffix('.attn')}.{signal['projection']}"
 
@@ -36,10 +36,10 @@ def signal_bars(networks: Sequence[Network], key: str, xlabel: str, limit: str |
     """A quantity by layer, the networks that have it side by side on one scale.
 
     Args:
-        networks: records; their places give the colours.
-        key: of the signals' records.
-        xlabel: what it is, with its unit.
-        limit: key of the most that it can be, drawn as a line.
+        networks: Records of networks; their order gives the colours.
+        key: Key of the quantity in the records of the signals.
+        xlabel: Name of the quantity, with its unit.
+        limit: Key of the upper bound, which is drawn as a line.
     """
     names = [{"name": signal_name(signal), "index": i} for i, signal in enumerate(networks[0]["signals"])]
     coloured = [(n, c) for n, c in zip(networks, COLOURS) if n["signals"][0][key] is not None]
@@ -74,7 +74,7 @@ def spike_counts(network: Network) -> list[Figure]:
     """Shares of neurons by spike count, by layer.
 
     Args:
-        network: a record of a spiking network.
+        network: The record of a spiking network.
     """
     rows = []
     for signal in network["signals"]:
@@ -87,7 +87,7 @@ def membranes(networks: Sequence[Network]) -> list[Figure]:
     """Distributions of the membranes, a row of panels per layer; dotted lines are the thresholds of the first network.
 
     Args:
-        networks: records.
+        networks: Records of networks.
     """
     first = networks[0]["signals"]
     layers = list(dict.fromkeys(signal["layer"] for signal in first))
@@ -131,7 +131,7 @@ def _membrane(
 
 
 def _middle(histograms: np.ndarray[Any, Any], edges: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Where all but a thousandth of any membrane lies on either side, and the range from 0 to 1."""
+    """A range that holds 0 to 1, and all but a thousandth of every membrane on each side."""
     shares = histograms.cumsum(1) / np.maximum(histograms.sum(1, keepdims=True), 1)
     low = edges[int((shares > 1e-3).argmax(1).min())]
     high = edges[int((shares >= 1 - 1e-3).argmax(1).max()) + 1]

@@ -1,4 +1,4 @@
-"""What all pages share: one file of HTML that needs nothing else, without script or network, figures inside."""
+"""The common part of all pages: one complete HTML file with its figures, without scripts or further files."""
 
 import math
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from matplotlib.figure import Figure
 
 from qsd.plots import data_uri
 
-_PIXELS = 96  # of CSS in an inch
+_PIXELS = 96  # CSS pixels in an inch
 
 
 @dataclass(frozen=True)
 class PageFigure:
-    """A figure as the page shows it.
+    """A figure on a page.
 
     Attributes:
-        uri: the image itself.
-        alt: what it shows, in words.
-        caption: what it shows, and what it was measured on.
-        width: in pixels of CSS.
-        height: in pixels of CSS.
+        uri: The image, as a data URI.
+        alt: Description of the image, for readers who do not see it.
+        caption: Description of the figure, and the images that were measured.
+        width: Width in CSS pixels.
+        height: Height in CSS pixels.
     """
 
     uri: str
@@ -38,8 +38,8 @@ class Finding:
 
     Attributes:
         kind: ``"good"``, ``"bad"``, or ``"plain"``.
-        title: the finding in a few words.
-        text: its figures.
+        title: The finding in a few words.
+        text: The figures of the finding.
     """
 
     kind: str
@@ -51,8 +51,8 @@ def render(template: str, **values: Any) -> str:
     """Fill a template of this package.
 
     Args:
-        template: its file name.
-        **values: what it names.
+        template: File name of the template.
+        **values: Values of the names in the template.
     """
     environment = Environment(
         loader=PackageLoader("qsd.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -63,12 +63,12 @@ def render(template: str, **values: Any) -> str:
 
 
 def series(figures: Sequence[Figure], alt: str, caption: str) -> list[PageFigure]:
-    """Several figures that are one, numbered.
+    """The parts of one figure, numbered.
 
     Args:
-        figures: its parts.
-        alt: what it shows, in words.
-        caption: what it shows, and what it was measured on.
+        figures: The parts.
+        alt: Description of the image, for readers who do not see it.
+        caption: Description of the figure, and the images that were measured.
     """
     if len(figures) == 1:
         return [page_figure(figures[0], alt, caption)]
@@ -80,20 +80,20 @@ def page_figure(figure: Figure, alt: str, caption: str) -> PageFigure:
     """A figure for a page.
 
     Args:
-        figure: of matplotlib.
-        alt: what it shows, in words.
-        caption: what it shows, and what it was measured on.
+        figure: A figure of matplotlib.
+        alt: Description of the image, for readers who do not see it.
+        caption: Description of the figure, and the images that were measured.
     """
     width, height = figure.get_size_inches() * _PIXELS
     return PageFigure(data_uri(figure), alt, caption, round(width), round(height))
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits, without an exponent where it can be read.
+    """A number with a given number of significant digits; an exponent stands only where the number would be long.
 
     Args:
-        value: the number.
-        digits: how many.
+        value: The number.
+        digits: Number of significant digits.
     """
     if value == 0:
         return "0"
@@ -107,7 +107,7 @@ def scientific(value: float) -> str:
     """A number with two digits and its power of ten.
 
     Args:
-        value: the number.
+        value: The number.
     """
     mantissa, exponent = f"{value:.1e}".split("e")
     power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
@@ -118,7 +118,7 @@ def count(value: float | None) -> str:
     """A number of operations with its thousands, millions or billions.
 
     Args:
-        value: the number, or ``None`` for a dash.
+        value: The number, or ``None`` for a dash.
     """
     if value is None:
         return "–"

@@ -120,17 +120,13 @@ def calibrate_delays(
     names = list(spiking.neurons())
     measured = _Measure(spiking, batches, dict.fromkeys(names, lossless))
     choices = [(name, delay) for name in names for delay in range(lossless)]
-    calibration = Calibration(
-        dict.fromkeys(names, lossless), measured.reference, measured.reference, 0, spiking.latency(lossless),
-        sum(len(batch) for batch, _ in batches), measured.labelled,
-    )  # fmt: skip
-    least = measured.reference - max_accuracy_drop
+    all_lossless, accuracy = dict.fromkeys(names, lossless), measured.reference
+    count, latency = sum(len(batch) for batch, _ in batches), spiking.latency(lossless)
+    calibration = Calibration(all_lossless, accuracy, accuracy, 0, latency, count, measured.labelled)
+    least = accuracy - max_accuracy_drop
     with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("layers alone", total=len(choices))
-        for name, delay in choices:
-            cost = LayerCost(name, delay, *measured({**calibration.delays, name: delay}))
-            calibration.costs.append(cost)
-            bar.advance(task)
+        for name, delay in bar.track(choices, description="layers alone"):
+            calibration.costs.append(LayerCost(name, delay, *measured({**all_lossless, name: delay})))
         order = sorted(calibration.costs, key=lambda cost: (cost.logit_error, cost.delay))
         task = bar.add_task("together", total=None)
         chosen = _together(order, calibration, measured, least, lambda: bar.advance(task))

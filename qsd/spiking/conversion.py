@@ -102,17 +102,25 @@ def convert(
     example = example.to("cpu", torch.float64)
     spiking = SpikingNetwork(network, conversion.runtime, example, compact, merge, merged_bits, currents)
     spiking.to(parameter.device)
-    negative = [name for name, neuron in spiking.neurons().items() if neuron.delay < 0]
-    if negative:
-        raise QsdError(f"the delay of neuron {negative[0]} is negative.")
+    _refuse_negative_delays(spiking)
     spiking.absorb_amplitudes()
     if merged_bits is not None:
-        for chain in spiking.chains().values():
-            if chain.merged is not None:
-                chain.merged.quantize(merged_bits, parameter.dtype)
+        _quantize_merged(spiking, merged_bits, parameter.dtype)
     elif check:
         _compare(trained, spiking)
     return spiking.to(parameter.dtype)
+
+
+def _refuse_negative_delays(spiking: SpikingNetwork) -> None:
+    for name, neuron in spiking.neurons().items():
+        if neuron.delay < 0:
+            raise QsdError(f"the delay of neuron {name} is negative.")
+
+
+def _quantize_merged(spiking: SpikingNetwork, bits: int, dtype: torch.dtype) -> None:
+    for chain in spiking.chains().values():
+        if chain.merged is not None:
+            chain.merged.quantize(bits, dtype)
 
 
 def _time_steps(model: nn.Module) -> int:

@@ -209,13 +209,9 @@ class SpikingNetwork(nn.Module):
             QsdError: If the interval is too short.
         """
         batches = list(images)
-        latency, least = self.latency(delay), self.interval(delay)
-        if interval is not None and interval < least:
-            self._trace(delay)
-            busy = max(self.runtime.busy_steps, key=self.runtime.busy_steps.__getitem__)
-            raise QsdError(f"interval={interval} is too short: {busy} is occupied for {least} steps by each image.")
+        latency, interval = self.latency(delay), self._interval(delay, interval)
         runtime, patterns = self.runtime, self._patterns(record)
-        clock = Clock(self.time_steps, len(batches), least if interval is None else interval)
+        clock = Clock(self.time_steps, len(batches), interval)
         stream = Stream([], [], latency, clock.interval)
         latest = self.time_steps if self.currents else clock.interval  # an image stays, currents end with their window
 
@@ -232,6 +228,15 @@ class SpikingNetwork(nn.Module):
                 output = self.network(self._mark(image / self.time_steps if self.currents else image))
                 self._read(output, clock, stream)
         return stream
+
+    def _interval(self, delay: Delay, chosen: int | None) -> int:
+        """The chosen interval between images, or the least; one below the least is refused."""
+        least = self.interval(delay)
+        if chosen is not None and chosen < least:
+            self._trace(delay)
+            busy = max(self.runtime.busy_steps, key=self.runtime.busy_steps.__getitem__)
+            raise QsdError(f"interval={chosen} is too short: {busy} is occupied for {least} steps by each image.")
+        return least if chosen is None else chosen
 
     def _mark(self, images: Tensor) -> MarkedTensor:
         return MarkedTensor.mark(images, None if self.currents else IMAGE, 0, self.runtime)
