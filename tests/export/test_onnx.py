@@ -11,7 +11,7 @@ from qsd.export import to_onnx
 from qsd.export.grids import calibrate
 from qsd.export.integer_weights import IntegerWeights
 from qsd.export.requantization import Requantization
-from tests.helpers.exporting import CSD, QSD, run_onnx, spiking_network
+from tests.helpers.exporting import CSD, ESF, QSD, run_onnx, spiking_network
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -26,6 +26,8 @@ def operations(path):
     ("network", "conversion", "export"),
     [
         (CSD, {}, {}),  # No chains, so that nothing is rounded.
+        (ESF, {}, {}),
+        ((ESF[0], {**ESF[1], "rounding": "half_even"}), {}, {}),
         (QSD, {"merged_bits": 8}, {}),  # No inner values.
         (QSD, {}, {"round_inner": "none"}),
     ],

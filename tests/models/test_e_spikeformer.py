@@ -12,6 +12,8 @@ from safetensors import safe_open
 from torch import nn
 
 from qsd import QsdError, audit_spike_driven, load_reference_weights, to_spike_driven
+from qsd.distillation import Teacher
+from qsd.information import measure_information
 from qsd.layers.e_spikeformer import ESpikeBlock
 from qsd.models.e_spikeformer_names import BASE_CODE, LARGE_CODE
 from qsd.models.reference import is_reference
@@ -228,6 +230,16 @@ def test_a_head_of_two_can_train_alone_and_its_average_is_evaluated():
     torch.testing.assert_close(model(images), (first + second) / 2)
     assert len(model.get_classifier()) == 2
     assert all(isinstance(head, nn.Linear) for head in model.get_classifier())
+
+
+def test_attention_of_wider_values_is_analysed_and_compared_with_a_teacher():
+    sizes = {"depth": 4, "strides": (1, 2, 2, 2, 1)}
+    network = dense_network("e_spikeformer_tiny", **sizes).float()
+    teacher = Teacher(small("e_spikeformer_tiny_ann", **sizes), "twin")
+    batches = [(torch.randn(4, 3, 32, 32), torch.arange(4))]
+    signals = measure_information(network, batches, teacher).to_dict()["signals"]
+    assert len(signals) == 3 * 4
+    assert all(0 < signal["teacher_distance"] < 2 for signal in signals)
 
 
 @pytest.mark.parametrize(
