@@ -127,12 +127,15 @@ class OperationCounter:
         with torch.utils._python_dispatch._disable_current_modes():
             tensors = tuple(plain(x) for x in inputs)
             image = self.watch.is_image(tensors[0])
-            given = LayerInputs(tensors, self.time_steps, not self.lossless, image)
+            analog = not image and self._is_analog(layer, tensors[0])
+            given = LayerInputs(tensors, self.time_steps, not self.lossless, image, analog)
             operations = layer.operations(given)
         if operations is None:
             return
         stem = image and layer.role == "synapse"
-        entry = self.layers.setdefault(layer.call, LayerEnergy(layer.call, "stem" if stem else layer.role))
+        entry = self.layers.setdefault(
+            layer.call, LayerEnergy(layer.call, "other" if analog else "stem" if stem else layer.role)
+        )
         entry.spikes += operations.spikes
         for key, number in operations.additions.items():
             entry.additions[key] += number
@@ -144,6 +147,13 @@ class OperationCounter:
         self.cells[layer.call] = self.cells.get(layer.call, 0) + operations.cells
         papers = operations.firing_rate * self.time_steps * operations.dense
         self.papers[layer.call] = self.papers.get(layer.call, 0) + papers
+
+    def _is_analog(self, layer: TimedLayer, x: Tensor) -> bool:
+        """Whether a synapse sees currents instead of spikes, as the first head of the large E-SpikeFormer does."""
+        if layer.role != "synapse" or self.spiking.runtime.sources.get(layer.name) is not None:
+            return False
+        most = self.time_steps if self.lossless else 1
+        return not bool(((x >= 0) & (x <= most) & (x == x.round())).all())
 
     def _outside(self, operation: Operation) -> None:
         """Add an operation outside of layers: a sum over positions, or one that no layer accounts for."""

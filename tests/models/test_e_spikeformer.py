@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from qsd import QsdError, audit_spike_driven, load_reference_weights, to_spike_driven
+from qsd import QsdError, audit_spike_driven, load_reference_weights, measure_energy, to_spike_driven
 from qsd.distillation import Teacher
 from qsd.information import measure_information
 from qsd.layers.e_spikeformer import ESpikeBlock
@@ -150,6 +150,9 @@ def test_the_large_network_is_spike_driven_but_for_its_first_head_and_merges_int
     assert [o.name for o in audit.operations if not (o.spike_driven or o.stem)] == ["head"]
     with pytest.raises(QsdError, match=r"1 of 110 operations are not spike-driven: head \(linear\)"):
         audit.check()
+    (head,) = [layer for layer in measure_energy(spiking, images, progress=False).layers if layer.name == "head"]
+    assert head.macs["merged"] == head.macs["integer"] == 24 * 5  # it multiplies
+    assert head.additions["merged"] == 0
     pairs = [chain for chain in spiking.chains().values() if chain.merged is not None]
     assert len(pairs) == 48
     for chain in pairs:

@@ -28,12 +28,14 @@ class LayerInputs:
         time_steps: T of the network.
         stepped: Whether time steps are taken.
         image: Whether the inputs are functions of images alone, which are the same in every time step.
+        analog: Whether the inputs are currents, neither images nor spikes.
     """
 
     tensors: tuple[Tensor, ...]
     time_steps: int
     stepped: bool
     image: bool
+    analog: bool = False
 
     @property
     def images(self) -> float:
@@ -110,7 +112,9 @@ def synaptic_operations(
     """
     (x,), images = inputs.tensors, inputs.images
     total = images * sum(dense)
-    if inputs.image:  # the current is the same in every time step, and computed once
+    # An image's current is the same in every time step, and computed once. Analog values are multiplied once per image,
+    # on currents summed over the window.
+    if inputs.image or inputs.analog:
         return Operations(macs={"merged": total if merged is None else images * merged, "unmerged": total}, dense=total)
     additions = {key: float((x.double() * fan_out(key)).sum()) for key in BY_NETWORK}
     # All factors but the first see analog values, once per image, on currents summed over the window.
