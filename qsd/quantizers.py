@@ -36,6 +36,8 @@ class StepSizeQuantizer(nn.Module):
         The published code of QSD-Transformer does so, although its steps are per channel. A tensor of zeros, which
         any grid represents, gets steps of one.
         """
+        if weight.is_meta:
+            return  # a skeleton has no values, and computing without them is slow
         mean = weight.abs().mean()
         self.step.copy_(torch.where(mean > 0, 2 * mean / self.q_max**0.5, torch.ones_like(mean)))
 

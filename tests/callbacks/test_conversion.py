@@ -21,7 +21,7 @@ from qsd.commands import convert as convert_command
 from qsd.commands import run as run_command
 from qsd.data import DigitsData
 from qsd.tasks import ClassificationTask, load_task
-from tests.helpers import ROOT, sample
+from tests.helpers import ROOT, long, sample
 
 SMALL = {
     "embed_dims": [8, 8, 8, 8],
@@ -168,6 +168,7 @@ def test_a_quick_trial_writes_nothing(tmp_path):
 # -- two processes ----------------------------------------------------------------------------------------------------
 
 
+@long
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo is not built in")
 @pytest.mark.parametrize("fails", sample([False], [False, True]))
 def test_of_two_processes_the_first_converts_all_images_and_the_other_waits(fails, tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 
 from qsd import QsdError, cli
 from qsd.callbacks import Distillation, SpikeStatistics
-from tests.helpers import ROOT
+from tests.helpers import ROOT, long
 from tests.helpers.training import FewDigits, InterruptAfter, Interrupted, make_task, make_trainer
 
 TERMS = ("train/loss_query", "train/loss_key", "train/loss_value", "train/loss_logits")
@@ -207,6 +207,7 @@ def test_precisions(teacher, tmp_path, precision):
     assert len(rows) == len(expected)
 
 
+@long
 def test_compiled_checkpointed_and_averaged_students_are_distilled_alike(teacher, tmp_path):
     found = []
     for options in ({}, {"compile": "eager"}, {"grad_checkpointing": True}):

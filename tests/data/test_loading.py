@@ -13,6 +13,7 @@ from qsd.data import BadImagePolicy, ImageArray, ImageDataset, ImageFiles, Image
 from qsd.data.sampling import EvalSampler
 from qsd.data.transforms import crop_transform
 from qsd.errors import QsdError
+from tests.helpers import long
 
 COUNT = 13
 OPTIONS = {
@@ -95,6 +96,7 @@ def test_every_image_has_an_augmentation_of_its_own():
     assert len({image.sum().item() for image in images.values()}) == COUNT
 
 
+@long
 def test_spawned_workers_load_the_same():
     timm = crop_transform((8, 8), **OPTIONS)
     spawned = train_loader(transform=timm, num_workers=1, multiprocessing_context="spawn")

@@ -20,7 +20,7 @@ import qsd_launcher
 from qsd.data import DigitsData, ImageArray
 from qsd.export import to_onnx
 from qsd.report import ConversionOptions
-from tests.helpers import ROOT
+from tests.helpers import LONG, ROOT
 from tests.helpers.documents import MM, PAGES, blocks, commands, inline_commands, read, subcommand
 
 try:
@@ -54,7 +54,7 @@ SUBCOMMANDS = {
     "analyze": (["--max-images=4", "--data.img_size=32"], "page: "),
     "profile": ([], "8.257 G"),
     "import-checkpoint": (["--num-heads=4"], "imported.ckpt: "),
-    "benchmark": (["--quick", "--rounds=1", "--img-size=32", "--no-memory"], "benchmark.json"),
+    "benchmark": (["--quick", "--rounds=1", "--img-size=32", "--no-memory", "--model=qsd_tiny"], "benchmark.json"),
     "demo": (["--max-images=2", "--", "--trainer.fast_dev_run=false", *DEMO], "test accuracy"),
     "--help": ([], "import-checkpoint"),
 }
@@ -168,8 +168,9 @@ def test_trainings(command, workplace, tree, finished, monkeypatch):
         short = [option for option in short if "model_args" not in option]
     if "--trainer.devices" in words:  # as another process starts it, it is tested with the distributed tests
         words = words[: words.index("--trainer.devices")]
+    compiled = "eager" if LONG else "false"  # the longest of them all; tests/tasks compiles too
     words = [
-        word.replace("true", "eager") if words[i - 1] == "--model.compile" else word for i, word in enumerate(words)
+        word.replace("true", compiled) if words[i - 1] == "--model.compile" else word for i, word in enumerate(words)
     ]
     if "--print_config" in words:
         short = []
@@ -184,6 +185,14 @@ def _save_teacher(path, in_chans, num_classes):
     twin = timm.create_model("qsd_tiny_ann", num_classes=num_classes, **sizes)
     hyper_parameters = {"model": "qsd_tiny_ann", "model_args": sizes, "num_classes": num_classes}
     torch.save({"state_dict": twin.state_dict(), "hyper_parameters": hyper_parameters}, path)
+
+
+def _save_tiny_checkpoint(path):
+    sizes = {**SIZES, "time_steps": 2}
+    hyper_parameters = {"model": "qsd_tiny", "model_args": sizes, "num_classes": 2}
+    network = timm.create_model("qsd_tiny", num_classes=2, **sizes)
+    weights = {f"model.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": weights, "hyper_parameters": hyper_parameters}, path)
 
 
 def _noise(self, part):
@@ -206,6 +215,8 @@ def test_subcommands(command, workplace, tree, finished, exported, monkeypatch, 
             shutil.copy(trained, name)
     if command.startswith("qsd run"):
         _bring_exported_file(exported)
+    if "--calibrate" in command:  # every delay of every neuron is measured: a network with few of them
+        _save_tiny_checkpoint("CHECKPOINT")
     if command == "qsd demo":
         shorten_conversions(monkeypatch, stages=("delays", "energy"))
     words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]

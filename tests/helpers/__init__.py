@@ -3,12 +3,16 @@
 import os
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 DATA = ROOT / "tests" / "data"
 
 # `make test-long` sets this: the same tests on every value and with many more tries, where `make test` takes a sample.
 LONG = os.environ.get("QSD_TEST_LONG", "") == "1"
+# For tests whose claim a shorter test makes too, in a smaller setting.
+long = pytest.mark.skipif(not LONG, reason="it is long; `make test-long` runs it")
 
 
 def sample(short, whole):

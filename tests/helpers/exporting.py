@@ -1,5 +1,8 @@
 """Small networks to export."""
 
+import copy
+from functools import cache
+
 import timm
 import torch
 
@@ -8,14 +11,21 @@ from qsd.layers import LayerScale
 
 QSD = ("qsd_tiny", {"embed_dims": (8, 16, 16, 16), "depth": 2, "num_heads": 2, "strides": (2, 2, 1, 2, 1)})
 CSD = ("csdformer_4_256", {"embed_dims": 32, "depth": 1, "num_heads": 2, "weight_bits": 4})
-ESF = ("e_spikeformer_tiny", {
-    "embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 4, "strides": (2, 2, 1, 2, 1), "weight_bits": 4,
-})  # fmt: skip
+ESF_SIZES = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 4, "strides": (2, 2, 1, 2, 1), "weight_bits": 4}
+ESF = ("e_spikeformer_tiny", ESF_SIZES)
 
 
 def spiking_network(name, sizes, part=None, **options):
     """With statistics, biases and layer scales that make every layer matter."""
-    model = timm.create_model(name, num_classes=10, **sizes).train()
+    model, images = copy.deepcopy(_trained(name, tuple(sizes.items())))
+    model = model if part is None else model.get_submodule(part)
+    return qsd.to_spike_driven(model, **options), images
+
+
+@cache
+def _trained(name, sizes):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **dict(sizes)).train()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.weight, 1, 0.3)
@@ -27,8 +37,7 @@ def spiking_network(name, sizes, part=None, **options):
     with torch.no_grad():
         for _ in range(20):
             model(torch.randn(8, 3, 32, 32))
-    model = model.eval() if part is None else model.eval().get_submodule(part)
-    return qsd.to_spike_driven(model, **options), images
+    return model.eval(), images
 
 
 def run_onnx(path, images, suffix=".time_steps"):

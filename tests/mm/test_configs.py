@@ -55,7 +55,8 @@ def test_config_is_built_at_full_size(path):
 def test_config_takes_a_training_step(path):
     config = read(path)
     config.merge_from_dict(SMALL)
-    _narrow(config.model)
+    for part in ("neck", "rpn_head", "bbox_head", "roi_head", "decode_head", "train_cfg"):
+        _narrow(config.model.get(part) or {})
     model = MODELS.build(config.model)
     model.init_weights()
     optimizer = build_optim_wrapper(model, config.optim_wrapper)
@@ -75,13 +76,14 @@ def test_config_takes_a_training_step(path):
 
 
 def _narrow(part):
-    """Fewer features in the layers that hold most of a detector's weights."""
-    if isinstance(part, dict):
-        if "fc_out_channels" in part:
-            part["fc_out_channels"] = 32
-        part = list(part.values())
-    for value in part if isinstance(part, list) else ():
-        _narrow(value)
+    """Few features and few proposals behind the backbone: every number of 128 or more becomes 32."""
+    for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+        if isinstance(value, tuple):
+            part[key] = value = list(value)
+        if isinstance(value, dict | list):
+            _narrow(value)
+        elif isinstance(value, int) and value >= 128 and key != "num_classes":
+            part[key] = 32
 
 
 def _picture():

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers import CONFIGS, sample
+from tests.helpers import CONFIGS, long, sample
 from tests.helpers.mm import ADE_SCALES, COCO_SCALES, scalars
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo is not built in")
@@ -17,6 +17,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@long
 @pytest.mark.parametrize("config", sample(["ade20k_qsd"], ["coco_qsd", "ade20k_qsd"]))
 def test_two_processes_train_and_validate(config, coco, ade, tmp_path):
     detects = config == "coco_qsd"

@@ -58,7 +58,7 @@ def test_the_enlargement_of_something_is_pytorch_s():
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo is not built in")
-@pytest.mark.parametrize("name", sample(NAMES[:1], NAMES))
+@pytest.mark.parametrize("name", sample([], NAMES))
 def test_one_of_two_processes_may_have_no_box(name):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -11,11 +11,12 @@ from PIL import Image
 
 from qsd.commands import demo, openmmlab, run
 from qsd.commands.demo import scenes as maker
-from tests.helpers import CONFIGS, ROOT
+from tests.helpers import CONFIGS, ROOT, long
 from tests.helpers.files import save_payload
 from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS, scalars
 
 
+@long
 def test_the_documented_command_trains_and_validates_on_coco_s_layout(coco, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [
@@ -37,6 +38,7 @@ def test_the_documented_command_trains_and_validates_on_coco_s_layout(coco, tmp_
     assert (tmp_path / "runs/coco_qsd/epoch_1.pth").is_file()
 
 
+@long
 def test_ade20k_qsd_trains_and_validates_on_ade20k_s_layout(tool, ade, tmp_path):
     options = [
         f"data_root={ade}", "train_dataloader.batch_size=2", "train_cfg.max_iters=2", "train_cfg.val_interval=2",

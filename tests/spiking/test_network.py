@@ -37,7 +37,7 @@ def test_every_registered_variant_converts_without_loss_and_goes_through_audit_e
         assert torch.equal(load_packed(tmp_path / "packed.safetensors")(images), stored(images))
 
 
-@pytest.mark.parametrize("time_steps", sample([1, 3, 4], [1, 2, 3, 4, 6, 8]))
+@pytest.mark.parametrize("time_steps", sample([3], [1, 2, 3, 4, 6, 8]))
 @pytest.mark.parametrize("merge", [True, False, "rep", "sep"])
 def test_every_window_and_merge_with_odd_sizes_and_batches(time_steps, merge):
     model = dense_network(time_steps=time_steps)

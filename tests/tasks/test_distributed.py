@@ -12,7 +12,7 @@ import timm
 import torch
 
 from qsd import cli
-from tests.helpers import ROOT
+from tests.helpers import ROOT, long
 
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 4}
 SMALL = "--model.model_args=" + json.dumps(SIZES)
@@ -84,6 +84,7 @@ def test_two_processes_train_and_validate_every_image_once(tree, write_tree, tmp
     assert float(metrics[0]["val/loss"]) == pytest.approx(float(metrics[1]["val/loss"]), rel=1e-6)
 
 
+@long
 def test_two_processes_agree_on_the_steps_that_their_first_batches_give(tmp_path):
     run(ROOT / "tests/programs/neuron_steps.py", tmp_path / "steps", cwd=tmp_path)
     one, two = (torch.load(tmp_path / f"steps.{rank}.pt") for rank in (0, 1))
@@ -91,6 +92,7 @@ def test_two_processes_agree_on_the_steps_that_their_first_batches_give(tmp_path
     assert all(torch.equal(step, two[name]) for name, step in one.items())
 
 
+@long
 def test_fewer_images_than_processes_are_named(tmp_path, write_tree):
     tree = write_tree(tmp_path / "small", {"train": {"cat": 4, "dog": 4}, "val": {"cat": 1}})
     command = [
