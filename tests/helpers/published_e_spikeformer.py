@@ -68,7 +68,7 @@ class PublishedLarge:
     def norm(self, name, x):
         keys = ("running_mean", "running_var", "weight", "bias")
         mean, var, weight, bias = (self.state[f"{name}.{key}"] for key in keys)
-        return F.batch_norm(x, mean.clone(), var.clone(), weight, bias, self.training)
+        return F.batch_norm(x, mean.detach().clone(), var.detach().clone(), weight, bias, self.training)
 
     def down(self, name, x, first=False):
         weight, bias = self.state[f"{name}.encode_conv.weight"], self.state[f"{name}.encode_conv.bias"]
