@@ -86,7 +86,9 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> Any:
         return trained
     example = torch.zeros(settings.example, dtype=torch.float64)
     try:
-        spiking = convert(trained, settings.delays, settings.merge, settings.merged_bits, example, check=False)
+        spiking = convert(
+            trained, settings.delays, settings.merge, settings.merged_bits, example, check=False, code=settings.code
+        )
     except RuntimeError as error:
         raise QsdError(
             f"packed file {path} cannot be read: its model does not take the images {settings.example} that it was "
@@ -205,5 +207,6 @@ def _settings(spiking: SpikingNetwork) -> ConversionSettings:
             "merged_bits": spiking.merged_bits,
             "example": list(spiking.example.shape),
             "dtype": str(next(spiking.buffers()).dtype).removeprefix("torch."),
+            "code": spiking.code.name,
         }
     )

@@ -33,6 +33,7 @@ from qsd.energy import PRESETS
 from qsd.errors import QsdError
 from qsd.packing import image_notes
 from qsd.spiking import calibrate_delays
+from qsd.spiking.codes import CODES
 from qsd.tasks import load_trained
 
 
@@ -69,6 +70,8 @@ def _parser(config: str | Path | None) -> DataParser:
     parser.add_argument("--merge", choices=report.MERGES, default="all",
                         help="chains of convolutions that become one convolution each")  # fmt: skip
     parser.add_argument("--merged-bits", type=int, help="bits of merged kernels, which are then not lossless")
+    parser.add_argument("--code", choices=CODES, default="unary", help="spikes of a count n: n of them in T steps, or "
+                        "its binary digits in ceil(log2(T + 1)) steps")  # fmt: skip
     parser.add_argument("--delay", type=int, help="delay of every neuron; the default T - 1 is lossless")
     parser.add_argument("--preset", default="fp32", help=f"energy prices: {', '.join(PRESETS)}; fp32 are the papers'")
     parser.add_argument("--max-images", type=int, help="number of images to measure on; the default is all")
@@ -92,6 +95,9 @@ def _refuse_contradictions(options: Namespace) -> None:
         raise QsdError("--delays and --leave-out delays exclude each other; drop one.")
     if options.calibrate is not None and options.delay is not None:
         raise QsdError("--calibrate and --delay exclude each other; drop one.")
+    if options.code != "unary" and (options.delays or options.calibrate is not None):
+        option = "--delays" if options.delays else "--calibrate"
+        raise QsdError(f"{option} is about early firing, which --code {options.code} does not have; drop one.")
 
 
 def _conversion_options(options: Namespace, defaults: Mapping[str, Any]) -> report.ConversionOptions:
@@ -101,7 +107,7 @@ def _conversion_options(options: Namespace, defaults: Mapping[str, Any]) -> repo
         options: The parsed options.
         defaults: The values of fields whose options are not given, with the stages that the kind of network has.
     """
-    names = ("merge", "merged_bits", "delay", "preset", "max_images", "step_images", "float_accuracy", "raster")
+    names = ("code", "merge", "merged_bits", "delay", "preset", "max_images", "step_images", "float_accuracy", "raster")
     given = {name: options[name] for name in names if options[name] is not None}
     chosen = [stage for stage in defaults["stages"] if stage not in options.leave_out]
     return report.ConversionOptions(**{**defaults, **given, "stages": chosen})

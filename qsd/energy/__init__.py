@@ -2,11 +2,12 @@
 
 from qsd.energy.counting import OperationCounter, measure_energy
 from qsd.energy.geometry import Geometry, dense_macs, fan_out
-from qsd.energy.table import COLUMNS, PRESETS, Energy, LayerEnergy, Preset
+from qsd.energy.table import COLUMNS, PRESETS, CodeCost, Energy, LayerEnergy, Preset
 
 __all__ = [
     "COLUMNS",
     "PRESETS",
+    "CodeCost",
     "Energy",
     "Geometry",
     "LayerEnergy",

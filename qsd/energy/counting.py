@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsd.energy.codes import CodeCounter
 from qsd.energy.table import PRESETS, Energy, LayerEnergy, Preset
 from qsd.errors import QsdError
 from qsd.spiking.batches import Images, image_batches
@@ -69,6 +70,7 @@ class OperationCounter:
         self.layers: dict[str, LayerEnergy] = {}
         self.papers: dict[str, float] = {}  # rate x T x dense operations
         self.cells: dict[str, float] = {}  # neurons x steps that could have fired
+        self.codes = CodeCounter(spiking)
         self.watch = Watch(spiking, self._outside)
 
     @torch.no_grad()
@@ -100,6 +102,7 @@ class OperationCounter:
         merged = all(chain.merged is not None or len(chain.convolutions) == 1 for chain in chains)
         energy = Energy(preset, self.time_steps, merged, images)
         energy.layers = [self._finished(copy.deepcopy(layer), energy) for layer in self.layers.values()]
+        energy.codes = self.codes.costs(energy)
         return energy
 
     def _finished(self, layer: LayerEnergy, energy: Energy) -> LayerEnergy:
@@ -128,10 +131,11 @@ class OperationCounter:
             tensors = tuple(plain(x) for x in inputs)
             image = self.watch.is_image(tensors[0])
             analog = not image and self._is_analog(layer, tensors[0])
-            given = LayerInputs(tensors, self.time_steps, not self.lossless, image, analog)
+            given = LayerInputs(tensors, self.spiking.code, not self.lossless, image, analog)
             operations = layer.operations(given)
-        if operations is None:
-            return
+            if operations is None:
+                return
+            self.codes.add(layer, given, operations)
         stem = image and layer.role == "synapse"
         entry = self.layers.setdefault(
             layer.call, LayerEnergy(layer.call, "other" if analog else "stem" if stem else layer.role)
@@ -145,7 +149,7 @@ class OperationCounter:
         if operations.zero_skipping is not None:
             entry.zero_skipping = (entry.zero_skipping or 0.0) + operations.zero_skipping
         self.cells[layer.call] = self.cells.get(layer.call, 0) + operations.cells
-        papers = operations.firing_rate * self.time_steps * operations.dense
+        papers = operations.firing_rate * given.window * operations.dense
         self.papers[layer.call] = self.papers.get(layer.call, 0) + papers
 
     def _is_analog(self, layer: TimedLayer, x: Tensor) -> bool:
@@ -175,7 +179,9 @@ class OperationCounter:
                 (values >= 0).all() and (values <= self.time_steps).all() and (values == values.round()).all()
             )
             # Spikes add once each; a current comes in every step.
-            additions = float(values.sum()) if counts else x.numel() * (self.time_steps if self.lossless else 1)
+            spikes, steps = self.spiking.code.ones(values) if self.lossless else values, self.spiking.code.steps
+            additions = float(spikes.sum()) if counts else x.numel() * (steps if self.lossless else 1)
+            self.codes.add_values(additions, values if counts else None)
             for key in ("merged", "unmerged"):
                 entry.additions[key] += additions
         elif operation.kind != "other":

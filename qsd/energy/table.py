@@ -15,6 +15,7 @@ Energy is computed from operation counts with the prices of one multiply-accumul
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -54,6 +55,39 @@ class LayerEnergy:
     energy_mj: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class CodeCost:
+    """The network's cost in one code, per image.
+
+    Attributes:
+        code: Name of the code.
+        steps: Time steps of a window.
+        spikes: Spikes that come in at all layers together.
+        additions: Accumulates of the network as it was converted, merged or not.
+        shifts: Additions of currents that are shifted by the place of their digit: all of them in the binary code, none
+            in the unary one. A shift by a fixed number of places is a wire in hardware, and the price lists have no
+            price for it.
+        energy_mj: Energy of additions and multiply-accumulates in mJ.
+    """
+
+    code: str
+    steps: int
+    spikes: float
+    additions: float
+    shifts: float
+    energy_mj: float
+
+    @classmethod
+    def sum(cls, costs: Sequence["CodeCost"]) -> "CodeCost":
+        """The cost of several networks in one code.
+
+        Args:
+            costs: Their costs, at least one.
+        """
+        numbers = [(cost.spikes, cost.additions, cost.shifts, cost.energy_mj) for cost in costs]
+        return cls(costs[0].code, costs[0].steps, *map(math.fsum, zip(*numbers)))
+
+
 @dataclass
 class Energy:
     """Findings of `measure_energy`.
@@ -64,6 +98,7 @@ class Energy:
         merged: Whether all chains of the measured network are merged.
         images: Number of images.
         layers: In the order of execution.
+        codes: The same counts in the unary and in the binary code; see `qsd.energy.CodeCost`.
     """
 
     preset: Preset
@@ -71,6 +106,7 @@ class Energy:
     merged: bool
     images: int = 0
     layers: list[LayerEnergy] = field(default_factory=list)
+    codes: list[CodeCost] = field(default_factory=list)
 
     @property
     def bits(self) -> int:
@@ -105,6 +141,7 @@ class Energy:
             "images": self.images,
             "layers": [asdict(layer) for layer in self.layers],
             "total_mj": self.total_mj,
+            "codes": [asdict(cost) for cost in self.codes],
         }
 
     def to_json(self) -> str:

@@ -30,8 +30,8 @@ def to_nir(
     delays are lossless.
 
     Args:
-        spiking: Network with lossless delays, and without products of activations: attention is refused, since NIR has
-            no node for it. Parts of a network can be converted and written one by one.
+        spiking: Network of the unary code with lossless delays, and without products of activations: attention is
+            refused, since NIR has no node for it. Parts of a network can be converted and written one by one.
         path: File to write, ``.nir``; the schedule gets its name with ``.json`` appended.
         largest_pixel: Largest absolute value of a normalised pixel, up to which closed windows stay closed.
         notes: Further facts to keep in the schedule, as JSON.
@@ -49,6 +49,11 @@ def to_nir(
     except ImportError as error:
         raise QsdError("writing NIR files needs more packages: pip install 'qsd[export]'.") from error
     check_target(spiking, path)
+    if spiking.code.name != "unary":
+        raise QsdError(
+            "NIR's neurons have one threshold for all time steps, which the binary code does not; convert with "
+            "code='unary'."
+        )
     facts = check_notes(notes)
     writer = NirGraph(spiking, largest_pixel)
     graph, steps = writer.write()

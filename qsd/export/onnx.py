@@ -46,7 +46,7 @@ def to_onnx(
     The two kinds of files are described at the head of this module.
 
     Args:
-        spiking: Network with lossless delays, because the file has no time steps.
+        spiking: Network with lossless delays, of either code, because the file has no time steps.
         path: File to write; one that exists is replaced.
         integer: Whether to write integers, which needs quantized weights.
         images: Images, a tensor or a data loader, of the height and width that the file will take. For integers the

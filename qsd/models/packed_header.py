@@ -4,9 +4,10 @@ The header is one JSON object in the metadata of the safetensors file.
 """
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_serializer
 
 from qsd.errors import QsdError
 from qsd.schema import LONGEST_TIME, Delay, Schema, Size, check_version, parse, read_object
@@ -92,6 +93,7 @@ class ConversionSettings(Schema):
         merged_bits: Bits of merged kernels.
         example: Shape of the image that the network was converted with.
         dtype: Floating-point type of the network.
+        code: How counts travel as spikes.
     """
 
     delays: dict[str, Delay]
@@ -99,6 +101,12 @@ class ConversionSettings(Schema):
     merged_bits: Annotated[int, Field(ge=2, le=16)] | None
     example: Annotated[Shape, AfterValidator(_example)]
     dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    code: Literal["unary", "binary"] = "unary"
+
+    @model_serializer(mode="wrap")
+    def _without_the_unary_code(self, content: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Plain data without a code that is unary, so that versions before the binary code read the file."""
+        return {key: value for key, value in content(self).items() if (key, value) != ("code", "unary")}
 
 
 class PackedHeader(Schema):

@@ -50,7 +50,9 @@ class ClassifierMeasurements(Measurements):
 
     def convert(self, trained: Any, delay: int | dict[str, int] | None) -> SpikingNetwork:
         options = self.options
-        return to_spike_driven(trained, delay, options.merge, options.merged_bits, example=self.example)
+        return to_spike_driven(
+            trained, delay, options.merge, options.merged_bits, example=self.example, code=options.code
+        )
 
     def accuracy(self, count: Callable[[str, Tensor], None]) -> ClassifierAccuracy:
         images = right_trained = right_spiking = same = 0
@@ -81,8 +83,13 @@ class ClassifierMeasurements(Measurements):
         images = self.options.max_images if way == "count" else self.options.stepped_images
         return compare_counts(trained, spiking, self.loader, way, images, self.progress)
 
-    def delays(self) -> Delays:
-        """Accuracy and class agreement for every delay from 0 to T - 1, the same for all neurons."""
+    def delays(self) -> Delays | None:
+        """Accuracy and class agreement for every delay from 0 to T - 1, the same for all neurons.
+
+        There are no shorter delays than the lossless one in the binary code.
+        """
+        if self.options.code == "binary":
+            return None
         steps = self.spiking.time_steps
         images = right_trained = 0
         right, same = [0] * steps, [0] * steps

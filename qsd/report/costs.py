@@ -6,6 +6,7 @@ from pydantic import Field
 
 from qsd.energy import Preset
 from qsd.schema import Schema, Size, TimeSteps
+from qsd.spiking.codes import CodeName
 
 Count = Annotated[float, Field(ge=0)]  # of operations per image, so not always whole
 
@@ -51,6 +52,17 @@ class EnergyLayer(Schema):
     energy_mj: EnergyColumns
 
 
+class CodeCost(Schema):
+    """The same counts in one code, per image; see `qsd.energy.CodeCost`."""
+
+    code: CodeName
+    steps: TimeSteps
+    spikes: Count
+    additions: Count
+    shifts: Count
+    energy_mj: Count
+
+
 class EnergyRecord(Schema):
     """Operations and energy; see `qsd.energy.Energy`."""
 
@@ -63,6 +75,7 @@ class EnergyRecord(Schema):
     images: Size
     layers: list[EnergyLayer]
     total_mj: EnergyTotals
+    codes: list[CodeCost] = Field(default_factory=list)
 
 
 class Sizes(Schema):

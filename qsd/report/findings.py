@@ -40,7 +40,7 @@ def _exactness(record: Record, exact: Sequence[ComparedCounts]) -> Finding:
         text = f"In float64 {changed} of {images} images have a neuron with another spike count than trained"
         if record.conversion.merged_bits is not None:
             text += f" (merged kernels were quantized to {record.conversion.merged_bits} bits)"
-    text += f", {measured}, with the delay T − 1"
+    text += f", {measured}, with the delay {words.lossless_delay(record).partition(' = ')[0]}"
     if isinstance(record.accuracy, DenseAccuracy):
         differences = [compared.largest_difference for compared in exact]
         known = [difference for difference in differences if difference is not None]

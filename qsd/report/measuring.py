@@ -29,6 +29,7 @@ from qsd.report.files import FILES, write_record
 from qsd.report.options import STAGES, ConversionOptions
 from qsd.report.record import Record
 from qsd.spiking import Audit, Comparison
+from qsd.spiking.codes import Code
 
 PACKED = FILES[0]
 
@@ -52,15 +53,15 @@ class SpikeActivity:
     """Histograms of spike counts by neuron layer, added up over all batches.
 
     Args:
-        time_steps: T.
+        code: How the counts travel as spikes.
     """
 
-    def __init__(self, time_steps: int) -> None:
-        self.time_steps = time_steps
+    def __init__(self, code: Code) -> None:
+        self.code = code
         self.histograms: dict[str, Tensor] = {}
 
     def __call__(self, name: str, counts: Tensor) -> None:
-        histogram = torch.bincount(counts.flatten().long(), minlength=self.time_steps + 1).cpu()
+        histogram = torch.bincount(counts.flatten().long(), minlength=self.code.largest + 1).cpu()
         self.histograms[name] = self.histograms.get(name, torch.zeros_like(histogram)) + histogram
 
     def neurons(self, images: int) -> list[records.NeuronActivity]:
@@ -69,11 +70,11 @@ class SpikeActivity:
         Args:
             images: Number of images that were evaluated in all.
         """
-        found = []
+        found, spikes_of_count = [], self.code.ones(torch.arange(self.code.largest + 1))
         for name, histogram in self.histograms.items():
             total = int(histogram.sum())
-            spikes = int((histogram * torch.arange(self.time_steps + 1)).sum())
-            rate, shares = spikes / (total * self.time_steps), (histogram / total).tolist()
+            spikes = int((histogram * spikes_of_count).sum())
+            rate, shares = spikes / (total * self.code.steps), (histogram / total).tolist()
             found.append(records.NeuronActivity(name=name, size=total // images, rate=rate, histogram=shares))
         return found
 
@@ -183,7 +184,7 @@ def measure(measurements: Measurements, origin: Origin) -> Record:
     """
     options, spiking = measurements.options, measurements.spiking
     wanted = set(options.stages)
-    activity = SpikeActivity(spiking.time_steps) if "activity" in wanted else None
+    activity = SpikeActivity(spiking.code) if "activity" in wanted else None
     accuracy = measurements.accuracy(activity or (lambda _name, _counts: None))
     audit = measurements.audit() if "audit" in wanted else None
     energy = measurements.energy() if "energy" in wanted else None
@@ -297,8 +298,8 @@ def weight_bits(trained: nn.Module) -> str:
 
 
 def _settings(options: ConversionOptions) -> records.Settings:
-    merge, bits, delay = options.merge, options.merged_bits, options.delay
-    return records.Settings.model_validate({"merge": merge, "merged_bits": bits, "delay": delay})
+    names = ("merge", "merged_bits", "delay", "code")
+    return records.Settings.model_validate({name: getattr(options, name) for name in names})
 
 
 def _comparison(measurements: Measurements) -> list[records.ComparedCounts]:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from qsd.energy import PRESETS, Preset
 from qsd.errors import QsdError
+from qsd.spiking.codes import CodeName, check_code
 from qsd.spiking.merging import Merge, MergeChoice, check_merge, merge_choice
 
 Stage = Literal["compare", "delays", "activity", "audit", "energy"]
@@ -22,12 +23,13 @@ class ConversionOptions:
             ``"sep"`` (SepConv). True and False stand for ``"all"`` and ``"none"``.
         merged_bits: Bits to which merged kernels are quantized; ``None`` leaves them as they are, which is lossless.
         delay: Time steps that neurons wait before they may fire, or a delay by name or glob of neurons; ``None`` for
-            the lossless T - 1.
+            the shortest lossless one, T - 1 in the unary code.
         preset: Energy-price table: ``"fp32"`` (the papers'), ``"fp16"`` or ``"int8"``.
         max_images: Largest number of images to measure on; ``None`` for all.
         step_images: Number of images that are also simulated time step by time step, which takes T times as long.
         float_accuracy: Accuracy of the float twin as a share, for the report; it is not measured.
         raster: Name of the neuron whose spikes are drawn; ``None`` for the query of the last attention.
+        code: How a spike count travels: ``"unary"``, as that many spikes, or ``"binary"``, as its binary digits.
         stages: Measurements beside the accuracy: ``"compare"``, ``"delays"``, ``"activity"``, ``"audit"``,
             ``"energy"``.
     """
@@ -40,6 +42,7 @@ class ConversionOptions:
     step_images: int = 100
     float_accuracy: float | None = None
     raster: str | None = None
+    code: CodeName = "unary"
     stages: Sequence[str] = STAGES
 
     def __post_init__(self) -> None:
@@ -51,6 +54,7 @@ class ConversionOptions:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "merge", merge_choice(self.merge))
         check_merge(self.merge, self.merged_bits)
+        check_code(self.code)
         delays = self.delay.values() if isinstance(self.delay, Mapping) else [self.delay]
         for delay in delays:
             if delay is not None and delay < 0:

@@ -32,6 +32,8 @@ def html(record: Record) -> str:
         way=words.evaluation(record),
         merge_words=words.merging(record),
         delay_words=words.delays(record),
+        lossless_delay=words.lossless_delay(record),
+        code_words=words.spikes_of_a_count(record),
         audit_words=audit_finding(record).text if record.audit else "",
     )
 
@@ -98,7 +100,7 @@ def _activity_figures(record: Record) -> Figures:
         f"Firing rates, from {low.rate:.4f} ({low.name}) to {high.rate:.4f} ({high.name}), mean "
         f"{words.mean_rate(neurons):.4f}"
     )
-    caption = f"Firing rate by layer: spikes per neuron and time step, divided by T for every delay. {measured}"
+    caption = f"Firing rate by layer: spikes per neuron and step of its window, for every delay. {measured}"
     rates = series(plots.firing_rates(drawn), alt, caption)
     quiet = max(neurons, key=lambda neuron: neuron.histogram[0])
     silent = f"{100 * quiet.histogram[0]:.1f} %"

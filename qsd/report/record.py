@@ -14,6 +14,7 @@ from qsd.errors import QsdError
 from qsd.report.costs import Count, EnergyRecord, EnergyTotals, Sizes
 from qsd.report.options import Stage
 from qsd.schema import Delay, Schema, Share, Size, TimeSteps, check_version, parse, read_object
+from qsd.spiking.codes import CodeName
 from qsd.spiking.merging import MergeChoice
 
 VERSION = 1
@@ -55,6 +56,7 @@ class Settings(Schema):
     merge: MergeChoice
     merged_bits: Annotated[int, Field(ge=2, le=16)] | None
     delay: Delay | dict[str, Delay] | None
+    code: CodeName = "unary"
 
 
 class ClassifierAccuracy(Schema):
@@ -186,6 +188,7 @@ class AuditedOperation(Schema):
     stem: bool
     note: str
     spike_driven: bool
+    shift: Size = 0
 
 
 class AuditRecord(Schema):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from qsd.report.record import DenseAccuracy, Metric, NeuronActivity, Record
 from qsd.report.rendering import significant
+from qsd.spiking.codes import Code, build_code
 
 
 def main_metrics(accuracy: DenseAccuracy) -> list[Metric]:
@@ -28,15 +29,49 @@ def merging(record: Record) -> str:
     return words if bits is None else f"{words} of {bits} bits"
 
 
+def code(record: Record) -> Code:
+    """The code of the spikes.
+
+    Args:
+        record: What was measured.
+    """
+    return build_code(record.conversion.code, record.model.time_steps)
+
+
+def lossless_delay(record: Record) -> str:
+    """The shortest lossless delay.
+
+    Args:
+        record: What was measured.
+    """
+    unary = record.conversion.code == "unary"
+    return f"{'T − 1' if unary else '⌈log2(T + 1)⌉ − 1'} = {code(record).lossless_delay}"
+
+
+def spikes_of_a_count(record: Record) -> str:
+    """The spikes in which a count travels.
+
+    Args:
+        record: What was measured.
+    """
+    largest, steps = record.model.time_steps, code(record).steps
+    if record.conversion.code == "unary":
+        return f"a spike count n is n spikes in a window of T = {largest} time steps"
+    return (
+        f"a spike count from 0 to T = {largest} is its {steps} binary digits, most significant first, in a window of "
+        f"{steps} time steps, and the currents of a spike are shifted by the place of its digit"
+    )
+
+
 def delays(record: Record) -> str:
     """The delay of the neurons.
 
     Args:
         record: What was measured.
     """
-    delay, lossless = record.conversion.delay, record.model.time_steps - 1
+    delay = record.conversion.delay
     if delay is None:
-        return f"the lossless delay T − 1 = {lossless} at every neuron"
+        return f"the lossless delay {lossless_delay(record)} at every neuron"
     return f"a delay of {delay} at every neuron" if isinstance(delay, int) else "delays chosen neuron by neuron"
 
 

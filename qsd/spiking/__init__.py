@@ -5,6 +5,7 @@ from qsd.spiking.calibration import Calibration, calibrate_delays
 from qsd.spiking.compare import Comparison, compare_counts
 from qsd.spiking.conversion import to_spike_driven
 from qsd.spiking.counts import count_spikes
+from qsd.spiking.lost_spikes import LostSpikes, measure_lost_spikes
 from qsd.spiking.network import SpikingNetwork
 from qsd.spiking.results import Stream, Trace
 from qsd.spiking.rules import Conversion, register_conversion
@@ -14,6 +15,7 @@ __all__ = [
     "Calibration",
     "Comparison",
     "Conversion",
+    "LostSpikes",
     "SpikingNetwork",
     "Stream",
     "Trace",
@@ -21,6 +23,7 @@ __all__ = [
     "calibrate_delays",
     "compare_counts",
     "count_spikes",
+    "measure_lost_spikes",
     "register_conversion",
     "to_spike_driven",
 ]

@@ -11,7 +11,7 @@ from qsd.errors import QsdError
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.names import Delay
 from qsd.spiking.network import SpikingNetwork
-from qsd.spiking.operations import integer_bits, is_binary
+from qsd.spiking.operations import integer_bits, is_binary, shifted_places
 from qsd.spiking.watch import Operation, Watch
 
 Status = Literal["binary", "integer", "analog", "unproven"]
@@ -29,6 +29,7 @@ class AuditedOperation:
             ``"analog"``, or ``"unproven"`` if all inputs were zero.
         bits: Width of the widest integer input; for a product of the operand that is not binary.
         stem: Whether it sees the images themselves, and cannot be spike-driven.
+        shift: Largest number of binary places by which its currents are shifted; 0 for none, as in the unary code.
         note: The reason why it is not spike-driven, in words.
     """
 
@@ -38,6 +39,7 @@ class AuditedOperation:
     bits: int | None = None
     stem: bool = False
     note: str = ""
+    shift: int = 0
 
     @property
     def spike_driven(self) -> bool:
@@ -99,12 +101,12 @@ class Audit:
 
     def table(self) -> Table:
         """A table for the terminal."""
-        table = Table(
-            "operation", "what", "input", "bits", "", title=f"Audit on {self.images} images", title_justify="left"
-        )
+        title = f"Audit on {self.images} images"
+        table = Table("operation", "what", "input", "bits", "shift", "", title=title, title_justify="left")
         for o in self.operations:
             verdict = "stem" if o.stem else "spike-driven" if o.spike_driven else o.note or o.status
-            table.add_row(o.name, o.operation, o.status, "" if o.bits is None else str(o.bits), verdict)
+            bits = "" if o.bits is None else str(o.bits)
+            table.add_row(o.name, o.operation, o.status, bits, str(o.shift or ""), verdict)
         return table
 
 
@@ -186,6 +188,9 @@ _ORDER: tuple[Status, ...] = ("unproven", "binary", "integer", "analog")
 def _look(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) -> None:
     if operation.kind == "reduction":
         return
+    if operation.kind == "shift":
+        _note_shift(operation, found)
+        return
     name = operation.name if operation.layer is not None else f"{operation.name} ({operation.torch_name})"
     entry = found.setdefault((name, operation.kind), AuditedOperation(name, operation.kind))
     status, bits, note = _judge(operation)
@@ -197,6 +202,15 @@ def _look(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) 
         entry.bits = None
     elif bits is not None:
         entry.bits = max(entry.bits or 0, bits)
+
+
+def _note_shift(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) -> None:
+    """Note a shift at the operation whose currents it shifts, the last one of its layer before it."""
+    layer = operation.layer
+    assert layer is not None
+    entries = [e for e in found.values() if e.name == layer.name or e.name.startswith(f"{layer.name}.")]
+    if entries:
+        entries[-1].shift = max(entries[-1].shift, shifted_places(operation.arguments[1]) or 0)
 
 
 def _judge(operation: Operation) -> tuple[Status, int | None, str]:

@@ -1,8 +1,9 @@
 """One global clock for a whole converted network, through which images follow one another.
 
 Every signal has a window offset ``arrival`` and carries image k (counted from 0, ``interval`` steps apart) in ticks
-``arrival + k * interval + 1 .. arrival + k * interval + T``. Signals that meet are aligned: the earlier one waits in a
-queue, as a chip would hold the current of a residual connection until its branch arrives.
+``arrival + k * interval + 1 .. arrival + k * interval + steps``, where a window has T steps in the unary code and fewer
+in the binary one. Signals that meet are aligned: the earlier one waits in a queue, as a chip would hold the current of
+a residual connection until its branch arrives.
 """
 
 from collections import deque
@@ -19,7 +20,7 @@ class Window:
 
     Attributes:
         step: 1 in the first tick of an image's window; 0 while no image is present.
-        time_steps: T.
+        time_steps: Steps of a window.
         constant: Whether the input is an image, which is present for the whole window.
         state: State of the layer, kept between ticks.
     """
@@ -54,7 +55,7 @@ class Clock:
     """State of a clocked run.
 
     Attributes:
-        time_steps: T.
+        time_steps: Steps of a window.
         images: Number of images that follow one another.
         interval: Ticks from one image to the next.
         tick: Number of the present tick, from 1.

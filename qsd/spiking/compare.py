@@ -70,7 +70,7 @@ def compare_counts(
         trained: The trained network, in evaluation; compared in the number format of its parameters.
         spiking: The spiking network converted from it, in the same format.
         images: ``[B, C, H, W]``, or a data loader.
-        way: Count domain, or simulation at delay T - 1.
+        way: Count domain, or simulation at the lossless delay.
         max_images: Largest number of images.
         progress: Whether to show a progress bar.
     """
@@ -81,7 +81,7 @@ def compare_counts(
         with watch_neurons(trained, counts_and_drives) as calls:
             expected = trained(batch)
         with spiking.runtime.counting(counts):
-            logits = spiking(batch) if way == "count" else spiking.simulate(batch, spiking.time_steps - 1).logits
+            logits = spiking(batch) if way == "count" else spiking.simulate(batch, spiking.lossless_delay).logits
         comparison.dtype = str(batch.dtype).removeprefix("torch.")
         comparison.images += len(batch)
         comparison.equal_classes += int((logits.argmax(-1) == expected.argmax(-1)).sum())

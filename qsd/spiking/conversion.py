@@ -11,6 +11,7 @@ from qsd.errors import QsdError
 from qsd.layers import QuantConv2d
 from qsd.models.compact import CompactModel
 from qsd.neurons import LearnedStepNeuron, SpikeNeuron
+from qsd.spiking.codes import CodeName
 from qsd.spiking.counts import count_spikes
 from qsd.spiking.merging import Merge, check_merge, merge_choice
 from qsd.spiking.names import Delay, delay_choice
@@ -30,6 +31,7 @@ def to_spike_driven(
     example: Tensor | None = None,
     time_steps: int | None = None,
     currents: bool = False,
+    code: CodeName = "unary",
 ) -> SpikingNetwork:
     """Convert a trained network into one whose neurons exchange binary spikes, without losing anything.
 
@@ -38,7 +40,8 @@ def to_spike_driven(
 
     Args:
         model: A model of this package, or built from its layers; it is not changed.
-        delay: Time steps that neurons wait, for all or by name or glob; ``None`` for the lossless T - 1.
+        delay: Time steps that neurons wait, for all or by name or glob; ``None`` for the shortest lossless delay, T - 1
+            in the unary code.
         merge: Chains of convolutions without a neuron between (RepConv, SepConv) that become one convolution each, so
             that every synaptic operation but the first sees spikes: ``"all"``, ``"none"``, ``"rep"`` or ``"sep"``. True
             and False stand for ``"all"`` and ``"none"``.
@@ -50,17 +53,19 @@ def to_spike_driven(
         currents: Whether the input is no image but currents that neurons see at once: their sums over a window, of
             which a T-th arrives in each step. A network that is cut at a decision without spikes, such as the choice
             of regions in a detector, has such a second part.
+        code: ``"unary"``: a count n travels as n spikes in T steps. ``"binary"``: it travels as its binary digits, in
+            ``ceil(log2(T + 1))`` steps, and currents are shifted; neurons cannot fire early then.
 
     Returns:
         The spiking network.
 
     Raises:
-        QsdError: For a layer without a conversion rule, a float model, or counts that differ (say, because of a
-            functional ReLU in the model's own ``forward``).
+        QsdError: For a layer without a conversion rule, a float model, an unknown code, a delay that the code does not
+            allow, or counts that differ (say, because of a functional ReLU in the model's own ``forward``).
     """
     if time_steps is not None:
         model = _with_time_steps(model, time_steps)
-    return convert(model, delay, merge, merged_bits, example, check=True, currents=currents)
+    return convert(model, delay, merge, merged_bits, example, check=True, currents=currents, code=code)
 
 
 @torch.no_grad()
@@ -72,6 +77,7 @@ def convert(
     example: Tensor | None,
     check: bool,
     currents: bool = False,
+    code: CodeName = "unary",
 ) -> SpikingNetwork:
     """`to_spike_driven` with or without its check, for networks that were checked before.
 
@@ -83,6 +89,7 @@ def convert(
         example: Input to trace and to compare with.
         check: Whether all counts are compared.
         currents: Whether the input is currents.
+        code: How counts travel as spikes.
     """
     merge = merge_choice(merge)
     check_merge(merge, merged_bits)
@@ -90,9 +97,9 @@ def convert(
     example = _random_image(model) if example is None else example
     parameter = next(model.parameters())
     choose = delay_choice(delay)
-    conversion = Conversion(
-        Runtime(time_steps), lambda name: choose(name, time_steps - 1), merge, merged_bits is not None
-    )
+    runtime = Runtime(time_steps, code)
+    lossless = runtime.code.lossless_delay
+    conversion = Conversion(runtime, lambda name: choose(name, lossless), merge, merged_bits is not None)
     # Converted in float64, so that folding rounds once; the trained model keeps its type, and the weights are on the
     # grid points that they have in it (a weight between two of them could go to the other one in float64).
     compact = CompactModel.of(model)
@@ -173,7 +180,7 @@ def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
     with spiking.runtime.counting(counted), spiking.runtime.running("count"):
         logits = spiking.network(images)
     with spiking.runtime.counting(stepped):
-        summed = spiking.simulate(images, delay=spiking.time_steps - 1).logits
+        summed = spiking.simulate(images, delay=spiking.lossless_delay).logits
     for way, counts in (("count domain", counted), ("simulation", stepped)):
         for name, count in expected_counts.items():
             if name not in counts or not torch.equal(count, counts[name]):

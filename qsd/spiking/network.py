@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from qsd.errors import QsdError
 from qsd.models.compact import CompactModel
 from qsd.spiking.clock import Clock
+from qsd.spiking.codes import Code
 from qsd.spiking.layers import DelayedNeuron, SpikingChain, TimedLayer
 from qsd.spiking.merging import MergeChoice
 from qsd.spiking.names import Delay, delay_choice, matches
@@ -26,7 +27,7 @@ _VALUES_PER_PIXEL = 16
 class SpikingNetwork(nn.Module):
     """A converted network. Calling it evaluates the count domain; `simulate` fires spike by spike.
 
-    At delays of T - 1 and more both give the same counts: calling costs one pass, T times less than simulating.
+    At lossless delays both give the same counts: calling costs one pass, simulating one for each step of a window.
 
     Args:
         network: Converted modules in the trained model's structure.
@@ -64,13 +65,23 @@ class SpikingNetwork(nn.Module):
         return self.runtime.time_steps
 
     @property
+    def code(self) -> Code:
+        """How a count travels as binary spikes."""
+        return self.runtime.code
+
+    @property
+    def lossless_delay(self) -> int:
+        """The shortest lossless delay: T - 1, in the binary code one less than the number of digits."""
+        return self.code.lossless_delay
+
+    @property
     def lossless(self) -> bool:
-        """Whether every neuron waits for T - 1 time steps at least, so that counts do not depend on time."""
+        """Whether every neuron waits for its whole input, so that counts do not depend on time."""
         return self.early_neuron() is None
 
     def early_neuron(self) -> DelayedNeuron | None:
         """The first neuron that may fire before its input is complete, if any."""
-        return next((n for n in self.neurons().values() if n.delay < self.time_steps - 1), None)
+        return next((n for n in self.neurons().values() if n.delay < self.lossless_delay), None)
 
     def neurons(self) -> dict[str, DelayedNeuron]:
         """All neurons, by their dotted names in the trained model, in the order of registration."""
@@ -110,7 +121,7 @@ class SpikingNetwork(nn.Module):
         """
         if (early := self.early_neuron()) is not None:
             raise QsdError(
-                f"neuron {early.name} has a delay of {early.delay}, below T - 1 = {self.time_steps - 1}: its counts "
+                f"neuron {early.name} has a delay of {early.delay}, below T - 1 = {self.lossless_delay}: its counts "
                 "depend on time; call simulate(images)."
             )
         with self.runtime.running("count"):
@@ -126,7 +137,7 @@ class SpikingNetwork(nn.Module):
 
     @torch.no_grad()
     def simulate(self, images: Tensor, delay: Delay = None, record: str | Iterable[str] = ()) -> Trace:
-        """Run the network on binary spikes, a layer at a time over its window of T steps.
+        """Run the network on binary spikes, a layer at a time over all steps of its window.
 
         Args:
             images: ``[B, C, H, W]``; of a network that takes currents, their sums over the window.
@@ -139,7 +150,7 @@ class SpikingNetwork(nn.Module):
         patterns, latency = self._patterns(record), self.latency(delay)
         # A few images at a time: all steps of a layer lie in memory at once.
         pixels = images[0].numel() // _VALUES_PER_PIXEL if self.currents else images[0, 0].numel()
-        size = max(1, _PIXELS_AT_A_TIME // (self.time_steps * max(1, pixels)))
+        size = max(1, _PIXELS_AT_A_TIME // (self.code.steps * max(1, pixels)))
         trace = join_traces([self._simulate(part, delay, patterns, latency) for part in images.split(size)])
         for call, counts in trace.counts.items():
             self.runtime.hand_out(call, counts.to(images.dtype))
@@ -149,8 +160,8 @@ class SpikingNetwork(nn.Module):
         runtime = self.runtime
         trace = Trace(torch.empty(0), latency)
         with runtime.running("step", delay_choice(delay), record=record, trace=trace):
-            # Images are the same in every step and have no time axis; currents come in T equal parts.
-            inputs = torch.cat([images / self.time_steps] * self.time_steps) if self.currents else images
+            # Images are the same in every step and have no time axis; currents come in parts.
+            inputs = self.code.spread(images) if self.currents else images
             output = self.network(self._mark(inputs))
             trace.logits = tree_map_only(Tensor, lambda x: runtime.split(plain(x)).sum(0), output)
         return trace
@@ -158,8 +169,8 @@ class SpikingNetwork(nn.Module):
     def latency(self, delay: Delay = None) -> int:
         """Time steps on one global clock from the first input step to the last output step.
 
-        ``T`` plus the delays on the longest path, plus ``T - 1`` for every attention on it whose query waits for
-        ``k^T v`` to be complete.
+        The steps of a window plus the delays on the longest path, plus the steps but one for every attention on it
+        whose query waits for ``k^T v`` to be complete.
 
         Args:
             delay: Overrides the stored delays, as in `simulate`.
@@ -179,7 +190,7 @@ class SpikingNetwork(nn.Module):
         choose = delay_choice(delay)
         delays = tuple(choose(name, neuron.delay) for name, neuron in self.neurons().items())
         if delays not in self._timings:
-            latency = self.time_steps + max(output.arrival for output in self._trace(delay))
+            latency = self.code.steps + max(output.arrival for output in self._trace(delay))
             self._timings[delays] = latency, max(self.runtime.busy_steps.values())
         return self._timings[delays]
 
@@ -211,9 +222,10 @@ class SpikingNetwork(nn.Module):
         batches = list(images)
         latency, interval = self.latency(delay), self._interval(delay, interval)
         runtime, patterns = self.runtime, self._patterns(record)
-        clock = Clock(self.time_steps, len(batches), interval)
+        code = self.code
+        clock = Clock(code.steps, len(batches), interval)
         stream = Stream([], [], latency, clock.interval)
-        latest = self.time_steps if self.currents else clock.interval  # an image stays, currents end with their window
+        latest = code.steps if self.currents else clock.interval  # An image stays, currents end with their window.
 
         def keep(name: str, counts: Tensor) -> None:
             if matches(name, patterns):
@@ -225,7 +237,7 @@ class SpikingNetwork(nn.Module):
                 number, step = clock.image(0)
                 image = batches[number] if 1 <= step <= latest else torch.zeros_like(batches[0])
                 run.calls.clear()
-                output = self.network(self._mark(image / self.time_steps if self.currents else image))
+                output = self.network(self._mark(code.part(image, step) if self.currents else image))
                 self._read(output, clock, stream)
         return stream
 

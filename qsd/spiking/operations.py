@@ -5,6 +5,7 @@ rearrange them, and operations that pass spikes on as they are. Whatever is not 
 the values look: a softmax of zeros and ones is no synaptic operation, though its input is binary.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from qsd.spiking.layers import Role
 
-Kind = Literal["convolution", "linear", "product", "pool", "reduction", "other"]
+Kind = Literal["convolution", "linear", "product", "pool", "reduction", "shift", "other"]
 
 # Positions of the two operands of operations that multiply and sum.
 _MATMULS = {
@@ -160,10 +161,25 @@ def _scaling(call: Call) -> Recognized:
     both = [x for x in call.arguments[:2] if isinstance(x, Tensor)]
     active = call.activations(both)
     if len(both) < 2 or (both[1].dim() == 0 and len(active) == 1 and active[0] is both[0]):
-        return _PASSES  # By a number.
+        return Recognized("shift", (active[0],)) if _places(call) else _PASSES  # By a number.
     if call.name == "div" and any(x is both[1] for x in active):
         return _other(call, "div divides by values that were computed from the images")
     return _weighted(call, "linear", (both[0], both[1]))
+
+
+def _places(call: Call) -> bool:
+    """Whether a layer that sees spikes multiplies currents by 2, 4, 8, ..., which shifts their binary digits."""
+    return call.name == "mul" and call.role in ("synapse", "product") and shifted_places(call.arguments[1]) is not None
+
+
+def shifted_places(factor: Any) -> int | None:
+    """The binary places by which a factor shifts, ``None`` if it is no power of two above 1.
+
+    Args:
+        factor: A number, or a tensor of one value.
+    """
+    mantissa, exponent = math.frexp(float(factor))
+    return exponent - 1 if mantissa == 0.5 and exponent > 1 else None
 
 
 def _maximum(call: Call) -> Recognized:

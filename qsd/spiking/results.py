@@ -17,9 +17,10 @@ class Trace:
         logits: Output of the network ``[B, classes]``, accumulated over its window (of a network with several
             outputs: the same structure of tensors).
         latency: Time steps on one global clock from the first input step to the last output step.
-        spikes: Binary spikes ``[T, B, ...]`` (bool) of the recorded neurons, in their own window.
+        spikes: Binary spikes ``[steps, B, ...]`` (bool) of the recorded neurons, in their own window: of T steps, in
+            the binary code of as many as a count has digits.
         counts: Spike counts ``[B, ...]`` (uint8) of all neurons.
-        membrane: Membrane potentials ``[T + delay, B, ...]`` of the recorded neurons, after the charge of each step.
+        membrane: Membrane potentials ``[steps + delay, B, ...]`` of the recorded neurons, after each step's charge.
     """
 
     logits: Any

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qsd.spiking.clock import Clock
+from qsd.spiking.codes import Code, CodeName, build_code
 from qsd.spiking.names import DelayChoice, delay_choice
 from qsd.spiking.results import Trace
 from qsd.spiking.signals import MarkedTensor, is_marked, plain
@@ -30,6 +31,7 @@ class Run:
         trace: Receives counts and recordings, in time steps.
         clock: The global clock, in ticks.
         calls: Number of calls of every layer up to now.
+        codes: By layer the codes of its inputs in the present call.
     """
 
     mode: Mode = "count"
@@ -38,6 +40,7 @@ class Run:
     trace: Trace = field(default_factory=lambda: Trace(torch.empty(0), 0))
     clock: Clock = field(default_factory=lambda: Clock(1, 0, 1))
     calls: Counter[str] = field(default_factory=Counter)
+    codes: dict[str, tuple[Code, ...]] = field(default_factory=dict)
 
 
 class Runtime:
@@ -47,11 +50,13 @@ class Runtime:
     steps for which an image occupies the layer's state) and ``repeated`` (layers that run several times in a pass).
 
     Args:
-        time_steps: T of the network.
+        time_steps: T of the network, the largest spike count.
+        code: How a count travels as binary spikes; it decides how many steps a window has.
     """
 
-    def __init__(self, time_steps: int) -> None:
+    def __init__(self, time_steps: int, code: CodeName = "unary") -> None:
         self.time_steps = time_steps
+        self.code: Code = build_code(code, time_steps)
         self.run = Run()
         self.sources: dict[str, Any] = {}
         self.busy_steps: dict[str, int] = {}
@@ -133,10 +138,19 @@ class Runtime:
         self.run.calls[name] += 1
         return f"{name}@{number}" if name in self.repeated else name
 
+    def code_of(self, x: Any) -> Code:
+        """The code of a signal: a neuron's spikes are digits; currents, and spikes with a value, add up as they are.
+
+        Args:
+            x: An input of a layer.
+        """
+        return self.code.plain if getattr(x, "source", None) is None else self.code
+
     def split(self, x: Tensor) -> Tensor:
-        """Give the time steps their own axis: ``[T * B, ...]`` to ``[T, B, ...]``.
+        """Give the steps of the window their own axis: ``[steps * B, ...]`` to ``[steps, B, ...]``.
 
         Args:
             x: A tensor with time and batch in its first axis.
         """
-        return x.reshape(self.time_steps, x.shape[0] // self.time_steps, *x.shape[1:])
+        steps = self.code.steps
+        return x.reshape(steps, x.shape[0] // steps, *x.shape[1:])

@@ -22,7 +22,8 @@ class Operation:
 
     Attributes:
         kind: With weights (convolution, linear), of two activations (product), a maximum in a layer of role ``"pool"``
-            (pool), a weighted or plain sum over positions (reduction), or a nonlinearity or comparison (other).
+            (pool), a weighted or plain sum over positions (reduction), a multiplication of a layer's currents by a
+            power of two (shift), or a nonlinearity or comparison (other).
         torch_name: The operation's name in torch.
         name: A layer's dotted name in the trained model, or the path of the module that computes it.
         layer: The innermost layer of the engine around it, or ``None``.

@@ -145,6 +145,7 @@ def test_what_cannot_be_converted_afterwards_is_refused_before(tmp_path):
         ({"merge": False, "merged_bits": 4}, "merged_bits needs merged kernels"),
         ({"stages": ["all"]}, "stage 'all' is unknown"),
         ({"step_images": 0}, "step_images=0 is not positive"),
+        ({"code": "ternary"}, "code='ternary' is unknown; use 'unary' or 'binary'"),
     ],
 )
 def test_wrong_options_are_named_at_once(options, message):
@@ -230,9 +231,23 @@ def test_a_checkpoint_is_converted_with_a_table_of_delays(convert, checkpoint, c
     again = ["converted/spiking.safetensors", *DATA, *FEW, "--out=again", "--merge=none", "--delay=0"]
     assert convert([*again, "--leave-out", *report.STAGES]) == 0
     other = json.loads(Path("again/conversion.json").read_text())
-    assert other["conversion"] == {"merge": "none", "merged_bits": None, "delay": 0}
+    assert other["conversion"] == {"merge": "none", "merged_bits": None, "delay": 0, "code": "unary"}
     assert other["model"]["name"] == record["model"]["name"] == "qsd_tiny"
     assert other["accuracy"]["quantized"] <= 1
+
+
+def test_a_checkpoint_is_converted_to_the_binary_code(convert, checkpoint):
+    few = ["--max-images=4", "--step-images=2"]
+    assert convert([str(checkpoint), *DATA, *few, "--code=binary"]) == 0
+    assert qsd.load_packed("converted/spiking.safetensors").code.name == "binary"
+    record = report.Record.read("converted/conversion.json")
+    assert (record.conversion.code, record.delays, record.left_out) == ("binary", None, [])
+    assert all(compared.equal_counts for compared in record.comparison if compared.dtype == "float64")
+    assert [cost.code for cost in record.energy.codes] == ["unary", "binary"]
+    page = Path("converted/report.html").read_text()
+    assert "is its 2 binary digits" in page
+    assert "with the delay ⌈log2(T + 1)⌉ − 1 = 1" in page
+    assert "<td>binary (converted)</td>" in page
 
 
 def test_a_network_that_was_compiled_is_converted_uncompiled(convert, checkpoint):
@@ -272,6 +287,8 @@ def test_delays_are_calibrated_on_validation_images(convert, checkpoint, capsys)
         (["CHECKPOINT", *DATA, "--merged-bits=1"], "merged_bits=1 is not from 2 to 16"),
         (["CHECKPOINT", *DATA, "--delays", "--leave-out", "delays"], "exclude each other"),
         (["CHECKPOINT", *DATA, "--delay=1", "--calibrate=0.1"], "exclude each other"),
+        (["CHECKPOINT", *DATA, "--code=binary", "--calibrate=0.1"], "--calibrate is about early firing"),
+        (["CHECKPOINT", *DATA, "--code=binary", "--delay=0"], "in the binary code the first digit of a count needs"),
         (["CHECKPOINT", *DATA, "--max-images=0"], "max_images=0 is not positive"),
         (["CHECKPOINT", *DATA, "--preset=gold"], "preset='gold' is unknown"),
         (["CHECKPOINT", "--data=DigitsData", "--data.in_chans=3"], "images have 3 channels"),

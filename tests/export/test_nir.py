@@ -100,6 +100,9 @@ def test_mistakes_are_named(tmp_path):
     spiking, _ = spiking_network(*CSD, part="stem", delay=1)
     with pytest.raises(qsd.QsdError, match="fires before its input is complete"):
         to_nir(spiking, tmp_path / "a.nir")
+    stem = spiking_network(*CSD, part="stem", code="binary")[0]
+    with pytest.raises(qsd.QsdError, match="one threshold for all time steps, which the binary code does not"):
+        to_nir(stem, tmp_path / "a.nir")
     flattened = nn.Sequential(QuantConv2d(3, 2, 3, weight_bits=4), build_neuron(4), nn.Flatten(), QuantLinear(8, 5))
     with pytest.raises(qsd.QsdError, match=r"cannot express the operation (Flatten|Reshape) behind 1;"):
         to_nir(qsd.to_spike_driven(flattened.eval(), example=torch.rand(1, 3, 4, 4)), tmp_path / "a.nir")

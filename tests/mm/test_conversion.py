@@ -17,7 +17,7 @@ from qsd.mm.spiking.measuring import DEFAULTS
 from qsd.neurons import SpikeNeuron
 from qsd.packing import load_packed
 from qsd.report import FILES, ConversionOptions, Origin, Record
-from tests.helpers import CONFIGS, ROOT
+from tests.helpers import CONFIGS, ROOT, sample
 from tests.helpers.mm import SMALL
 
 ALL = ("coco_qsd", "coco_cascade_qsd", "coco_retinanet_qsd", "ade20k_qsd")
@@ -136,6 +136,20 @@ def test_counts_classes_and_boxes_are_those_of_the_trained_model(name, way, trai
     assert comparison.changed_images == 0
     assert comparison.equal_classes == 2
     assert comparison.largest_difference <= 1e-9
+
+
+@pytest.mark.parametrize("name", sample(["coco_qsd"], ALL))
+def test_digits_of_counts_give_the_same_counts_classes_and_boxes_in_fewer_steps(name, trained, converted):
+    (model, scenes), spiking = trained(name), qsd.mm.convert_model(trained(name)[0], code="binary")
+    comparison = compare_model(model, spiking, scenes[:1], "simulate")
+    assert (comparison.changed_images, comparison.equal_classes) == (0, 1)
+    assert comparison.largest_difference <= 1e-9
+    assert spiking.latency() < converted(name).latency()
+    energy = total_energy(spiking.energy(scenes[:1]))
+    assert [cost.steps for cost in energy.codes] == [4, 3]
+    assert energy.codes[1].energy_mj == pytest.approx(energy.total)
+    with pytest.raises(QsdError, match="in the binary code the first digit of a count needs all 3 steps"):
+        spiking.simulate(scenes[0], delay=1)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -51,6 +51,10 @@ def _made_up(model="qsd_tiny", time_steps=4, layers=12):
         energy=costs.EnergyRecord(
             preset="fp32", mac_pj=4.6, ac_pj=0.9, time_steps=time_steps, merged=True, bits=3, images=200, layers=layers,
             total_mj=costs.EnergyTotals(**totals, papers_stem_per_step=totals["papers"] * 1.1),
+            codes=[
+                costs.CodeCost(code="unary", steps=4, spikes=9e5, additions=4e7, shifts=0.0, energy_mj=0.05),
+                costs.CodeCost(code="binary", steps=3, spikes=7e5, additions=3e7, shifts=3e7, energy_mj=0.04),
+            ],
         ),
         sizes=costs.Sizes(
             parameters=15_100_000, float_bytes=60_500_000, packed_bytes=7_700_000, file_bytes=7_800_000,

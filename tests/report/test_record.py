@@ -11,7 +11,7 @@ from qsd.report import Record, html
 from tests.helpers.mutations import changed, enlarged, paths, problem, retyped, value_at, without
 
 # Fields with a default, or that a file of another kind of network lacks.
-OPTIONAL = {"version", "largest_difference", "other_regions", "file_bytes"}
+OPTIONAL = {"version", "largest_difference", "other_regions", "file_bytes", "code", "codes", "shift"}
 
 
 @pytest.fixture

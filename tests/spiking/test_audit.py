@@ -208,6 +208,7 @@ def test_findings_are_data_and_a_table():
     assert data["images"] == 1
     assert data["operations"][0] == {
         "name": "first", "operation": "convolution", "status": "analog", "bits": None, "stem": True, "note": "",
+        "shift": 0,
         "spike_driven": False,
     }  # fmt: skip
     assert audit.table().row_count == 3

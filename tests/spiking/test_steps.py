@@ -47,20 +47,20 @@ def test_a_constant_current_needs_no_delay():
         assert torch.equal(counts, torch.floor(total / 64 + 0.5).clamp(0, time_steps))
 
 
+@pytest.mark.parametrize("code", ["unary", "binary"])
 @pytest.mark.parametrize("time_steps", [1, 2, 3, 4, 8])
-def test_halves_round_to_even_counts_if_every_other_spike_needs_more_than_the_threshold(time_steps):
+def test_halves_round_to_even_counts_if_some_spikes_need_more_than_the_threshold(time_steps, code):
     # Python rounds fractions half to even. Ties are half of the sums here, and the currents come in any order.
-    threshold, runtime = 4, Runtime(time_steps)
-    neuron = HalfEvenNeuron(
-        SpikeNeuron(time_steps, float(threshold), 1.0, rounding="half_even"), "n", time_steps - 1, runtime
-    )
+    threshold, runtime = 4, Runtime(time_steps, code)
+    trained = SpikeNeuron(time_steps, float(threshold), 1.0, rounding="half_even")
+    neuron = HalfEvenNeuron(trained, "n", runtime.code.lossless_delay, runtime)
     sums = torch.arange(-12, threshold * (time_steps + 2), 2, dtype=torch.float64)
     expected = [min(max(round(Fraction(int(z), threshold)), 0), time_steps) for z in sums]
-    currents = torch.randint(-20, 20, (time_steps, len(sums))).double()
+    currents = torch.randint(-20, 20, (runtime.code.steps, len(sums))).double()
     currents[-1] += sums - currents.sum(0)
     with runtime.running("step"):
-        spikes = neuron(currents.flatten()).view(time_steps, -1)
-    assert spikes.sum(0).tolist() == expected
+        spikes = neuron(currents.flatten()).view(runtime.code.steps, -1)
+    assert runtime.code.counts(spikes).tolist() == expected
     assert neuron.count(sums).tolist() == expected
 
 

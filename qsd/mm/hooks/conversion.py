@@ -56,7 +56,7 @@ class ConvertToSpikeDrivenHook(Hook):
                 "ConvertToSpikeDrivenHook verifies on validation images, and there are none; give val_dataloader, "
                 "val_cfg and val_evaluator, or remove it from custom_hooks."
             )
-        convert_model(model, merge=self.options.merge)
+        convert_model(model, merge=self.options.merge, code=self.options.code)
 
     def after_train(self, runner: Runner) -> None:
         """Convert, when all files of the training are complete."""

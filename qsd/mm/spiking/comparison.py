@@ -49,7 +49,7 @@ def compare_model(
         trained: Trained model in evaluation; compared in the floating-point type of its parameters.
         spiking: Converted from it, in the same type.
         batches: Batches of one image each, so that images are judged one by one.
-        way: Count domain, or simulation with delay T - 1.
+        way: Count domain, or simulation with the lossless delay.
         progress: Whether to show a progress bar.
     """
     comparison = DetectionComparison(str(next(trained.parameters()).dtype).removeprefix("torch."), way)
@@ -62,7 +62,7 @@ def compare_model(
             if way == "count":
                 (found,) = spiking.predict(batch)
             else:
-                (found,) = spiking.simulate(batch, spiking.time_steps - 1).samples
+                (found,) = spiking.simulate(batch, spiking.lossless_delay).samples
         comparison.images += 1
         _compare_counts(comparison, calls, counts)
         _compare_predictions(comparison, contents(expected), contents(found))

@@ -123,7 +123,8 @@ class DetectorMeasurements(Measurements):
         return list(next(iter(self.images))["inputs"][0].shape)
 
     def convert(self, trained: Any, delay: int | dict[str, int] | None) -> ConvertedModel:
-        return convert_model(trained, delay, self.options.merge, self.options.merged_bits)
+        options = self.options
+        return convert_model(trained, delay, options.merge, options.merged_bits, options.code)
 
     def accuracy(self, count: Callable[[str, Tensor], None]) -> DenseAccuracy:
         """Metrics of the trained and the spiking model; the inputs of each segment are counted on the way."""

@@ -18,11 +18,12 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from qsd.energy import Energy, OperationCounter, Preset
+from qsd.energy import CodeCost, Energy, OperationCounter, Preset
 from qsd.errors import QsdError
 from qsd.mm.spiking.segments import DENSE, cut, dense_head
 from qsd.spiking import Audit, SpikingNetwork, Trace, to_spike_driven
 from qsd.spiking.audit import Auditor
+from qsd.spiking.codes import Code, CodeName
 from qsd.spiking.merging import Merge
 from qsd.spiking.names import Delay
 
@@ -88,8 +89,18 @@ class ConvertedModel(nn.Module):
         return self.segments[DENSE].time_steps
 
     @property
+    def code(self) -> Code:
+        """How a count travels as binary spikes, in all segments."""
+        return self.segments[DENSE].code
+
+    @property
+    def lossless_delay(self) -> int:
+        """The shortest lossless delay."""
+        return self.code.lossless_delay
+
+    @property
     def lossless(self) -> bool:
-        """Whether every neuron waits for at least T - 1 time steps."""
+        """Whether every neuron waits for its whole input."""
         return all(network.lossless for network in self.segments.values())
 
     def train(self, mode: bool = True) -> "ConvertedModel":
@@ -232,7 +243,8 @@ def total_energy(energies: dict[str, Energy]) -> Energy:
     first = next(iter(energies.values()))
     layers = [layer for energy in energies.values() for layer in energy.layers]
     merged = all(energy.merged for energy in energies.values())
-    return Energy(first.preset, first.time_steps, merged, first.images, layers)
+    codes = [CodeCost.sum(costs) for costs in zip(*(energy.codes for energy in energies.values()))]
+    return Energy(first.preset, first.time_steps, merged, first.images, layers, codes)
 
 
 @torch.no_grad()
@@ -250,7 +262,11 @@ def predict(model: Any, batch: Batch) -> list[Any]:
 
 @torch.no_grad()
 def convert_model(
-    model: nn.Module, delay: Delay = None, merge: Merge = True, merged_bits: int | None = None
+    model: nn.Module,
+    delay: Delay = None,
+    merge: Merge = True,
+    merged_bits: int | None = None,
+    code: CodeName = "unary",
 ) -> ConvertedModel:
     """Convert a trained detector or segmenter into one whose networks exchange binary spikes.
 
@@ -262,6 +278,7 @@ def convert_model(
         delay: As in `qsd.to_spike_driven`.
         merge: As in `qsd.to_spike_driven`.
         merged_bits: As in `qsd.to_spike_driven`.
+        code: As in `qsd.to_spike_driven`.
 
     Raises:
         QsdError: For a model of another structure, or with a layer that does not spike.
@@ -269,7 +286,8 @@ def convert_model(
     model = copy.deepcopy(model).eval()
     segments = {}
     for name, (part, example) in cut(model).items():
-        segments[name] = to_spike_driven(part, delay, merge, merged_bits, example, currents=name != DENSE)
+        currents = name != DENSE
+        segments[name] = to_spike_driven(part, delay, merge, merged_bits, example, currents=currents, code=code)
     if len(steps := {network.time_steps for network in segments.values()}) > 1:
         found = ", ".join(map(str, sorted(steps)))
         raise QsdError(f"all neurons need one number of time steps; found: {found}.")

@@ -1,9 +1,10 @@
 """The base of all layers of a converted network.
 
 A layer runs in three ways that must agree. In the count domain tensors are ``[B, ...]`` and spikes are counts
-``0..T``. In time steps they are ``[T * B, ...]``, the steps in front: spikes are 0 or 1, and a linear map acts on
+``0..T``. In time steps they are ``[steps * B, ...]``, the steps in front: spikes are 0 or 1, and a linear map acts on
 each step alone, so that sums over the window are preserved. On the clock they are ``[B, ...]`` again, one tick at a
-time, and layers keep state between ticks.
+time, and layers keep state between ticks. The code (`qsd.spiking.codes`) tells the number of steps, T in the unary
+code, and the value of a spike.
 
 A layer also answers for itself: the audit asks for its role, the energy for its operations, and the size of a network
 for its stored bits. The engine knows no more of a layer than this class tells, so that a layer defined elsewhere has
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from qsd.spiking.clock import Window
+from qsd.spiking.codes import Code
 from qsd.spiking.layers.costs import LayerInputs, Operations
 from qsd.spiking.runtime import Runtime
 from qsd.spiking.signals import IMAGE, MarkedTensor, plain
@@ -47,6 +49,11 @@ class TimedLayer(nn.Module):
         self.name, self.runtime = name, runtime
         self.call = name
 
+    @property
+    def codes(self) -> tuple[Code, ...]:
+        """The codes of the present call's inputs: spikes are digits, currents add up as they are."""
+        return self.runtime.run.codes[self.name]
+
     @abstractmethod
     def count(self, *inputs: Tensor) -> Tensor:
         """Sums over the window to sums over the window, ``[B, ...]``.
@@ -58,7 +65,7 @@ class TimedLayer(nn.Module):
 
     @abstractmethod
     def step(self, constant: bool, *inputs: Tensor) -> Tensor:
-        """All steps of the window at once, ``[T * B, ...]``.
+        """All steps of the window at once, ``[steps * B, ...]``.
 
         Args:
             constant: Whether the input is an image, ``[B, ...]``, and the same in every step.
@@ -109,7 +116,7 @@ class TimedLayer(nn.Module):
 
     def busy_steps(self) -> int:
         """Time steps for which an image occupies the layer's state."""
-        return self.runtime.time_steps
+        return self.runtime.code.steps
 
     def check_sources(self, *inputs: Tensor) -> None:
         """Look at the sources of the inputs, while the network is traced.
@@ -138,6 +145,7 @@ class TimedLayer(nn.Module):
         if runtime.mode == "count":
             return self.count(*inputs)
         inputs, arrival = runtime.aligned(inputs)
+        runtime.run.codes[self.name] = tuple(runtime.code_of(x) for x in inputs)
         constant = any(getattr(x, "source", None) is IMAGE for x in inputs)
         values = tuple(plain(x) for x in inputs)
         if runtime.mode == "step":

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qsd.spiking.codes import Code
+
 # Operations of the network as it is, with each merged chain as one kernel, and of the network with all factors.
 BY_NETWORK = ("merged", "unmerged")
 
@@ -24,24 +26,34 @@ class LayerInputs:
     """Inputs of one call of a layer.
 
     Attributes:
-        tensors: Spike counts ``[B, ...]``, or where time steps are taken binary spikes ``[T * B, ...]``.
-        time_steps: T of the network.
+        tensors: Spike counts ``[B, ...]``, or where time steps are taken binary spikes ``[steps * B, ...]``.
+        code: The code whose spikes are counted.
         stepped: Whether time steps are taken.
         image: Whether the inputs are functions of images alone, which are the same in every time step.
         analog: Whether the inputs are currents, neither images nor spikes.
     """
 
     tensors: tuple[Tensor, ...]
-    time_steps: int
+    code: Code
     stepped: bool
     image: bool
     analog: bool = False
 
     @property
+    def time_steps(self) -> int:
+        """T of the network, the largest spike count."""
+        return self.code.largest
+
+    @property
+    def window(self) -> int:
+        """Number of time steps in which the spikes of one value come."""
+        return self.code.steps
+
+    @property
     def images(self) -> float:
         """Number of images."""
         length = len(self.tensors[0])
-        return length / self.time_steps if self.stepped and not self.image else length
+        return length / self.window if self.stepped and not self.image else length
 
     def counts(self, x: Tensor) -> Tensor:
         """Sums over the window, ``[B, ...]``.
@@ -52,12 +64,22 @@ class LayerInputs:
         return self.steps(x).sum(0) if self.stepped else x
 
     def steps(self, x: Tensor) -> Tensor:
-        """Spikes by time step, ``[T, B, ...]``, where time steps are taken.
+        """Spikes by time step, ``[steps, B, ...]``.
 
         Args:
             x: One of the tensors.
         """
-        return x.reshape(self.time_steps, len(x) // self.time_steps, *x.shape[1:])
+        if not self.stepped:
+            return self.code.digits(x)
+        return x.reshape(self.window, len(x) // self.window, *x.shape[1:])
+
+    def spikes(self, x: Tensor) -> Tensor:
+        """The number of spikes by element, in the shape of the tensor; only counts have one.
+
+        Args:
+            x: One of the tensors.
+        """
+        return x if self.stepped or self.image else self.code.ones(x)
 
     def cells(self, x: Tensor) -> float:
         """Neurons times time steps: the most spikes that could come in.
@@ -65,7 +87,7 @@ class LayerInputs:
         Args:
             x: One of the tensors.
         """
-        return x.numel() if self.stepped else x.numel() * self.time_steps
+        return x.numel() if self.stepped else x.numel() * self.window
 
 
 @dataclass
@@ -116,7 +138,11 @@ def synaptic_operations(
     # on currents summed over the window.
     if inputs.image or inputs.analog:
         return Operations(macs={"merged": total if merged is None else images * merged, "unmerged": total}, dense=total)
-    additions = {key: float((x.double() * fan_out(key)).sum()) for key in BY_NETWORK}
+    reach = {key: fan_out(key).double() for key in BY_NETWORK}
+    # Summed over images and channels first, so that the fan-out is multiplied to one small map.
+    axes = tuple(range(max(1, x.dim() - max(reached.dim() for reached in reach.values()))))
+    spikes = inputs.spikes(x).sum(axes, dtype=torch.float64)
+    additions = {key: float((spikes * reached).sum()) for key, reached in reach.items()}
     # All factors but the first see analog values, once per image, on currents summed over the window.
     macs = {"merged": 0.0, "unmerged": images * sum(dense[1:])}
-    return Operations(float(x.sum(dtype=torch.float64)), inputs.cells(x), additions, macs, total)
+    return Operations(float(spikes.sum()), inputs.cells(x), additions, macs, total)

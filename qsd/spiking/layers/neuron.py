@@ -14,7 +14,7 @@ from qsd.spiking.layers.base import TimedLayer
 from qsd.spiking.layers.costs import LayerInputs, Operations
 from qsd.spiking.names import matches
 from qsd.spiking.runtime import Runtime
-from qsd.spiking.steps import charge, fire, fire_half_even
+from qsd.spiking.steps import charge, fire, fire_half_even, shift
 
 Potential = float | Tensor
 
@@ -22,11 +22,12 @@ _NEURONS_AT_A_TIME = 2**16
 
 
 class DelayedNeuron(TimedLayer):
-    """Delayed integrate-and-fire neuron: charges in steps 1..T, may fire in steps d+1..d+T of its window.
+    """Delayed integrate-and-fire neuron: charges in all steps of its window, and may fire in as many steps, d later.
 
     At ``d >= T - 1`` it fires exactly the trained neuron's count, for every input (theorem: all input is in before the
-    first chance to fire, and T chances follow). Its spikes are 0 or 1. Their amplitude lies in the weights of the next
-    layer. Where the spikes meet an operation that is no layer of the engine (``scaled``), they are multiplied by it
+    first chance to fire, and T chances follow). In the binary code it fires the count's digits: the threshold of a step
+    is the value of its spike. Spikes are 0 or 1. Their amplitude lies in the weights of the next layer. Where the
+    spikes meet an operation that is no layer of the engine (``scaled``), they are multiplied by it, and by their value,
     here, which is exact too, but not spike-driven.
 
     A neuron whose input is a product of spikes gets, beside the integer currents, the value of their unit. Its
@@ -102,7 +103,8 @@ class DelayedNeuron(TimedLayer):
 
         Args:
             membrane: Potential of some neurons after the charge.
-            threshold: A number, or a tensor of the same shape, see `limit`.
+            threshold: A number, or a tensor of the same shape, see `limit`; in the binary code times the value
+                of the step's spike.
             spikes: Receives 0 and 1, in the same shape and type.
         """
         fire(membrane, threshold, spikes)
@@ -119,10 +121,12 @@ class DelayedNeuron(TimedLayer):
     # -- the three ways to run -----------------------------------------------------------------------------------------
 
     def window_offset(self) -> int:
-        return self.runtime.run.delay(self.name, self.delay)
+        delay = self.runtime.run.delay(self.name, self.delay)
+        self.runtime.code.check_delay(self.name, delay)
+        return delay
 
     def busy_steps(self) -> int:
-        return self.time_steps + self.window_offset()
+        return self.runtime.code.steps + self.window_offset()
 
     def source(self) -> "DelayedNeuron | None":
         return None if self.scaled else self
@@ -147,13 +151,13 @@ class DelayedNeuron(TimedLayer):
         x, *scale = inputs
         if constant:
             raise self._sees_an_image()
-        run, steps, delay = self.runtime.run, self.time_steps, self.window_offset()
+        run, code, delay = self.runtime.run, self.runtime.code, self.window_offset()
         threshold, records = self.threshold_at(*scale), matches(self.call, run.record)
         if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
         currents = self.runtime.split(x)
         spikes = torch.empty_like(currents)
-        shape = (steps + delay if records else 0, *currents.shape[1:])
+        shape = (code.steps + delay if records else 0, *currents.shape[1:])
         potentials = currents.new_empty_strided(shape, currents.stride())
         chunks = zip(
             *(_chunks(tensor) for tensor in (currents, spikes, potentials)),
@@ -163,23 +167,32 @@ class DelayedNeuron(TimedLayer):
         for current, spike, potential, start, limit in chunks:
             membrane = start[0].clone() if isinstance(start, Tensor) else torch.full_like(current[0], start)
             limit = limit[0].clone() if isinstance(limit, Tensor) else limit
-            for t in range(steps + delay):
-                if t < steps:
+            for t in range(code.steps + delay):
+                if t < code.steps:
                     self.charge(membrane, current[t])
                 if records:
                     potential[t] = membrane
                 if t >= delay:
-                    self.fire(membrane, limit, spike[t - delay])
-        run.trace.counts[self.call] = spikes.sum(0, dtype=torch.uint8)
+                    self._fire_step(membrane, limit, spike[t - delay], t - delay + 1)
+        run.trace.counts[self.call] = code.counts(spikes)
         if records:
             run.trace.spikes[self.call], run.trace.membrane[self.call] = spikes.bool(), potentials
-        return self._emit(spikes.flatten(0, 1))
+        spikes = spikes.flatten(0, 1)
+        return self._emit(code.weigh(spikes) if self.scaled else spikes)
+
+    def _fire_step(self, membrane: Tensor, threshold: Any, spikes: Tensor, step: int) -> None:
+        """`fire` in a step of the firing window, as the code says."""
+        code = self.runtime.code
+        if step == 1:
+            code.saturate(membrane, threshold)
+        self.fire(membrane, code.level(threshold, step), spikes)
 
     def tick(self, window: Window, *inputs: Any) -> Tensor:
         x, *scale = inputs
         if window.constant:
             raise self._sees_an_image()
-        spikes, delay, state = torch.zeros_like(x), self.window_offset(), window.state
+        spikes, delay, state, code = torch.zeros_like(x), self.window_offset(), window.state, self.runtime.code
+        step = window.step - delay
         if window.begins:
             threshold = self.threshold_at(*scale)
             state["membrane"], state["count"] = _filled(self.start(threshold), x), torch.zeros_like(x)
@@ -187,12 +200,12 @@ class DelayedNeuron(TimedLayer):
             state["threshold"] = _filled(limit, x) if isinstance(limit, Tensor) else limit
         if window.open:
             self.charge(state["membrane"], x)
-        if window.within(delay, self.time_steps):
-            self.fire(state["membrane"], state["threshold"], spikes)
-            state["count"] = state["count"] + spikes
-        if window.step == delay + self.time_steps:
+        if window.within(delay, code.steps):
+            self._fire_step(state["membrane"], state["threshold"], spikes, step)
+            state["count"] = state["count"] + shift(spikes, code.places(step))
+        if step == code.steps:
             self.runtime.hand_out(self.call, state["count"])
-        return self._emit(spikes)
+        return self._emit(shift(spikes, code.places(step)) if self.scaled else spikes)
 
     def _sees_an_image(self) -> QsdError:
         return QsdError(
@@ -205,13 +218,24 @@ class DelayedNeuron(TimedLayer):
 
 
 class HalfEvenNeuron(DelayedNeuron):
-    """A delayed neuron that rounds halves to even counts: its spikes 1, 3, ... need more than the threshold."""
+    """A delayed neuron that rounds halves to even counts.
+
+    In the unary code its spikes 1, 3, ... need more than the threshold. In the binary code the last digit needs more
+    than the threshold, because it alone tells an odd count from an even one.
+    """
 
     def limit(self, threshold: Potential) -> Potential:
         return threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float64)
 
     def fire(self, membrane: Tensor, threshold: Tensor, spikes: Tensor) -> None:
         fire_half_even(membrane, threshold, spikes)
+
+    def _fire_step(self, membrane: Tensor, threshold: Any, spikes: Tensor, step: int) -> None:
+        code = self.runtime.code
+        if step == 1:
+            code.saturate(membrane, threshold)
+        level = code.level(threshold, step)  # in the unary code the same tensor, whose signs tell the parity
+        self.fire(membrane, -level if code.radix > 1 and step < code.steps else level, spikes)
 
 
 def _filled(value: Potential, like: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from qsd.spiking.steps import pool_increment
 class SpikingMaxPool(TimedLayer):
     """Max-pool of binary spikes, by temporal decomposition: the growth of the largest of the running sums.
 
-    It is 0 or 1, and adds up to the largest of the counts, whenever the spikes come. At delay T - 1 trains have no
-    gaps, and "any of them fires" is the same: then no sums are kept. Padding with zeros is padding with nothing, since
-    counts are not negative.
+    It is 0 or 1, and adds up to the largest of the counts, whenever the spikes come. At delay T - 1 trains of the unary
+    code have no gaps, and "any of them fires" is the same: then no sums are kept. Of binary digits the sums are the
+    numbers that the digits form up to now, and the growth is the next digit of the largest count. Padding with zeros is
+    padding with nothing, since counts are not negative.
 
     Args:
         pool: The trained pool.
@@ -42,32 +43,34 @@ class SpikingMaxPool(TimedLayer):
     @property
     def without_gaps(self) -> bool:
         """Whether every spike train that comes in is contiguous from its first step on."""
-        neuron = self.source()
-        lossless = self.runtime.time_steps - 1
-        return isinstance(neuron, DelayedNeuron) and neuron.window_offset() >= lossless
+        neuron, code = self.source(), self.runtime.code
+        contiguous = isinstance(neuron, DelayedNeuron) and neuron.window_offset() >= code.lossless_delay
+        return contiguous and code.radix == 1
 
     def count(self, *inputs: Tensor) -> Tensor:
         return self.pool(inputs[0])
 
     def step(self, constant: bool, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
+        (x,), (code,) = inputs, self.codes
         if constant or self.without_gaps:
             return self.pool(x)
         total = pooled = None
         increments = []
         for spikes in self.runtime.split(x):
-            increment, total, pooled = pool_increment(spikes, total, pooled, self.pool)
+            increment, total, pooled = pool_increment(spikes, total, pooled, self.pool, code.radix)
             increments.append(increment)
         return torch.cat(increments)
 
     def tick(self, window: Window, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        if window.constant or self.without_gaps:
+        (x,), (code,) = inputs, self.codes
+        if window.constant or self.without_gaps or not window.open:
             return self.pool(x)
         state = window.state
         if window.begins:
             state.clear()
-        increment, state["sum"], state["pooled"] = pool_increment(x, state.get("sum"), state.get("pooled"), self.pool)
+        increment, state["sum"], state["pooled"] = pool_increment(
+            x, state.get("sum"), state.get("pooled"), self.pool, code.radix
+        )
         return increment
 
     def operations(self, inputs: LayerInputs) -> Operations | None:

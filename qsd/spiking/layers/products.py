@@ -9,14 +9,14 @@ from qsd.functional import exact_matmul
 from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
 from qsd.spiking.layers.costs import LayerInputs, Operations, both
-from qsd.spiking.steps import product_increment
+from qsd.spiking.steps import product_increment, shift
 
 
 class SpikingProduct(TimedLayer):
     """Product ``left @ right`` of two trains of spikes, ``[..., I, C]`` and ``[..., C, J]``, by temporal decomposition.
 
     Every step's increment has terms with one binary operand each; their sum over the window is the product of the
-    counts, whenever the spikes come.
+    counts, whenever the spikes come. Spikes enter the running sums with their value, and the terms are shifted.
     """
 
     role = "product"
@@ -29,22 +29,29 @@ class SpikingProduct(TimedLayer):
         left, right = (self.runtime.split(x) for x in inputs)
         left_sum, right_sum = torch.zeros_like(left[0]), torch.zeros_like(right[0])
         increments = []
-        for x, y in zip(left, right):
-            increment, left_sum, right_sum = product_increment(x, y, left_sum, right_sum)
+        for step, (x, y) in enumerate(zip(left, right), 1):
+            increment, left_sum, right_sum = product_increment(x, y, left_sum, right_sum, self._places(step))
             increments.append(increment)
         return torch.cat(increments)
+
+    def _places(self, step: int) -> tuple[int, int]:
+        """Binary places by which both inputs of a step are shifted."""
+        left, right = self.codes
+        return left.places(step), right.places(step)
 
     def tick(self, window: Window, *inputs: Tensor) -> Tensor:
         left, right = inputs
         state = window.state
         if window.begins or not state:
             state["left"], state["right"] = torch.zeros_like(left), torch.zeros_like(right)
-        increment, state["left"], state["right"] = product_increment(left, right, state["left"], state["right"])
+        increment, state["left"], state["right"] = product_increment(
+            left, right, state["left"], state["right"], self._places(window.step)
+        )
         return increment
 
     def operations(self, inputs: LayerInputs) -> Operations:
         left, right = inputs.tensors
-        of_left, of_right = (float(x.sum(dtype=torch.float64)) for x in inputs.tensors)
+        of_left, of_right = (float(inputs.spikes(x).sum(dtype=torch.float64)) for x in inputs.tensors)
         cells_left, cells_right = (inputs.cells(x) for x in inputs.tensors)
         return Operations(
             of_left + of_right,
@@ -58,7 +65,8 @@ class SpikingProduct(TimedLayer):
     def _zero_skipping(self, inputs: LayerInputs) -> float:
         """Additions where the running sums that a spike meets are not zero."""
         left, right = (x.double() for x in inputs.tensors)
-        if not inputs.stepped:  # trains without gaps: a running sum is zero in its neuron's first step only
+        if not inputs.stepped and inputs.code.radix == 1:
+            # Trains without gaps: a running sum is zero in its neuron's first step only.
             later = right - (right > 0).double()
             return _meet(left, right != 0) + _meet(left != 0, later)
         lefts, rights = inputs.steps(left), inputs.steps(right)
@@ -73,19 +81,20 @@ class SpikingProduct(TimedLayer):
 class SpikingQuery(SpikingProduct):
     """Binary query spikes ``[..., C, N]`` that add columns of an integer matrix ``M``, ``[..., I, C]``.
 
-    The matrix comes as increments. The query waits ``T - 1`` steps until it is complete: taken increment by increment
-    the product would multiply integers by integers, which is not spike-driven.
+    The matrix comes as increments. The query waits until it is complete, all steps of a window but one (T - 1 in the
+    unary code): taken increment by increment the product would multiply integers by integers, which is not
+    spike-driven.
     """
 
     def window_offset(self) -> int:
-        return self.runtime.time_steps - 1
+        return self.runtime.code.steps - 1
 
     def busy_steps(self) -> int:
-        return 2 * self.runtime.time_steps - 1
+        return self.runtime.code.steps + self.window_offset()
 
     def step(self, constant: bool, *inputs: Tensor) -> Tensor:
         increments, query = (self.runtime.split(x) for x in inputs)
-        return (increments.sum(0) @ query).flatten(0, 1)
+        return self.codes[1].weigh((increments.sum(0) @ query).flatten(0, 1))
 
     def tick(self, window: Window, *inputs: Tensor) -> Tensor:
         increment, query = inputs
@@ -93,13 +102,15 @@ class SpikingQuery(SpikingProduct):
         if window.begins or not state:
             state["matrix"] = torch.zeros_like(increment)
         state["matrix"] = state["matrix"] + increment
-        return state["matrix"] @ self.runtime.run.clock.hold(query, self.window_offset())
+        waited = self.runtime.run.clock.hold(query, self.window_offset())
+        return shift(state["matrix"] @ waited, self.codes[1].places(window.step - self.window_offset()))
 
     def operations(self, inputs: LayerInputs) -> Operations:
         matrix, query = inputs.tensors
-        spikes = float(query.sum(dtype=torch.float64))
+        number = inputs.spikes(query)
+        spikes = float(number.sum(dtype=torch.float64))
         cells = inputs.cells(query)
-        skipping = _meet(inputs.counts(matrix) != 0, inputs.counts(query))
+        skipping = _meet(inputs.counts(matrix) != 0, inputs.counts(number))
         additions = both(spikes * matrix.shape[-2])
         return Operations(spikes, cells, additions, dense=_dense(inputs), zero_skipping=skipping)
 

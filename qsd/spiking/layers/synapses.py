@@ -14,6 +14,7 @@ from qsd.spiking.layers.base import TimedLayer
 from qsd.spiking.layers.costs import LayerInputs, Operations, synaptic_operations
 from qsd.spiking.layers.geometry import Geometry, dense_macs, fan_out
 from qsd.spiking.runtime import Runtime
+from qsd.spiking.steps import shift
 
 _FLOAT_BITS = 32  # of scales, biases and weights that are not quantized
 
@@ -101,14 +102,17 @@ class Convolution(nn.Module):
 
         Args:
             x: Input.
-            share: 1 in the count domain, 1/T in a step: over a window both are added once.
+            share: 1 in the count domain, less in a step: over a window both are added once.
         """
         y = F.conv2d(x, self.weight, self.bias * share, self.stride, self.padding, groups=self.groups)
         return y if self.frame is None else pad_frame(y, self.frame * share)
 
 
 class SpikingLinear(TimedLayer):
-    """A synapse: linear map from spikes to currents. Its bias is injected in T equal parts.
+    """A synapse: linear map from spikes to currents.
+
+    Its bias is injected in shares that add up to 1, in the unary code in T equal ones. The current of a spike is
+    shifted by the spike's places.
 
     Subclasses implement `linear_map`, `absorb`, `operations` (`synaptic_operations` helps) and `stored_bits`.
     """
@@ -143,19 +147,18 @@ class SpikingLinear(TimedLayer):
         return self.linear_map(inputs[0], 1.0)
 
     def step(self, constant: bool, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        steps = self.runtime.time_steps
-        if constant:  # computed once, and the same current in every step
-            current = self.linear_map(x, 1.0) / steps
-            return torch.cat([current] * steps)  # which keeps the layout of channels, as repeat does not
-        return self.linear_map(x, 1 / steps)
+        (x,), (code,) = inputs, self.codes
+        if constant:  # The current depends on no spike, and is computed once.
+            return code.spread(self.linear_map(x, 1.0))
+        return code.currents(self.linear_map, x)
 
     def tick(self, window: Window, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
+        (x,), (code,), step = inputs, self.codes, window.step
         if not window.open:
             return self.linear_map(torch.zeros_like(x), 0.0)
-        steps = self.runtime.time_steps
-        return self.linear_map(x, 1.0) / steps if window.constant else self.linear_map(x, 1 / steps)
+        if window.constant:
+            return code.part(self.linear_map(x, 1.0), step)
+        return shift(self.linear_map(x, code.share(step)), code.places(step))
 
 
 class SpikingChain(SpikingLinear):
