@@ -166,6 +166,38 @@ def energy_totals(totals: Mapping[str, float]) -> Figure:
     return _totals(named, "mJ per image")
 
 
+def energy_with_memory(bars: Sequence[tuple[str, str, float, float, float]]) -> Figure:
+    """Bars of arithmetic and memory in millijoules per image, side by side for each dataflow.
+
+    Args:
+        bars: Dataflow, network, arithmetic, and memory at the lower and the upper price of DRAM.
+    """
+    flows = list(dict.fromkeys(flow for flow, *_ in bars))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.8 + 0.24 * len(bars)), layout="constrained")
+        panels = figure.subplots(len(flows), 1, squeeze=False)[:, 0]
+        for axes, flow in zip(panels, flows):
+            shown = [bar[1:] for bar in bars if bar[0] == flow]
+            rows = np.arange(len(shown))
+            arithmetic, low, high = (np.array([bar[i] for bar in shown]) for i in (1, 2, 3))
+            axes.barh(rows, arithmetic, height=0.7, color=ORANGE, label="arithmetic")
+            axes.barh(rows, low, left=arithmetic, height=0.7, color=BLUE, label="memory")
+            axes.hlines(rows, arithmetic + low, arithmetic + high, color=BLACK, linewidth=0.9)
+            most = float((arithmetic + high).max())
+            for row, total, end in zip(rows.tolist(), (arithmetic + low).tolist(), (arithmetic + high).tolist()):
+                text = f"{total:.3g}" if end == total else f"{total:.3g} to {end:.3g}"
+                axes.text(end + most * 0.02, row, text, va="center", fontsize=7)
+            axes.set_yticks(rows, [bar[0] for bar in shown])
+            axes.tick_params(axis="y", length=0)
+            axes.invert_yaxis()
+            axes.set_xlim(0, most * 1.35 or 1)
+            axes.set_title(flow, fontsize=8, pad=3)
+        panels[-1].set_xlabel("mJ per image")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=7)
+    return figure
+
+
 def sizes(entries: Sequence[tuple[str, float]]) -> Figure:
     """Bars of sizes in megabytes.
 

@@ -1,4 +1,8 @@
-"""Measure the information in the spikes of attention layers, for one checkpoint or several side by side.
+"""Measure the information in the spikes of attention layers, or draw where a network fires for an image.
+
+Several checkpoints are compared side by side. With --image one network is drawn instead: firing rates by stage laid
+over the image, attention as a map, and spikes over time. It may also be a packed file, or the checkpoint .pth of a
+detector or segmenter.
 
 The images are those of the first checkpoint's training, whose config.yaml is in the folder of its run; otherwise name
 them with --config or --data. The plots are on one page.
@@ -6,6 +10,7 @@ them with --config or --data. The plots are on one page.
 Examples:
   qsd analyze CHECKPOINT
   qsd analyze BEFORE AFTER --labels "T = 4" "T = 4, distilled" --teacher TEACHER
+  qsd analyze CHECKPOINT --image IMAGE --out pictures
 """
 
 import json
@@ -20,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from qsd import program
+from qsd.commands.analyze_image import analyze_image
 from qsd.commands.data import (
     PARTS,
     DataParser,
@@ -52,6 +58,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _command(args: list[str]) -> None:
     options = parse_with_config(_parser, args, _config_of)
+    if options.image is not None:
+        page, *others = analyze_image(options)
+        print(f"page: {page}; {', '.join(path.name for path in others)}")
+        return
     record = _analyze(options)
     table = Table(title="Information in the spikes of attention", show_header=False, title_justify="left")
     for finding in findings(record):
@@ -62,7 +72,12 @@ def _command(args: list[str]) -> None:
 
 def _parser(config: str | Path | None) -> DataParser:
     parser = DataParser(prog="qsd analyze", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", help=".ckpt files of trainings with the same attention layers")
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        help=".ckpt files of trainings with the same attention layers; with --image also .safetensors or .pth",
+    )
+    parser.add_argument("--image", help="image file to draw the spikes of, for one network")
     parser.add_argument("--labels", nargs="+", help="names of the checkpoints; the default are their runs' folders")
     parser.add_argument("--out", default="attention", help="folder for the page and its numbers")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier analysis")

@@ -51,7 +51,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _command(args: list[str]) -> None:
     options = parse_with_config(_parser, args)
-    program.refuse_existing((Path(options.out, name) for name in report.FILES), options.force)
+    written = [Path(options.out, name) for name in report.FILES]
+    program.refuse_existing([*written, *([Path(options.csv)] if options.csv else [])], options.force)
     _refuse_contradictions(options)
     record = _convert_dense(options) if openmmlab.is_checkpoint(options.checkpoint) else _convert_classifier(options)
     console = Console()
@@ -59,6 +60,9 @@ def _command(args: list[str]) -> None:
         console.print(_delay_table(record))
     console.print(report.summary(record))
     print(f"report: {Path(options.out) / 'report.html'}")
+    if options.csv:
+        report.write_csv(record, options.csv)
+        print(f"operations and bits: {options.csv}")
 
 
 def _parser(config: str | Path | None) -> DataParser:
@@ -74,6 +78,8 @@ def _parser(config: str | Path | None) -> DataParser:
                         "its binary digits in ceil(log2(T + 1)) steps")  # fmt: skip
     parser.add_argument("--delay", type=int, help="delay of every neuron; the default T - 1 is lossless")
     parser.add_argument("--preset", default="fp32", help=f"energy prices: {', '.join(PRESETS)}; fp32 are the papers'")
+    parser.add_argument("--prices", metavar="FILE", help="YAML file with prices of one's own instead of a preset")
+    parser.add_argument("--csv", metavar="FILE", help="also write operations and bits by layer to this file")
     parser.add_argument("--max-images", type=int, help="number of images to measure on; the default is all")
     parser.add_argument("--step-images", type=int, help="number of images that are also stepped through time; "
                         "the default is 100 for classifiers, 8 for others")  # fmt: skip
@@ -91,6 +97,8 @@ def _parser(config: str | Path | None) -> DataParser:
 
 
 def _refuse_contradictions(options: Namespace) -> None:
+    if options.csv and "energy" in options.leave_out:
+        raise QsdError("--csv and --leave-out energy exclude each other; drop one.")
     if options.delays and "delays" in options.leave_out:
         raise QsdError("--delays and --leave-out delays exclude each other; drop one.")
     if options.calibrate is not None and options.delay is not None:
@@ -107,7 +115,8 @@ def _conversion_options(options: Namespace, defaults: Mapping[str, Any]) -> repo
         options: The parsed options.
         defaults: The values of fields whose options are not given, with the stages that the kind of network has.
     """
-    names = ("code", "merge", "merged_bits", "delay", "preset", "max_images", "step_images", "float_accuracy", "raster")
+    names = ("code", "merge", "merged_bits", "delay", "preset", "prices", "max_images", "step_images", "float_accuracy",
+             "raster")  # fmt: skip
     given = {name: options[name] for name in names if options[name] is not None}
     chosen = [stage for stage in defaults["stages"] if stage not in options.leave_out]
     return report.ConversionOptions(**{**defaults, **given, "stages": chosen})

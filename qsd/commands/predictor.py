@@ -29,6 +29,7 @@ class Predictor:
         energy: Gives the energy of images in mJ, or ``None`` if it is unknown.
         energy_of: What the energy was measured on, in words.
         class_names: The names of the classes, or ``None``.
+        network: The network of spikes; ``None`` for an ONNX file.
 
     Raises:
         QsdError: If the file cannot be read, or does not hold the size and normalisation of its images.
@@ -40,6 +41,7 @@ class Predictor:
         self.logits: Callable[[Tensor], Tensor]
         self.energy: Callable[[Tensor], float | None]
         self.energy_of: str
+        self.network: SpikingNetwork | None = None
         self._notes: dict[str, Any]
         load(path)
         facts = read_image_notes(self._notes, path)
@@ -58,7 +60,7 @@ class Predictor:
             raise QsdError(f"{path} holds a detector or segmenter; give the checkpoint .pth of its training instead.")
         network = load_packed(path)
         spiking = network if isinstance(network, SpikingNetwork) else to_spike_driven(network)
-        self.logits = spiking.evaluate
+        self.network, self.logits = spiking, spiking.evaluate
         self.energy = lambda images: measure_energy(spiking, images).total
         self.energy_of = "spikes of each image"
 

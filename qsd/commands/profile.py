@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qsd import model_size, program
+from qsd import measure_energy, model_size, program, to_spike_driven
 from qsd.errors import QsdError
+from qsd.layers import QuantConv2d, QuantLinear, quantized_weight
 from qsd.layers.steps import step_names
 from qsd.neurons import SpikeNeuron
 
@@ -49,13 +50,18 @@ def _command(args: list[str]) -> None:
     parser.add_argument("--img-size", type=int, help="height and width in pixels; the default is the model's own")
     parser.add_argument("--model-args", type=json.loads, default={}, help="further arguments of the models, as JSON")
     parser.add_argument("--epoch-images", type=int, help="training images; the default is ImageNet's, or CIFAR's")
+    parser.add_argument("--spikes", action="store_true", help="also convert the models and step through a random image "
+                        "for those of NeuroBench's metrics that depend on spikes")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(args)
-    profiles = [profile(name, options.img_size, options.model_args, options.epoch_images) for name in options.names]
+    arguments = options.img_size, options.model_args, options.epoch_images, options.spikes
+    profiles = [profile(name, *arguments) for name in options.names]
     if options.json:
         print(json.dumps([asdict(p) for p in profiles], indent=2))
     else:
-        Console(width=None if sys.stdout.isatty() else 190).print(_table(profiles))
+        console = Console(width=None if sys.stdout.isatty() else 190)
+        console.print(_table(profiles))
+        console.print(_neurobench_table(profiles))
 
 
 @dataclass
@@ -76,6 +82,8 @@ class Profile:
         epoch_macs: Operations of a training epoch: the forward pass once, and twice as many backward.
         direct_epoch_macs: Operations of an epoch of direct training of the same skeleton as a spiking network, which
             runs T times per image, as the CSDformer paper counts; ``None`` for a float network.
+        neurobench: NeuroBench's metrics by their names: of the trained network those that depend on no image, the
+            others ``None``; or all of them of the converted network, for one random image.
     """
 
     name: str
@@ -90,10 +98,15 @@ class Profile:
     epoch_images: int
     epoch_macs: int
     direct_epoch_macs: int | None
+    neurobench: dict[str, Any]
 
 
 def profile(
-    name: str, image_size: int | None = None, model_args: dict[str, Any] | None = None, epoch_images: int | None = None
+    name: str,
+    image_size: int | None = None,
+    model_args: dict[str, Any] | None = None,
+    epoch_images: int | None = None,
+    spikes: bool = False,
 ) -> Profile:
     """Profile one model.
 
@@ -102,6 +115,7 @@ def profile(
         image_size: Height and width in pixels; ``None`` for the model's own.
         model_args: Further arguments of the model.
         epoch_images: Images of an epoch; ``None`` for ImageNet's, or CIFAR's where the model's own size is CIFAR's.
+        spikes: Whether the model is converted and measured on a random image, for NeuroBench's metrics.
 
     Raises:
         QsdError: If the name is unknown, or the sizes do not fit.
@@ -114,6 +128,11 @@ def profile(
     epoch_images = epoch_images or (_CIFAR if native == 32 else _IMAGENET)
     epoch_macs = 3 * (measured["macs"] + measured["product_macs"]) * epoch_images
     time_steps = next((m.time_steps for m in model.modules() if isinstance(m, SpikeNeuron)), None)
+    if spikes and time_steps is not None:
+        neurobench = _measured_metrics(model.eval(), size)
+    else:
+        dense = (time_steps or 1) * (measured["macs"] + measured["product_macs"])
+        neurobench = _static_metrics(model, packed_bytes, dense)
     return Profile(
         name=name,
         image_size=size,
@@ -123,6 +142,7 @@ def profile(
         epoch_images=epoch_images,
         epoch_macs=epoch_macs,
         direct_epoch_macs=None if time_steps is None else time_steps * epoch_macs,
+        neurobench=neurobench,
         **measured,
     )
 
@@ -135,6 +155,37 @@ def _create(name: str, model_args: dict[str, Any] | None) -> Any:
         return timm.create_model(name, **(model_args or {}))
     except TypeError as error:
         raise QsdError(f"model {name} does not take model_args={model_args}: {error}.") from error
+
+
+def _static_metrics(model: nn.Module, packed_bytes: int, dense: int) -> dict[str, Any]:
+    """NeuroBench's metrics of a trained network, as far as they depend on no image."""
+    weights = [quantized_weight(m) for m in model.modules() if isinstance(m, QuantConv2d | QuantLinear)]
+    zeros, total = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
+    return {
+        "footprint": packed_bytes,
+        "connection_sparsity": zeros / total if total else 0.0,
+        "activation_sparsity": None,
+        "synaptic_operations": {"Effective_MACs": None, "Effective_ACs": None, "Dense": dense},
+        "membrane_updates": None,
+    }
+
+
+def _measured_metrics(model: nn.Module, size: int) -> dict[str, Any]:
+    """NeuroBench's metrics of the converted network, for one random image."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, getattr(model, "in_chans", 3), size, size, generator=generator)
+    return measure_energy(to_spike_driven(model, example=image), image, progress=False).neurobench
+
+
+def _neurobench_table(profiles: list[Profile]) -> Table:
+    """NeuroBench's metrics by name, one model a row; a dash for what depends on images that were not run."""
+    operations = ("Effective_MACs", "Effective_ACs", "Dense")
+    plain = ("footprint", "connection_sparsity", "activation_sparsity", "membrane_updates")
+    table = Table("model", *plain, *operations, title="NeuroBench's metrics, per image")
+    for p in profiles:
+        values = [p.neurobench[name] for name in plain] + [p.neurobench["synaptic_operations"][n] for n in operations]
+        table.add_row(p.name, *("-" if value is None else f"{value:.4g}" for value in values))
+    return table
 
 
 def _measure(model: nn.Module, size: int) -> dict[str, int]:

@@ -1,8 +1,9 @@
-"""Energy of a converted network: operations counted from the spikes that really fell, priced by three conventions."""
+"""Energy of a converted network: operations and data movement, counted from the spikes that really fell, and priced."""
 
 from qsd.energy.counting import OperationCounter, measure_energy
 from qsd.energy.geometry import Geometry, dense_macs, fan_out
-from qsd.energy.table import COLUMNS, PRESETS, CodeCost, Energy, LayerEnergy, Preset
+from qsd.energy.prices import PRESETS, Memory, Preset, Prices, preset_prices, read_prices
+from qsd.energy.table import COLUMNS, CodeCost, Energy, LayerEnergy, energy_csv
 
 __all__ = [
     "COLUMNS",
@@ -11,9 +12,14 @@ __all__ = [
     "Energy",
     "Geometry",
     "LayerEnergy",
+    "Memory",
     "OperationCounter",
     "Preset",
+    "Prices",
     "dense_macs",
+    "energy_csv",
     "fan_out",
     "measure_energy",
+    "preset_prices",
+    "read_prices",
 ]

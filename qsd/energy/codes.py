@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from qsd.energy.table import PRESETS, CodeCost, Energy
+from qsd.energy.table import CodeCost, Energy
 from qsd.spiking.codes import CODES, Code, build_code
 from qsd.spiking.layers import LayerInputs, Operations, TimedLayer
 from qsd.spiking.network import SpikingNetwork
@@ -60,7 +60,7 @@ class CodeCounter:
         Args:
             energy: The energy of the same runs, its layers finished.
         """
-        mac, ac = (price * 1e-9 for price in PRESETS[energy.preset])  # pJ to mJ
+        mac, ac = energy.prices.mac_pj * 1e-9, energy.prices.ac_pj * 1e-9  # pJ to mJ
         form = "merged" if energy.merged else "unmerged"
         macs = sum(layer.macs[form] for layer in energy.layers)
         found = []

@@ -1,19 +1,26 @@
-"""Operations of a converted network, counted from the spikes that really fell."""
+"""Operations of a converted network and the bits that it moves, counted from the spikes that really fell."""
 
 import copy
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from qsd.energy.accounts import Accounts, Row
 from qsd.energy.codes import CodeCounter
-from qsd.energy.table import PRESETS, Energy, LayerEnergy, Preset
-from qsd.errors import QsdError
+from qsd.energy.neurobench import NeuroBench
+from qsd.energy.outside import once_movement, sums_movement
+from qsd.energy.prices import Preset, Prices, chosen_prices, preset_prices
+from qsd.energy.pricing import price
+from qsd.energy.signals import SignalWatch
+from qsd.energy.table import Energy, LayerEnergy
 from qsd.spiking.batches import Images, image_batches
-from qsd.spiking.layers import LayerInputs, TimedLayer
+from qsd.spiking.layers import LayerInputs, Operations, TimedLayer
+from qsd.spiking.layers.movement import Movement
 from qsd.spiking.network import SpikingNetwork
 from qsd.spiking.signals import plain
-from qsd.spiking.watch import Operation, Watch
+from qsd.spiking.watch import Operation
 
 # Multiplications for a value of an interpolated map.
 _TAPS = {"upsample_bilinear2d": 4, "_upsample_bilinear2d_aa": 4, "upsample_bicubic2d": 16}
@@ -26,8 +33,9 @@ def measure_energy(
     preset: Preset = "fp32",
     max_images: int | None = None,
     progress: bool = True,
+    prices: Prices | str | Path | None = None,
 ) -> Energy:
-    """Count the operations of a converted network on real images, and price them.
+    """Count the operations of a converted network and the bits that it moves on real images, and price them.
 
     Lossless networks are counted in the count domain (the same spikes, one pass); at shorter delays it steps.
 
@@ -38,27 +46,28 @@ def measure_energy(
             ``"fp16"`` or ``"int8"``.
         max_images: Largest number of images.
         progress: Whether to show a progress bar.
+        prices: Prices of one's own instead of a preset, or a YAML file with them, see `qsd.energy.prices.Prices`.
 
     Returns:
-        Operations and energy per image, by layer and in total.
+        Operations, bits and energy per image, by layer and in total.
 
     Raises:
-        QsdError: For an unknown preset, or no images.
+        QsdError: For an unknown preset, prices that do not fit, or no images.
     """
-    if preset not in PRESETS:
-        raise QsdError(f"preset={preset!r} is unknown; use one of {', '.join(PRESETS)}.")
+    name, known = chosen_prices(preset, prices)
     counter = OperationCounter(spiking)
     seen = 0
     for batch, _ in image_batches(images, spiking, max_images, "energy" if progress else None):
         counter.run(batch)
         seen += len(batch)
-    return counter.energy(preset, seen)
+    return counter.energy(name, seen, known)
 
 
 class OperationCounter:
     """Adds up the operations of all runs of a network that is run from outside; `measure_energy` runs one itself.
 
-    Layers of the engine tell their operations themselves; operations outside of layers are seen by a `Watch`.
+    Layers of the engine tell their operations and the bits that they move themselves; operations outside of layers are
+    seen by a `SignalWatch`.
 
     Args:
         spiking: The converted network.
@@ -71,7 +80,11 @@ class OperationCounter:
         self.papers: dict[str, float] = {}  # rate x T x dense operations
         self.cells: dict[str, float] = {}  # neurons x steps that could have fired
         self.codes = CodeCounter(spiking)
-        self.watch = Watch(spiking, self._outside)
+        self.accounts = Accounts()
+        self.counts = NeuroBench.of_weights(spiking)
+        chains = spiking.chains().values()
+        self.merged = all(chain.merged is not None or len(chain.convolutions) == 1 for chain in chains)
+        self.watch = SignalWatch(spiking, self._outside)
 
     @torch.no_grad()
     def run(self, images: Tensor) -> Any:
@@ -84,6 +97,7 @@ class OperationCounter:
             The network's output.
         """
         handles = [layer.register_forward_hook(self._layer) for layer in self.spiking.layers().values()]
+        self.watch.start(images)
         try:
             with self.watch.on(images):
                 return self.spiking.evaluate(images)
@@ -91,66 +105,85 @@ class OperationCounter:
             for handle in handles:
                 handle.remove()
 
-    def energy(self, preset: Preset, images: int) -> Energy:
+    def energy(self, preset: Preset | Literal["own"], images: int, prices: Prices | None = None) -> Energy:
         """The energy per image of all runs up to now.
 
         Args:
-            preset: Name of the energy-price table.
+            preset: Name of the energy-price table; ``"own"`` with prices of one's own.
             images: Number of images that the runs belong to; a network of regions runs on many regions per image.
+            prices: The prices; ``None`` for those of the preset.
         """
-        chains = self.spiking.chains().values()
-        merged = all(chain.merged is not None or len(chain.convolutions) == 1 for chain in chains)
-        energy = Energy(preset, self.time_steps, merged, images)
-        energy.layers = [self._finished(copy.deepcopy(layer), energy) for layer in self.layers.values()]
+        if prices is None:
+            assert preset != "own"
+            prices = preset_prices(preset)
+        energy = Energy(preset, self.time_steps, self.merged, images, [], [], prices, copy.copy(self.counts))
+        layers, rows = copy.deepcopy(self.layers), self.accounts.rows()
+        for name in rows:  # Neurons whose spikes go to no layer have no operations.
+            layers.setdefault(name, LayerEnergy(name, "neuron"))
+        for name, layer in layers.items():
+            cells = self.cells.get(name, 0)
+            layer.rate = layer.spikes / cells if cells else 0.0
+            price(layer, rows.get(name, Row()), energy, self.papers.get(name, 0))
+            energy.layers.append(layer)
         energy.codes = self.codes.costs(energy)
         return energy
 
-    def _finished(self, layer: LayerEnergy, energy: Energy) -> LayerEnergy:
-        mac, ac = (price * 1e-9 for price in PRESETS[energy.preset])  # pJ to mJ
-        cells = self.cells.get(layer.name, 0)
-        layer.rate = layer.spikes / cells if cells else 0.0
-        for numbers in (layer.additions, layer.macs):
-            numbers.update({key: value / energy.images for key, value in numbers.items()})
-        layer.spikes /= energy.images
-        if layer.zero_skipping is not None:
-            layer.zero_skipping /= energy.images
-        papers = self.papers.get(layer.name, 0) / energy.images * ac
-        layer.energy_mj = {
-            "merged": layer.macs["merged"] * mac + layer.additions["merged"] * ac,
-            "unmerged": layer.macs["unmerged"] * mac + layer.additions["unmerged"] * ac,
-            "papers": layer.macs["integer"] * mac if layer.kind in ("stem", "resize", "other") else papers,
-            "integer": layer.macs["integer"] * mac,
-        }
-        return layer
-
-    def _layer(self, layer: TimedLayer, inputs: tuple[Any, ...], _output: Tensor) -> None:
-        """Add the operations of one call of a layer."""
-        if self.spiking.runtime.mode == "trace" or layer.role == "neuron":
+    def _layer(self, layer: TimedLayer, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Add the operations of one call of a layer, and the bits that it moves."""
+        if self.spiking.runtime.mode == "trace":
             return
         with torch.utils._python_dispatch._disable_current_modes():
-            tensors = tuple(plain(x) for x in inputs)
+            tensors = tuple(plain(x) for x in inputs if isinstance(x, Tensor))
+            signals = tuple(self.watch.signal(x) for x in tensors)
             image = self.watch.is_image(tensors[0])
+            bits = self.spiking.trained.bits, self.spiking.merged_bits
             analog = not image and self._is_analog(layer, tensors[0])
-            given = LayerInputs(tensors, self.spiking.code, not self.lossless, image, analog)
+            given = LayerInputs(tensors, self.spiking.code, not self.lossless, image, signals, *bits, analog)
             operations = layer.operations(given)
-            if operations is None:
-                return
-            self.codes.add(layer, given, operations)
-        stem = image and layer.role == "synapse"
+            if len(tensors[0]):  # A head of regions may get none.
+                self._move(layer, given, plain(output), operations)
+            if operations is not None:
+                self.codes.add(layer, given, operations)
+                self._add(layer, operations, given)
+
+    def _move(self, layer: TimedLayer, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> None:
+        """Add the bits that a layer moves."""
+        movement = layer.movement(inputs, output, operations)
+        self.watch.note(output, movement.output)
+        self.accounts.add(layer.call, movement, inputs.signals, carrier=layer.role in ("neuron", "pool"))
+        if layer.role == "neuron":
+            self._add_neurons(inputs, output, movement)
+
+    def _add_neurons(self, inputs: LayerInputs, output: Tensor, movement: Movement) -> None:
+        """Add to NeuroBench's counts."""
+        cells = inputs.images * inputs.size(output) * inputs.window
+        self.counts.cells += cells
+        self.counts.spikes += movement.words.additions
+        self.counts.updates += cells + movement.words.additions
+
+    def _add(self, layer: TimedLayer, operations: Operations, inputs: LayerInputs) -> None:
+        stem = inputs.image and layer.role == "synapse"
         entry = self.layers.setdefault(
-            layer.call, LayerEnergy(layer.call, "other" if analog else "stem" if stem else layer.role)
+            layer.call, LayerEnergy(layer.call, "other" if inputs.analog else "stem" if stem else layer.role)
         )
         entry.spikes += operations.spikes
         for key, number in operations.additions.items():
             entry.additions[key] += number
         for key, number in operations.macs.items():
             entry.macs[key] += number
-        entry.macs["integer"] += operations.dense
+        dense = operations.dense
+        entry.macs["integer"] += dense
+        entry.macs["effective"] += dense if operations.effective is None else operations.effective
         if operations.zero_skipping is not None:
             entry.zero_skipping = (entry.zero_skipping or 0.0) + operations.zero_skipping
         self.cells[layer.call] = self.cells.get(layer.call, 0) + operations.cells
-        papers = operations.firing_rate * given.window * operations.dense
+        papers = operations.firing_rate * inputs.window * dense
         self.papers[layer.call] = self.papers.get(layer.call, 0) + papers
+        form = "merged" if self.merged else "unmerged"
+        self.counts.macs += operations.macs[form]
+        self.counts.additions += operations.additions[form]
+        kernel = dense if operations.dense_merged is None or not self.merged else operations.dense_merged
+        self.counts.dense += kernel if inputs.image else kernel * inputs.window
 
     def _is_analog(self, layer: TimedLayer, x: Tensor) -> bool:
         """Whether a synapse sees currents instead of spikes, as the first head of the large E-SpikeFormer does."""
@@ -163,11 +196,11 @@ class OperationCounter:
         """Add an operation outside of layers: a sum over positions, or one that no layer accounts for."""
         if operation.layer is not None or self.spiking.runtime.mode == "trace":
             return
-        x = operation.activations[0]
+        x, additions = operation.activations[0], 0.0
         name = f"{operation.name} ({operation.torch_name})"
         if operation.torch_name in _TAPS:
             if operation.output.shape == x.shape:
-                return  # each value is its own
+                return  # Each value is its own.
             entry = self.layers.setdefault(name, LayerEnergy(name, "resize"))
             macs = operation.output.numel() * _TAPS[operation.torch_name]
             for key in entry.macs:
@@ -189,3 +222,20 @@ class OperationCounter:
             length = x.shape[-1] if operation.torch_name != "mul" else 1
             for key in entry.macs:
                 entry.macs[key] += float(operation.output.numel() * length)
+        if name in self.layers:
+            self._move_outside(name, operation, additions)
+
+    def _move_outside(self, name: str, operation: Operation, additions: float) -> None:
+        """Add the bits that an operation outside of layers moves; its additions are those of this call."""
+        (x, *_), output = operation.activations, operation.output
+        if not isinstance(output, Tensor) or not len(x) or not output.numel():
+            return
+        steps = self.spiking.code.steps
+        passes = len(x) * (steps if self.lossless else 1)
+        images, signal = passes / steps, self.watch.signal(x)
+        values, outputs = x.numel() / len(x), output.numel() / len(x)
+        if self.layers[name].kind == "mean":
+            movement = sums_movement(images, passes, values, outputs, additions, signal)
+        else:
+            movement = once_movement(images, values, outputs, signal)
+        self.accounts.add(name, movement, (signal,))

@@ -1,7 +1,7 @@
-"""Energy-price tables, and the energy of a network by layer.
+"""The energy of a network by layer.
 
-Energy is computed from operation counts with the prices of one multiply-accumulate (MAC) and one accumulate (AC) in
-45 nm (Horowitz, 2014); memory traffic is not in it. All figures are per image.
+The columns of arithmetic are computed from operation counts with the prices of one multiply-accumulate (MAC) and one
+accumulate (AC) in 45 nm (Horowitz, 2014). All figures are per image.
 
 - ``merged`` and ``unmerged`` are this package's: spikes times their true fan-out, borders included, on the network with
   each chain of convolutions as one kernel, or factor by factor (then inner factors see analog values: MACs, once per
@@ -11,8 +11,14 @@ Energy is computed from operation counts with the prices of one multiply-accumul
   The inner layers of a chain take the rate of the neuron in front of it, a product of two spike trains the lower rate.
 - ``integer`` is the baseline: the factored network as an ordinary integer network with activations of
   ``ceil(log2(T + 1))`` bits, a MAC for every dense operation.
+- ``float_twin`` is the factored network with 32-bit floats, a MAC of floats for every dense operation.
+- ``lemaire`` is the merged network in the model of `qsd.energy.lemaire`, which includes memory and has its own prices.
+
+Memory comes on top, in the two dataflows of `qsd.spiking.layers.movement`.
 """
 
+import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -21,10 +27,15 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-Preset = Literal["fp32", "fp16", "int8"]
-# Price of a multiply-accumulate and of an accumulate, in pJ.
-PRESETS: dict[Preset, tuple[float, float]] = {"fp32": (4.6, 0.9), "fp16": (1.5, 0.4), "int8": (0.23, 0.03)}
-COLUMNS = ("merged", "unmerged", "papers", "integer")
+from qsd.energy.comparison import FLOW_NAMES, totals, verdict
+from qsd.energy.neurobench import NeuroBench
+from qsd.energy.prices import Preset, Prices, preset_prices
+from qsd.spiking.layers.movement import FLOWS, NETWORKS, Network
+
+COLUMNS = ("merged", "unmerged", "papers", "integer", "float_twin", "lemaire")
+
+
+_MACS = ("merged", "unmerged", "integer", "effective")
 
 
 @dataclass
@@ -36,23 +47,34 @@ class LayerEnergy:
         kind: ``"stem"`` (sees the image), ``"synapse"``, ``"product"`` (of attention), ``"pool"`` (running sums of a
             max-pool whose neuron fires early), ``"mean"`` (over positions), ``"resize"`` (interpolation of
             currents: weighted sums, MACs in every column, once per image on their sums over the window), or ``"other"``
-            (an operation outside of the layers, or a layer that sees currents; dense MACs in every column).
+            (an operation outside of the layers, or a layer that sees currents; dense MACs in every column), or
+            ``"neuron"`` (neurons whose spikes go to no layer).
         spikes: Incoming spikes.
         rate: Firing rate of the neurons in front, spikes per neuron and step (0 to 1).
         additions: Accumulates, ``merged`` and ``unmerged``.
-        macs: Multiply-accumulates, ``merged`` and ``unmerged``; ``integer`` is the dense count of the factored layer.
+        macs: Multiply-accumulates, ``merged`` and ``unmerged``; ``integer`` is the dense count of the factored layer,
+            ``effective`` the same for inputs that are not zero.
         zero_skipping: Accumulates of a product if zeros of its integer operand are skipped, else ``None``.
         energy_mj: Energy by column, in mJ.
+        moved: Bits moved by network, dataflow and kind, see `qsd.spiking.layers.movement.Moved`.
+        arithmetic_mj: Energy of the arithmetic by network and dataflow, in mJ.
+        memory_mj: Energy of the memory by network and dataflow, in mJ, at both ends of the price of DRAM.
+        break_even: Firing rate below which spikes need less energy than integers, 0 to 1: ``arithmetic`` alone, and
+            with memory at the lower price of DRAM in the dataflows ``events`` and ``reuse``; ``None`` without spikes.
     """
 
     name: str
-    kind: Literal["stem", "synapse", "product", "pool", "mean", "resize", "other"]
+    kind: Literal["stem", "synapse", "product", "pool", "mean", "resize", "other", "neuron"]
     spikes: float = 0.0
     rate: float = 0.0
     additions: dict[str, float] = field(default_factory=lambda: {"merged": 0.0, "unmerged": 0.0})
-    macs: dict[str, float] = field(default_factory=lambda: {"merged": 0.0, "unmerged": 0.0, "integer": 0.0})
+    macs: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_MACS, 0.0))
     zero_skipping: float | None = None
     energy_mj: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    arithmetic_mj: dict[str, dict[str, float]] = field(default_factory=dict)
+    memory_mj: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    break_even: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,20 +115,24 @@ class Energy:
     """Findings of `measure_energy`.
 
     Attributes:
-        preset: Name of the energy-price table.
+        preset: Name of the energy-price table, or ``"own"``.
         time_steps: T.
         merged: Whether all chains of the measured network are merged.
         images: Number of images.
         layers: In the order of execution.
         codes: The same counts in the unary and in the binary code; see `qsd.energy.CodeCost`.
+        prices: Prices of operations and memory.
+        counts: Counts that NeuroBench's metrics are made of.
     """
 
-    preset: Preset
+    preset: Preset | Literal["own"]
     time_steps: int
     merged: bool
     images: int = 0
     layers: list[LayerEnergy] = field(default_factory=list)
     codes: list[CodeCost] = field(default_factory=list)
+    prices: Prices = field(default_factory=lambda: preset_prices("fp32"))
+    counts: NeuroBench = field(default_factory=NeuroBench)
 
     @property
     def bits(self) -> int:
@@ -128,13 +154,32 @@ class Energy:
         """Energy per image in mJ, of the network as it was converted: merged, or not."""
         return self.total_mj["merged" if self.merged else "unmerged"]
 
+    @property
+    def network(self) -> Network:
+        """The network as it was converted, by its name among the columns."""
+        return "merged" if self.merged else "unmerged"
+
+    @property
+    def with_memory_mj(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Energy per image in mJ by network and dataflow, see `qsd.energy.comparison.totals`."""
+        return totals(self.layers)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence that says who wins, memory included, in both dataflows."""
+        return verdict(self.network, self.with_memory_mj)
+
+    @property
+    def neurobench(self) -> dict[str, Any]:
+        """NeuroBench's metrics by their names."""
+        return self.counts.metrics(max(self.images, 1))
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
-        mac, ac = PRESETS[self.preset]
         return {
             "preset": self.preset,
-            "mac_pj": mac,
-            "ac_pj": ac,
+            "mac_pj": self.prices.mac_pj,
+            "ac_pj": self.prices.ac_pj,
             "time_steps": self.time_steps,
             "merged": self.merged,
             "bits": self.bits,
@@ -142,19 +187,69 @@ class Energy:
             "layers": [asdict(layer) for layer in self.layers],
             "total_mj": self.total_mj,
             "codes": [asdict(cost) for cost in self.codes],
+            "prices": self.prices.model_dump(),
+            "with_memory_mj": self.with_memory_mj,
+            "neurobench": self.neurobench,
         }
 
     def to_json(self) -> str:
         """The same as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def to_csv(self) -> str:
+        """Operations, bits and energies by layer, a row for each network and dataflow."""
+        return energy_csv([asdict(layer) for layer in self.layers], self.network)
+
     def table(self) -> Table:
-        """A table for the terminal, in uJ."""
-        table = Table("layer", "rate", "additions", "MACs", *COLUMNS, title=f"Energy per image in uJ, {self.preset}")
+        """A table for the terminal, in uJ, of the arithmetic alone, without the model ``lemaire``."""
+        columns = COLUMNS[:4]
+        table = Table("layer", "rate", "additions", "MACs", *columns, title=f"Energy per image in uJ, {self.preset}")
         for layer in self.layers:
-            numbers = [f"{1e3 * layer.energy_mj[column]:.3f}" for column in COLUMNS]
+            numbers = [f"{1e3 * layer.energy_mj[column]:.3f}" for column in columns]
             additions, macs = layer.additions["merged"], layer.macs["merged"]
             table.add_row(layer.name, f"{layer.rate:.3f}", f"{additions:.3g}", f"{macs:.3g}", *numbers)
         table.add_section()
-        table.add_row("total", "", "", "", *(f"{1e3 * self.total_mj[column]:.3f}" for column in COLUMNS))
+        table.add_row("total", "", "", "", *(f"{1e3 * self.total_mj[column]:.3f}" for column in columns))
         return table
+
+    def memory_table(self) -> Table:
+        """A table for the terminal: arithmetic, memory and total of every network in both dataflows, in mJ."""
+        title = "Energy per image in mJ, at both ends of the price of DRAM"
+        table = Table("network", "dataflow", "arithmetic", "memory", "total", title=title, caption=self.verdict)
+        for network, flows in self.with_memory_mj.items():
+            for flow, mj in flows.items():
+                ranges = [" to ".join(dict.fromkeys(f"{end:.4g}" for end in mj[key])) for key in ("memory", "total")]
+                table.add_row(network, FLOW_NAMES[flow], f"{mj['arithmetic']:.4g}", *ranges)
+        return table
+
+
+def energy_csv(layers: list[dict[str, Any]], converted: str) -> str:
+    """Operations, bits and energies of layers as CSV, a row for each layer, network and dataflow.
+
+    Args:
+        layers: `LayerEnergy` as plain data.
+        converted: The network as it was converted, ``"merged"`` or ``"unmerged"``, to which break-even rates belong.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    kinds = ("weights_read", "membranes_read", "membranes_written", "activations_read", "activations_written")
+    writer.writerow(
+        ["layer", "kind", "network", "dataflow", "rate", "additions", "macs", *(f"{kind}_bits" for kind in kinds),
+         "arithmetic_mj", "memory_low_mj", "memory_high_mj", "break_even_rate"]
+    )  # fmt: skip
+    for layer in layers:
+        for network in NETWORKS:
+            for flow in FLOWS:
+                spiking = network in ("merged", "unmerged")
+                numbers = "effective" if (network, flow) == ("integer", "events") else "integer"
+                moved = layer["moved"].get(network, {}).get(flow, {})
+                writer.writerow(
+                    [layer["name"], layer["kind"], network, flow, layer["rate"],
+                     layer["additions"][network] if spiking else 0.0,
+                     layer["macs"][network if spiking else numbers],
+                     *(moved.get(kind, 0.0) for kind in kinds),
+                     layer["arithmetic_mj"].get(network, {}).get(flow, 0.0),
+                     *layer["memory_mj"].get(network, {}).get(flow, [0.0, 0.0]),
+                     layer["break_even"].get(flow) if network == converted else None]
+                )  # fmt: skip
+    return text.getvalue()

@@ -42,26 +42,42 @@ def draw_predictions(
     targets = [Path(out) / f"{Path(image).stem}.png" for image in images]
     if len(set(targets)) < len(targets):
         raise QsdError("two images have the same name, and would have the same picture; draw them into two folders.")
-    steps = [step for step in config.test_dataloader.dataset.pipeline if step["type"] != "LoadAnnotations"]
-    pipeline = Compose([TRANSFORMS.build(step) for step in steps])
-    orientation = next((step["color_type"] for step in steps if "color_type" in step), "color")
     visualizer = _visualizer(model, config, f"predictions of {checkpoint}")
     limit = {"pred_score_thr": score} if config.default_scope == "mmdet" else {"with_labels": False}
     for image, target in track(list(zip(images, targets)), "pictures"):
-        # The same rule of EXIF orientation as the pipeline's; OpenMMLab's own is upright.
-        regular_file(image, "image")
-        checked = load_image(str(image))
-        pixels = None if isinstance(checked, BadImage) else mmcv.imread(str(image), orientation)
-        if pixels is None:
-            reason = checked.reason if isinstance(checked, BadImage) else "OpenCV does not know its format"
-            raise QsdError(f"image {image} cannot be read: {reason}.")
-        data = pseudo_collate([pipeline({"img_path": str(image), "img_id": 0})])
+        pixels, data = read_image(config, image)
         (sample,) = model.test_step(data)
         target.parent.mkdir(parents=True, exist_ok=True)
         visualizer.add_datasample(
             target.stem, mmcv.bgr2rgb(pixels), sample, draw_gt=False, out_file=str(target), **limit
         )
     return targets
+
+
+def read_image(config: Config, image: str | Path) -> tuple[Any, dict[str, Any]]:
+    """An image as the test pipeline of a configuration reads it.
+
+    Args:
+        config: The configuration of a training.
+        image: The image file.
+
+    Returns:
+        Its pixels ``[H, W, 3]`` in OpenCV's order, and a batch of one.
+
+    Raises:
+        QsdError: If it cannot be read.
+    """
+    steps = [step for step in config.test_dataloader.dataset.pipeline if step["type"] != "LoadAnnotations"]
+    orientation = next((step["color_type"] for step in steps if "color_type" in step), "color")
+    # The same rule of EXIF orientation as the pipeline's; OpenMMLab's own is upright.
+    regular_file(image, "image")
+    checked = load_image(str(image))
+    pixels = None if isinstance(checked, BadImage) else mmcv.imread(str(image), orientation)
+    if pixels is None:
+        reason = checked.reason if isinstance(checked, BadImage) else "OpenCV does not know its format"
+        raise QsdError(f"image {image} cannot be read: {reason}.")
+    pipeline = Compose([TRANSFORMS.build(step) for step in steps])
+    return pixels, pseudo_collate([pipeline({"img_path": str(image), "img_id": 0})])
 
 
 def _visualizer(model: Any, config: Config, name: str) -> Any:

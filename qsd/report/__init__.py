@@ -1,7 +1,7 @@
 """The report of a conversion: what it changed in a network, what the network costs, and the files of both."""
 
 from qsd.report.classifier import record_conversion, write_conversion
-from qsd.report.files import FILES, PAGE, summary
+from qsd.report.files import FILES, PAGE, summary, write_csv
 from qsd.report.findings import findings
 from qsd.report.measuring import Origin, convert_after_training, metrics
 from qsd.report.options import MERGES, STAGES, ConversionOptions
@@ -23,4 +23,5 @@ __all__ = [
     "record_conversion",
     "summary",
     "write_conversion",
+    "write_csv",
 ]

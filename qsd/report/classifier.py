@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from qsd.energy import Energy, measure_energy
 from qsd.errors import QsdError
 from qsd.packing import ModelSize, load_packed, model_size, save_packed
+from qsd.report.activity_record import ActivityRecord, activity_record
 from qsd.report.measuring import Measurements, Origin, measure, write_measured
 from qsd.report.options import ConversionOptions
 from qsd.report.record import ClassifierAccuracy, DelayRow, Delays, Raster, Record
 from qsd.spiking import Audit, Comparison, SpikingNetwork, audit_spike_driven, compare_counts, to_spike_driven
+from qsd.spiking.activity import measure_activity
 from qsd.spiking.batches import image_batches
 
 _RASTER_IMAGES, _RASTER_NEURONS = 8, 48
@@ -127,13 +129,18 @@ class ClassifierMeasurements(Measurements):
         chosen = torch.linspace(0, neurons - 1, min(neurons, _RASTER_NEURONS)).long()
         return Raster(name=name, neurons=neurons, spikes=spikes[:, :, chosen].int().tolist())
 
+    def pictures(self) -> ActivityRecord:
+        image, _ = next(iter(image_batches(self.loader, self.spiking, 1)))
+        return activity_record(measure_activity(self.spiking, image), image[0])
+
     def audit(self) -> Audit:
         images = self.options.stepped_images
         return audit_spike_driven(self.spiking, self.loader, max_images=images, progress=self.progress)
 
     def energy(self) -> Energy:
         options = self.options
-        return measure_energy(self.spiking, self.loader, options.preset, options.max_images, self.progress)
+        images, progress = options.max_images, self.progress
+        return measure_energy(self.spiking, self.loader, options.preset, images, progress, options.prices)
 
     def sizes(self) -> ModelSize:
         return model_size(self.spiking)

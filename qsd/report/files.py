@@ -4,6 +4,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from qsd.energy import energy_csv
+from qsd.files import replacing
 from qsd.report.findings import findings
 from qsd.report.page import html
 from qsd.report.record import Record
@@ -39,3 +41,16 @@ def summary(record: Record) -> Table:
     for finding in findings(record):
         table.add_row(finding.title.rstrip(".:"), finding.text)
     return table
+
+
+def write_csv(record: Record, path: str | Path) -> None:
+    """Write the operations, bits and energies by layer as CSV.
+
+    Args:
+        record: What was measured, the energy included.
+        path: The file; one that exists is replaced.
+    """
+    assert record.energy is not None
+    text = energy_csv(record.energy.model_dump()["layers"], record.energy.network)
+    with replacing(path) as partial:
+        Path(partial).write_text(text, encoding="utf-8")

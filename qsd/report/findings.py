@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from qsd.report import words
 from qsd.report.costs import EnergyRecord
+from qsd.report.memory import memory_finding
 from qsd.report.record import AuditedOperation, ComparedCounts, DenseAccuracy, Record
 from qsd.report.rendering import Finding, scientific, significant
 
@@ -23,6 +24,8 @@ def findings(record: Record) -> list[Finding]:
         found.append(audit_finding(record))
     if record.energy:
         found.append(_energy(record.energy))
+        if record.energy.with_memory_mj:
+            found.append(memory_finding(record.energy))
     return found
 
 

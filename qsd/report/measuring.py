@@ -24,6 +24,7 @@ from qsd.packing import ModelSize
 from qsd.precision import full_float32
 from qsd.quantizers import StepSizeQuantizer
 from qsd.report import record as records
+from qsd.report.activity_record import ActivityRecord
 from qsd.report.costs import EnergyRecord, Sizes
 from qsd.report.files import FILES, write_record
 from qsd.report.options import STAGES, ConversionOptions
@@ -165,6 +166,10 @@ class Measurements(ABC):
         """Spikes of one neuron layer, for kinds of networks that draw them."""
         return None
 
+    def pictures(self) -> ActivityRecord | None:
+        """Where and when the network fires for the first image, for kinds of networks that draw it."""
+        return None
+
     def segments(self) -> list[records.Segment]:
         """The parts of a network that is converted part by part."""
         return []
@@ -209,6 +214,7 @@ def measure(measurements: Measurements, origin: Origin) -> Record:
         energy=None if energy is None else EnergyRecord.model_validate(energy.to_dict()),
         sizes=Sizes(**asdict(measurements.sizes())),
         segments=measurements.segments(),
+        activity=None if activity is None else measurements.pictures(),
     )
 
 
@@ -281,7 +287,7 @@ def metrics(record: Record) -> dict[str, float]:
     for row in record.delays.rows if record.delays else ():
         found[f"accuracy_delay_{row.delay}"] = row.accuracy
     if record.energy:
-        found |= {f"energy_{key}_mj": value for key, value in record.energy.total_mj.model_dump().items()}
+        found |= {f"energy_{key}_mj": mj for key, mj in record.energy.total_mj.model_dump().items() if mj is not None}
     if record.audit:
         found["spike_driven"] = record.audit.spike_driven
     return {f"spiking/{key}": float(value) for key, value in found.items()}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from qsd.energy import PRESETS, Preset
+from qsd.energy.prices import Preset, chosen_prices
 from qsd.errors import QsdError
 from qsd.spiking.codes import CodeName, check_code
 from qsd.spiking.merging import Merge, MergeChoice, check_merge, merge_choice
@@ -25,6 +25,7 @@ class ConversionOptions:
         delay: Time steps that neurons wait before they may fire, or a delay by name or glob of neurons; ``None`` for
             the shortest lossless one, T - 1 in the unary code.
         preset: Energy-price table: ``"fp32"`` (the papers'), ``"fp16"`` or ``"int8"``.
+        prices: YAML file with prices of one's own, which replace the preset.
         max_images: Largest number of images to measure on; ``None`` for all.
         step_images: Number of images that are also simulated time step by time step, which takes T times as long.
         float_accuracy: Accuracy of the float twin as a share, for the report; it is not measured.
@@ -38,6 +39,7 @@ class ConversionOptions:
     merged_bits: int | None = None
     delay: int | dict[str, int] | None = None
     preset: Preset = "fp32"
+    prices: str | None = None
     max_images: int | None = None
     step_images: int = 100
     float_accuracy: float | None = None
@@ -59,8 +61,7 @@ class ConversionOptions:
         for delay in delays:
             if delay is not None and delay < 0:
                 raise QsdError(f"delay={delay} is negative; leave it out for T - 1, which is lossless.")
-        if self.preset not in PRESETS:
-            raise QsdError(f"preset={self.preset!r} is unknown; use one of {', '.join(PRESETS)}.")
+        chosen_prices(self.preset, self.prices)
         for key in ("max_images", "step_images"):
             number = getattr(self, key)
             if number is not None and number < 1:

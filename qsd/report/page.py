@@ -3,7 +3,8 @@
 from typing import Any
 
 from qsd import plots
-from qsd.report import words
+from qsd.report import memory, words
+from qsd.report.activity_plots import figures, page_figures
 from qsd.report.costs import EnergyRecord
 from qsd.report.findings import audit_finding, findings
 from qsd.report.record import DenseAccuracy, Record
@@ -24,10 +25,16 @@ def html(record: Record) -> str:
         cards=_cards(record),
         findings=findings(record),
         plots=_figures(record),
+        activity_plots=page_figures(record.activity, figures(record.activity)) if record.activity else {},
         measured=words.measured(record),
         energy_measured=words.energy_measured(record),
         energy_rows=_energy_rows(record),
         energy_columns=[{"key": key, "title": title} for key, title, _ in plots.ENERGY_COLUMNS],
+        memory_rows=memory.memory_rows(record.energy),
+        memory_layers=memory.layer_rows(record.energy),
+        bit_rows=memory.bit_rows(record.energy),
+        neurobench_rows=memory.neurobench_rows(record.energy),
+        price_source=memory.source(record.energy) if record.energy else "",
         size_rows=_size_rows(record),
         way=words.evaluation(record),
         merge_words=words.merging(record),
@@ -71,6 +78,7 @@ def _figures(record: Record) -> Figures:
         **_activity_figures(record),
         **_raster_figures(record),
         **_energy_figures(record),
+        **memory.memory_figures(record.energy),
         "sizes": [sizes],
     }
 
@@ -150,8 +158,14 @@ def _energy_rows(record: Record) -> list[dict[str, Any]]:
     totals = record.energy.total_mj.model_dump()
     baseline = totals["integer"]
     return [
-        {"name": name, "mj": totals[key], "ratio": totals[key] / baseline if baseline else None, "how": how}
+        {
+            "name": name,
+            "mj": totals[key],
+            "ratio": totals[key] / baseline if baseline and key != "lemaire" else None,
+            "how": how,
+        }
         for key, (name, how) in _conventions(record.energy).items()
+        if totals[key] is not None
     ]
 
 
@@ -173,6 +187,11 @@ def _conventions(energy: EnergyRecord) -> dict[str, tuple[str, str]]:
             "integer network",
             f"ours, the baseline: the trained layers on {energy.bits}-bit activations without any spikes, every MAC "
             "at the preset's price",
+        ),
+        "float_twin": ("float twin", "the trained layers on floats, every MAC at the price of floats"),
+        "lemaire": (
+            "model of Lemaire et al.",
+            "the merged network in their analytical model (2022), which includes memory and has its own prices",
         ),
     }
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qsd.errors import QsdError
+from qsd.report.activity_record import ActivityRecord
 from qsd.report.costs import Count, EnergyRecord, EnergyTotals, Sizes
 from qsd.report.options import Stage
 from qsd.schema import Delay, Schema, Share, Size, TimeSteps, check_version, parse, read_object
@@ -237,6 +238,7 @@ class Record(Schema):
         energy: Operations and energy.
         sizes: Bytes of the weights.
         segments: Parts of a detector or segmenter.
+        activity: Where and when the network fires for the first image; ``None`` in records of earlier versions.
     """
 
     version: Literal[1] = 1
@@ -255,6 +257,7 @@ class Record(Schema):
     energy: EnergyRecord | None
     sizes: Sizes
     segments: list[Segment]
+    activity: ActivityRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""

@@ -215,6 +215,8 @@ def test_subcommands(command, workplace, tree, finished, exported, monkeypatch, 
             shutil.copy(trained, name)
     if command.startswith("qsd run"):
         _bring_exported_file(exported)
+    if "--image IMAGE" in command:
+        Image.new("RGB", (40, 30), (200, 100, 0)).save("IMAGE", "PNG")
     if "--calibrate" in command:  # every delay of every neuron is measured: a network with few of them
         _save_tiny_checkpoint("CHECKPOINT")
     if command == "qsd demo":

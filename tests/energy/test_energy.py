@@ -92,6 +92,9 @@ def test_counting_spikes_and_stepping_through_them_agree():
         assert one.macs == pytest.approx(other.macs), one.name
         assert one.zero_skipping == pytest.approx(other.zero_skipping), one.name
         assert (one.rate, one.energy_mj) == (pytest.approx(other.rate), pytest.approx(other.energy_mj)), one.name
+        for network, flows in one.moved.items():
+            for flow, bits in flows.items():
+                assert bits == pytest.approx(other.moved[network][flow]), (one.name, network, flow)
 
 
 def test_attention_adds_dense_rows_and_fewer_if_zeros_are_skipped():

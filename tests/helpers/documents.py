@@ -12,7 +12,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PROGRAMS = ("qsd ", "lightning ", "make ", "pip ", "python ")
 
 # Commands for OpenMMLab, which tests/mm/test_documents.py runs one after the other.
-MM = re.compile(r"python tools/mm|qsd demo (detection|segmentation|scenes)|qsd (convert|run) .*\.pth")
+MM = re.compile(r"python tools/mm|qsd demo (detection|segmentation|scenes)|qsd (convert|run|analyze) .*\.pth")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@ import pytest
 import timm
 import torch
 
+from qsd.energy import preset_prices
 from qsd.neurons import SpikeNeuron
 from qsd.report import Record, costs, record
+from qsd.report.activity_record import ActivityRecord
 from qsd.report.costs import EnergyColumns
+from qsd.spiking.layers.movement import FLOWS, NETWORKS
 
 
 def _made_up(model="qsd_tiny", time_steps=4, layers=12):
@@ -20,7 +23,7 @@ def _made_up(model="qsd_tiny", time_steps=4, layers=12):
         rate = sum(n * share for n, share in enumerate(histogram)) / time_steps
         neurons.append(record.NeuronActivity(name=name, size=4096, rate=rate, histogram=histogram))
     operations = ["stem.downsample.proj", *(name.replace("neuron", "proj") for name in names), "head"]
-    layers = [_layer(random, name, i) for i, name in enumerate(operations)]
+    layers = [_layer(random, name, i, i == 0 or len(operations) > 6) for i, name in enumerate(operations)]
     columns = EnergyColumns.model_fields
     totals = {key: sum(getattr(layer.energy_mj, key) for layer in layers) for key in columns}
     return Record(
@@ -55,16 +58,53 @@ def _made_up(model="qsd_tiny", time_steps=4, layers=12):
                 costs.CodeCost(code="unary", steps=4, spikes=9e5, additions=4e7, shifts=0.0, energy_mj=0.05),
                 costs.CodeCost(code="binary", steps=3, spikes=7e5, additions=3e7, shifts=3e7, energy_mj=0.04),
             ],
+            **_memory(layers),
         ),
         sizes=costs.Sizes(
             parameters=15_100_000, float_bytes=60_500_000, packed_bytes=7_700_000, file_bytes=7_800_000,
             converted_bytes=147_600_000, float_equivalents=1.9e6,
         ),
         segments=[],
+        activity=_activity(random),
     )  # fmt: skip
 
 
-def _layer(random, name, i):
+def _memory(layers):
+    """Totals of memory, prices and NeuroBench's metrics."""
+    merged = sum(layer.energy_mj.merged for layer in layers)
+    found = costs.WithMemory(arithmetic=merged, memory=[3 * merged, 4 * merged], total=[4 * merged, 5 * merged])
+    operations = costs.SynapticOperations(Effective_MACs=1e7, Effective_ACs=2e9, Dense=5.9e10)
+    metrics = costs.NeuroBenchMetrics(
+        footprint=7.6e6, connection_sparsity=0.11, activation_sparsity=0.83, synaptic_operations=operations,
+        membrane_updates=4.2e7,
+    )  # fmt: skip
+    return {"with_memory_mj": _by_network(found), "prices": preset_prices("fp32"), "neurobench": metrics}
+
+
+def _activity(random):
+    """Pictures of an image."""
+    maps = {"stage": random.rand(2, 2).round(3).tolist()}
+    return ActivityRecord(
+        image=random.rand(2, 2).round(3).tolist(), rates=maps, responses={"attn": maps["stage"]}, received={},
+        over_time={"stage": random.rand(3).tolist()}, latency=3,
+    )  # fmt: skip
+
+
+def _by_network(value):
+    flows = dict.fromkeys(FLOWS, value)
+    return dict.fromkeys(NETWORKS, flows)
+
+
+def _traffic(random, energy):
+    return {
+        "moved": _by_network(_moved(random)),
+        "arithmetic_mj": _by_network(energy),
+        "memory_mj": _by_network([3 * energy, 4 * energy]),
+        "break_even": {"arithmetic": 0.14, "events": 0.0, "reuse": None},
+    }
+
+
+def _layer(random, name, i, memory):
     kind = "stem" if i == 0 else "head" if name == "head" else "product" if "attn.attn" in name else "synapse"
     merged, unmerged, papers = random.exponential(0.02, 3).tolist()
     return costs.EnergyLayer(
@@ -75,8 +115,15 @@ def _layer(random, name, i):
         additions=costs.MergedAndUnmerged(merged=4e7 * merged, unmerged=2e7 * merged),
         macs=costs.Multiplications(merged=0.0, unmerged=1e6, integer=5e6),
         zero_skipping=3e6,
-        energy_mj=EnergyColumns(merged=merged, unmerged=unmerged, papers=papers, integer=merged * 0.7),
+        energy_mj=EnergyColumns(
+            merged=merged, unmerged=unmerged, papers=papers, integer=merged * 0.7, float_twin=merged, lemaire=9 * merged
+        ),
+        **(_traffic(random, merged) if memory else {}),
     )
+
+
+def _moved(random):
+    return costs.MovedBits(**dict(zip(costs.MovedBits.model_fields, (1e8 * random.rand(5)).tolist())))
 
 
 def _operation(name, i):

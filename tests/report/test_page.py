@@ -158,7 +158,7 @@ def test_what_was_left_out_is_said_and_not_drawn(made_up_record):
     record = made_up_record()
     left_out = {
         "left_out": ["compare", "delays", "activity", "audit", "energy"], "comparison": [], "delays": None,
-        "neurons": [], "raster": None, "audit": None, "energy": None,
+        "neurons": [], "raster": None, "audit": None, "energy": None, "activity": None,
     }  # fmt: skip
     page = Page(html(record.model_copy(update=left_out)))
     assert "Left out on request: compare, delays, activity, audit, energy" in page.text

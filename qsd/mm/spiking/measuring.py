@@ -18,15 +18,18 @@ from torch import Tensor
 
 from qsd.energy import Energy
 from qsd.errors import QsdError
+from qsd.mm.spiking.activity import dense_input
 from qsd.mm.spiking.comparison import DetectionComparison, compare_model, contents
 from qsd.mm.spiking.model import Batch, ConvertedModel, convert_model, predict, total_energy
-from qsd.mm.spiking.segments import dense_head
+from qsd.mm.spiking.segments import DENSE, dense_head
 from qsd.packing import ModelSize, load_packed, model_size, save_packed
 from qsd.report import ConversionOptions, Origin, Record
+from qsd.report.activity_record import ActivityRecord, activity_record
 from qsd.report.costs import EnergyTotals
 from qsd.report.measuring import Measurements, measure, write_measured
 from qsd.report.record import DenseAccuracy, Metric, Segment
 from qsd.spiking import Audit
+from qsd.spiking.activity import measure_activity
 
 STAGES = ("compare", "activity", "audit", "energy")
 # A detector runs many regions per image, so fewer images are simulated than of a classifier.
@@ -153,8 +156,13 @@ class DetectorMeasurements(Measurements):
         return self.spiking.audit(self.stepped, progress=self.progress)
 
     def energy(self) -> Energy:
-        self.energies = self.spiking.energy(self.images, self.options.preset, self.progress)
+        options = self.options
+        self.energies = self.spiking.energy(self.images, options.preset, self.progress, options.prices)
         return total_energy(self.energies)
+
+    def pictures(self) -> ActivityRecord:
+        image = dense_input(self.spiking, next(iter(self.images)))
+        return activity_record(measure_activity(self.spiking.segments[DENSE], image), image[0])
 
     def sizes(self) -> ModelSize:
         converted = [model_size(network).converted_bytes or 0 for network in self.spiking.segments.values()]

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from qsd.energy import CodeCost, Energy, OperationCounter, Preset
+from qsd.energy import CodeCost, Energy, OperationCounter, Preset, Prices
+from qsd.energy.prices import chosen_prices
 from qsd.errors import QsdError
 from qsd.mm.spiking.segments import DENSE, cut, dense_head
 from qsd.spiking import Audit, SpikingNetwork, Trace, to_spike_driven
@@ -207,7 +209,13 @@ class ConvertedModel(nn.Module):
         audits = [auditor.audit(images) for auditor in auditors.values()]
         return Audit([operation for audit in audits for operation in audit.operations], images)
 
-    def energy(self, batches: Iterable[Batch], preset: Preset = "fp32", progress: bool = False) -> dict[str, Energy]:
+    def energy(
+        self,
+        batches: Iterable[Batch],
+        preset: Preset = "fp32",
+        progress: bool = False,
+        prices: Prices | str | Path | None = None,
+    ) -> dict[str, Energy]:
         """Count the operations of every segment and price them per image, as `measure_energy` does.
 
         RoIAlign, NMS and the decoding of boxes are not included.
@@ -216,14 +224,16 @@ class ConvertedModel(nn.Module):
             batches: See `predict`.
             preset: As in `measure_energy`.
             progress: Whether to show a progress bar.
+            prices: As in `measure_energy`.
 
         Returns:
             Energy by segment; `total_energy` adds them up.
         """
+        name, known = chosen_prices(preset, prices)
         counters = {name: OperationCounter(network) for name, network in self.segments.items()}
         with self.running(lambda name, x: counters[name].run(x)):
             images = self._run_all(batches, "energy" if progress else None)
-        return {name: counter.energy(preset, images) for name, counter in counters.items()}
+        return {segment: counter.energy(name, images, known) for segment, counter in counters.items()}
 
     def _run_all(self, batches: Iterable[Batch], progress: str | None) -> int:
         images = 0
@@ -244,7 +254,10 @@ def total_energy(energies: dict[str, Energy]) -> Energy:
     layers = [layer for energy in energies.values() for layer in energy.layers]
     merged = all(energy.merged for energy in energies.values())
     codes = [CodeCost.sum(costs) for costs in zip(*(energy.codes for energy in energies.values()))]
-    return Energy(first.preset, first.time_steps, merged, first.images, layers, codes)
+    total = Energy(first.preset, first.time_steps, merged, first.images, layers, codes, first.prices)
+    for energy in energies.values():
+        total.counts.add(energy.counts)
+    return total
 
 
 @torch.no_grad()

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from qsd.spiking.clock import Window
 from qsd.spiking.codes import Code
 from qsd.spiking.layers.costs import LayerInputs, Operations
+from qsd.spiking.layers.linear_movement import default_movement
+from qsd.spiking.layers.movement import UNKNOWN, Movement
 from qsd.spiking.runtime import Runtime
 from qsd.spiking.signals import IMAGE, MarkedTensor, plain
 
@@ -101,6 +103,23 @@ class TimedLayer(nn.Module):
             merged_bits: Width of merged kernels; ``None`` for floats.
         """
         raise NotImplementedError
+
+    def movement(self, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> Movement:
+        """Bits that one call moves; a layer that does not tell is taken for one linear map of its stored bits.
+
+        Args:
+            inputs: Inputs of the call.
+            output: Output of the call, in the form of the inputs.
+            operations: Operations of the call.
+        """
+        if operations is None:
+            return Movement({}, UNKNOWN)
+        stored = self.stored_bits(inputs.weight_bits, inputs.merged_bits)
+        return default_movement(inputs, operations, inputs.size(output), stored)
+
+    def kernels(self) -> list[Tensor]:
+        """The weights that the layer runs with."""
+        return [buffer for name, buffer in self.named_buffers() if name.rpartition(".")[2] == "weight"]
 
     def absorb(self, amplitude: float) -> None:
         """Multiply the weights that spikes meet by the amplitude of the spikes; a layer without weights refuses.

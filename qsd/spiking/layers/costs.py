@@ -1,12 +1,13 @@
 """What a layer tells about its cost: the operations of one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qsd.spiking.codes import Code
+from qsd.spiking.layers.movement import UNKNOWN, Signal
 
 # Operations of the network as it is, with each merged chain as one kernel, and of the network with all factors.
 BY_NETWORK = ("merged", "unmerged")
@@ -21,6 +22,32 @@ def both(number: float) -> dict[str, float]:
     return dict.fromkeys(BY_NETWORK, number)
 
 
+def exact_sum(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
+    """Sums of spike counts in float64.
+
+    The second axis, of channels, is summed in the tensor's own type first, many times faster: these sums are integers
+    below 2**24. Numbers of fewer bits than float32 are summed in float32.
+
+    Args:
+        x: Spike counts ``[B, ...]``.
+        axes: The axes to sum over, from the first on; ``None`` for all.
+    """
+    axes = tuple(range(x.dim())) if axes is None else axes
+    if 1 in axes and x.dim() > 2 and x.is_floating_point():
+        x = x.sum(1, keepdim=True, dtype=torch.float32 if x.element_size() < 4 else None)
+    return x.sum(axes, dtype=torch.float64)
+
+
+def nonzero_sum(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
+    """Number of values that are not zero, in float64.
+
+    Args:
+        x: Spike counts ``[B, ...]``.
+        axes: The axes to sum over, from the first on; ``None`` for all.
+    """
+    return exact_sum(torch.ne(x, 0, out=torch.empty_like(x)), axes)
+
+
 @dataclass(frozen=True)
 class LayerInputs:
     """Inputs of one call of a layer.
@@ -30,6 +57,9 @@ class LayerInputs:
         code: The code whose spikes are counted.
         stepped: Whether time steps are taken.
         image: Whether the inputs are functions of images alone, which are the same in every time step.
+        signals: Range and origin of each tensor.
+        weight_bits: Width of the trained network's quantized weights, by name.
+        merged_bits: Width of merged kernels; ``None`` for floats.
         analog: Whether the inputs are currents, neither images nor spikes.
     """
 
@@ -37,6 +67,9 @@ class LayerInputs:
     code: Code
     stepped: bool
     image: bool
+    signals: tuple[Signal, ...] = ()
+    weight_bits: Mapping[str, int] = field(default_factory=dict)
+    merged_bits: int | None = None
     analog: bool = False
 
     @property
@@ -55,13 +88,29 @@ class LayerInputs:
         length = len(self.tensors[0])
         return length / self.window if self.stepped and not self.image else length
 
+    def signal(self, index: int = 0) -> Signal:
+        """Range and origin of a tensor.
+
+        Args:
+            index: Position of the tensor.
+        """
+        return self.signals[index] if index < len(self.signals) else UNKNOWN
+
+    def size(self, x: Tensor) -> float:
+        """Number of values per image.
+
+        Args:
+            x: One of the tensors, or the output.
+        """
+        return float(x.shape[1:].numel())
+
     def counts(self, x: Tensor) -> Tensor:
         """Sums over the window, ``[B, ...]``.
 
         Args:
             x: One of the tensors.
         """
-        return self.steps(x).sum(0) if self.stepped else x
+        return self.steps(x).sum(0) if self.stepped and not self.image else x
 
     def steps(self, x: Tensor) -> Tensor:
         """Spikes by time step, ``[steps, B, ...]``.
@@ -102,6 +151,9 @@ class Operations:
         dense: Multiply-accumulates of the unmerged layer in an ordinary network, whose inputs are numbers.
         rate: Firing rate in the papers' convention, rate x T x dense operations; ``None`` for that of the spikes.
         zero_skipping: Accumulates of a product if zeros of its integer operand are skipped.
+        nonzero: Inputs that are not zero: the events of a network of numbers; ``None`` for all.
+        effective: Multiply-accumulates of the unmerged layer for inputs that are not zero; ``None`` for all.
+        dense_merged: Multiply-accumulates of the merged layer for numbers; ``None`` for those of the unmerged one.
     """
 
     spikes: float = 0.0
@@ -111,6 +163,9 @@ class Operations:
     dense: float = 0.0
     rate: float | None = None
     zero_skipping: float | None = None
+    nonzero: float | None = None
+    effective: float | None = None
+    dense_merged: float | None = None
 
     @property
     def firing_rate(self) -> float:
@@ -134,15 +189,26 @@ def synaptic_operations(
     """
     (x,), images = inputs.tensors, inputs.images
     total = images * sum(dense)
+    of_kernel = total if merged is None else images * merged
     # An image's current is the same in every time step, and computed once. Analog values are multiplied once per image,
     # on currents summed over the window.
     if inputs.image or inputs.analog:
-        return Operations(macs={"merged": total if merged is None else images * merged, "unmerged": total}, dense=total)
+        return Operations(macs={"merged": of_kernel, "unmerged": total}, dense=total, dense_merged=of_kernel)
     reach = {key: fan_out(key).double() for key in BY_NETWORK}
     # Summed over images and channels first, so that the fan-out is multiplied to one small map.
     axes = tuple(range(max(1, x.dim() - max(reached.dim() for reached in reach.values()))))
-    spikes = inputs.spikes(x).sum(axes, dtype=torch.float64)
+    spikes = exact_sum(inputs.spikes(x), axes)
+    nonzero = nonzero_sum(inputs.counts(x), axes)
     additions = {key: float((spikes * reached).sum()) for key, reached in reach.items()}
     # All factors but the first see analog values, once per image, on currents summed over the window.
-    macs = {"merged": 0.0, "unmerged": images * sum(dense[1:])}
-    return Operations(float(spikes.sum()), inputs.cells(x), additions, macs, total)
+    inner = images * sum(dense[1:])
+    return Operations(
+        float(spikes.sum()),
+        inputs.cells(x),
+        additions,
+        {"merged": 0.0, "unmerged": inner},
+        total,
+        nonzero=float(nonzero.sum()),
+        effective=float((nonzero * reach["unmerged"]).sum()) + inner,
+        dense_merged=of_kernel,
+    )

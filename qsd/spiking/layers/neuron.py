@@ -12,6 +12,8 @@ from qsd.neurons import SpikeNeuron
 from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
 from qsd.spiking.layers.costs import LayerInputs, Operations
+from qsd.spiking.layers.movement import Movement
+from qsd.spiking.layers.spike_movement import neuron_movement
 from qsd.spiking.names import matches
 from qsd.spiking.runtime import Runtime
 from qsd.spiking.steps import charge, fire, fire_half_even, shift
@@ -134,6 +136,10 @@ class DelayedNeuron(TimedLayer):
     def operations(self, inputs: LayerInputs) -> Operations | None:
         del inputs
         return None  # updates of membranes are in no convention of the field
+
+    def movement(self, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> Movement:
+        del operations
+        return neuron_movement(inputs, output / self.amplitude if self.scaled else output, self.call)
 
     def stored_bits(self, weight_bits: Mapping[str, int], merged_bits: int | None) -> float:
         del weight_bits, merged_bits

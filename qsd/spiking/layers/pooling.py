@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
 from qsd.spiking.layers.costs import LayerInputs, Operations, both
+from qsd.spiking.layers.movement import Movement
 from qsd.spiking.layers.neuron import DelayedNeuron
+from qsd.spiking.layers.spike_movement import pool_movement
 from qsd.spiking.runtime import Runtime
 from qsd.spiking.steps import pool_increment
 
@@ -79,6 +81,9 @@ class SpikingMaxPool(TimedLayer):
             return None  # comparisons of bits
         spikes = float(x.sum(dtype=torch.float64))
         return Operations(spikes, inputs.cells(x), both(spikes))  # each raises one running sum
+
+    def movement(self, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> Movement:
+        return pool_movement(inputs, output, self.call, sums=operations is not None)
 
     def stored_bits(self, weight_bits: Mapping[str, int], merged_bits: int | None) -> float:
         del weight_bits, merged_bits

@@ -8,7 +8,9 @@ from torch import Tensor
 from qsd.functional import exact_matmul
 from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
-from qsd.spiking.layers.costs import LayerInputs, Operations, both
+from qsd.spiking.layers.costs import LayerInputs, Operations, both, exact_sum, nonzero_sum
+from qsd.spiking.layers.movement import Movement
+from qsd.spiking.layers.product_movement import product_movement, query_movement
 from qsd.spiking.steps import product_increment, shift
 
 
@@ -51,7 +53,8 @@ class SpikingProduct(TimedLayer):
 
     def operations(self, inputs: LayerInputs) -> Operations:
         left, right = inputs.tensors
-        of_left, of_right = (float(inputs.spikes(x).sum(dtype=torch.float64)) for x in inputs.tensors)
+        of_left, of_right = (float(exact_sum(inputs.spikes(x))) for x in inputs.tensors)
+        events = float(nonzero_sum(inputs.counts(left)))
         cells_left, cells_right = (inputs.cells(x) for x in inputs.tensors)
         return Operations(
             of_left + of_right,
@@ -60,7 +63,13 @@ class SpikingProduct(TimedLayer):
             dense=_dense(inputs),
             rate=min(of_left / cells_left, of_right / cells_right),
             zero_skipping=self._zero_skipping(inputs),
+            nonzero=events,
+            effective=events * right.shape[-1],
         )
+
+    def movement(self, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> Movement:
+        assert operations is not None
+        return product_movement(inputs, operations)
 
     def _zero_skipping(self, inputs: LayerInputs) -> float:
         """Additions where the running sums that a spike meets are not zero."""
@@ -108,11 +117,24 @@ class SpikingQuery(SpikingProduct):
     def operations(self, inputs: LayerInputs) -> Operations:
         matrix, query = inputs.tensors
         number = inputs.spikes(query)
-        spikes = float(number.sum(dtype=torch.float64))
+        spikes = float(exact_sum(number))
         cells = inputs.cells(query)
         skipping = _meet(inputs.counts(matrix) != 0, inputs.counts(number))
         additions = both(spikes * matrix.shape[-2])
-        return Operations(spikes, cells, additions, dense=_dense(inputs), zero_skipping=skipping)
+        events = float(nonzero_sum(inputs.counts(query)))
+        return Operations(
+            spikes,
+            cells,
+            additions,
+            dense=_dense(inputs),
+            zero_skipping=skipping,
+            nonzero=events,
+            effective=events * matrix.shape[-2],
+        )
+
+    def movement(self, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> Movement:
+        assert operations is not None
+        return query_movement(inputs, operations)
 
 
 def _dense(inputs: LayerInputs) -> float:

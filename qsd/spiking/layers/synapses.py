@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
 from qsd.spiking.layers.costs import LayerInputs, Operations, synaptic_operations
 from qsd.spiking.layers.geometry import Geometry, dense_macs, fan_out
+from qsd.spiking.layers.linear_movement import Factor, linear_movement
+from qsd.spiking.layers.movement import FLOAT_BITS, Movement
+from qsd.spiking.layers.spike_movement import mean_movement
 from qsd.spiking.runtime import Runtime
 from qsd.spiking.steps import shift
-
-_FLOAT_BITS = 32  # of scales, biases and weights that are not quantized
 
 
 class Convolution(nn.Module):
@@ -66,8 +68,12 @@ class Convolution(nn.Module):
         Args:
             width: Bits of a weight.
         """
-        vectors = 2 if self.frame is None else 3
-        return self.weight.numel() * width + _FLOAT_BITS * vectors * len(self.bias)
+        return self.weight.numel() * width + FLOAT_BITS * self.vectors * len(self.bias)
+
+    @property
+    def vectors(self) -> int:
+        """Numbers that are stored for each output channel: scale, bias, and value of the frame."""
+        return 2 if self.frame is None else 3
 
     def quantize(self, bits: int, dtype: torch.dtype) -> None:
         """Round the weights to integers times a scale by output channel (symmetric).
@@ -223,14 +229,34 @@ class SpikingChain(SpikingLinear):
             sum(dense_macs([first["merged"]], height, width)),
         )
 
+    def kernels(self) -> list[Tensor]:
+        return [factor.weight for factor in self.convolutions.values()] if self.merged is None else [self.merged.weight]
+
     def stored_bits(self, weight_bits: Mapping[str, int], merged_bits: int | None) -> float:
         if self.merged is not None:
-            return self.merged.stored_bits(merged_bits or _FLOAT_BITS)
-        total = 0.0
-        for key, factor in self.convolutions.items():
-            own = weight_bits.get(f"{self.name}.weight", _FLOAT_BITS)  # a single convolution has the chain's name
-            total += factor.stored_bits(weight_bits.get(f"{self.name}.{key}.weight", own))
-        return total
+            return self.merged.stored_bits(merged_bits or FLOAT_BITS)
+        widths = self._weight_bits(weight_bits)
+        return sum(factor.stored_bits(widths[key]) for key, factor in self.convolutions.items())
+
+    def _weight_bits(self, weight_bits: Mapping[str, int]) -> dict[str, int]:
+        """Bits of the weights of each factor."""
+        own = weight_bits.get(f"{self.name}.weight", FLOAT_BITS)  # A single convolution has the chain's name.
+        return {key: weight_bits.get(f"{self.name}.{key}.weight", own) for key in self.convolutions}
+
+    def movement(self, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> Movement:
+        assert operations is not None
+        height, width = inputs.tensors[0].shape[-2:]
+        bits, factors = self._weight_bits(inputs.weight_bits), []
+        for key, convolution in self.convolutions.items():
+            shape = convolution.geometry
+            factors.append(Factor.of_convolution(shape, height, width, bits[key], convolution.vectors))
+            height, width = (shape.size(side) + 2 * shape.frame for side in (height, width))
+        merged = factors
+        if len(factors) > 1:
+            kernel = Geometry.merged([convolution.geometry for convolution in self.convolutions.values()])
+            rows, columns = inputs.tensors[0].shape[-2:]
+            merged = [Factor.of_convolution(kernel, rows, columns, inputs.merged_bits or FLOAT_BITS)]
+        return linear_movement(inputs, operations, {"merged": merged, "unmerged": factors})
 
 
 class SpikingDense(SpikingLinear):
@@ -269,8 +295,21 @@ class SpikingDense(SpikingLinear):
 
     def stored_bits(self, weight_bits: Mapping[str, int], merged_bits: int | None) -> float:
         del merged_bits
-        width = weight_bits.get(f"{self.name}.weight", _FLOAT_BITS)
-        return self.weight.numel() * width + _FLOAT_BITS * 2 * len(self.bias)
+        width = weight_bits.get(f"{self.name}.weight", FLOAT_BITS)
+        return self.weight.numel() * width + FLOAT_BITS * 2 * len(self.bias)
+
+    def _factor(self, inputs: LayerInputs, positions: float) -> Factor:
+        """The layer as it is applied to so many positions."""
+        classes, features = self.weight.shape
+        width = inputs.weight_bits.get(f"{self.name}.weight", FLOAT_BITS)
+        macs = positions * self.weight.numel()
+        sums, reach = positions * classes, float(classes)
+        return Factor(positions * features, sums, macs, width, self.weight.numel(), classes, 2, reach, reach)
+
+    def movement(self, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> Movement:
+        assert operations is not None
+        factors = [self._factor(inputs, self._positions(inputs))]
+        return linear_movement(inputs, operations, {"merged": factors, "unmerged": factors})
 
 
 class SpikingPooledDense(SpikingDense):
@@ -286,6 +325,25 @@ class SpikingPooledDense(SpikingDense):
         currents = F.linear(spikes.transpose(1, 2), self.weight / positions)
         return currents.sum(1) + self.bias * share
 
+    def operations(self, inputs: LayerInputs) -> Operations:
+        found = super().operations(inputs)
+        # Numbers are averaged first, and their means are hardly ever zero.
+        return replace(found, nonzero=inputs.images * self.weight.shape[1], effective=None)
+
     def _positions(self, inputs: LayerInputs) -> int:
         del inputs
-        return 1  # where numbers are multiplied, the mean is taken first
+        return 1  # Where numbers are multiplied, the mean is taken first.
+
+    def movement(self, inputs: LayerInputs, output: Tensor, operations: Operations | None) -> Movement:
+        assert operations is not None
+        (x,) = inputs.tensors
+        dense = self._factor(inputs, 1)
+        spiking = replace(dense, inputs=inputs.size(x), macs=inputs.size(x) * dense.outputs)
+        means = replace(inputs, signals=(inputs.signal().times(x.shape[2] * x.shape[3]),))
+        of_spikes = linear_movement(means, operations, {"merged": [spiking], "unmerged": [spiking]})
+        of_means = linear_movement(means, operations, {"merged": [dense], "unmerged": [dense]})
+        parts = dict(of_spikes.parts)
+        summed = mean_movement(inputs, x, float(x.shape[1]))
+        for network in ("integer", "float_twin"):
+            parts[network] = [*summed.parts[network], *of_means.parts[network]]
+        return Movement(parts, of_spikes.output, of_spikes.words)
