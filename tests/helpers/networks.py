@@ -64,7 +64,7 @@ def dense_network(name="qsd_tiny", **kwargs):
     model = small(name, **kwargs).double().eval()
     # E-SpikeFormer's thresholds are one, four times the others'.
     randomize_norms(
-        model, mean=(0, 0.3), var=(0.3, 1), bias=(0.6, 0.5) if name.startswith("e_spikeformer") else (0.2, 0.3)
+        model, mean=(0, 0.3), var=(0.3, 1), bias=(0.9, 0.5) if name.startswith("e_spikeformer") else (0.2, 0.3)
     )
     randomize_steps(model, 0.7, 1.3)
     # Learned steps by their inputs in evaluation, some larger, some smaller.

@@ -101,7 +101,9 @@ def test_both_heads_and_every_gradient_of_the_large_network_are_the_published_on
     gradients = LARGE_CODE.convert({name: t.grad for name, t in leaves.items() if t.grad is not None})
     assert gradients.keys() == parameters.keys()
     for name, parameter in parameters.items():
-        assert_near(parameter.grad, gradients[name])
+        # A bias in front of a norm has no gradient but for rounding, which is relative to that of the weights.
+        scale = gradients[f"{name.removesuffix('bias')}weight"] if name.endswith("conv.bias") else gradients[name]
+        assert (parameter.grad - gradients[name]).abs().max() <= 1e-9 * max(1.0, scale.abs().max()), name
 
 
 @pytest.mark.parametrize(
