@@ -59,6 +59,17 @@ class CountAttention(nn.Module):
 
     num_heads: int
     product_scale: float | None = None
+    neuron: nn.Module
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    q_neuron: nn.Module
+    k_neuron: nn.Module
+    v_neuron: nn.Module
+    attn_neuron: nn.Module
+    key_value: nn.Module
+    query: nn.Module
+    proj: nn.Module
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``q (k^T v)`` with the channels in front of the tokens, ``[B, heads, d, N]`` each."""

@@ -79,9 +79,8 @@ class ESpikeFormer(StagedClassifier):
             sizes = (dim, num_heads, mlp_ratio, value_ratio)
             return [ESpikeBlock(*sizes, False, None, next(rates), kinds) for _ in range(number)]
 
-        conv_blocks = [[SpikeConvBlock(dim, mlp_ratio, True, kinds)] for dim in (embed_dims[0] // 2, embed_dims[0])]
-        conv_blocks.append([SpikeConvBlock(embed_dims[1], mlp_ratio, True, kinds) for _ in range(2)])
-        parts = [*conv_blocks, blocks(embed_dims[2], depths[0]), blocks(embed_dims[3], depths[1])]
+        parts = _conv_blocks(embed_dims, mlp_ratio, True, kinds)
+        parts += [blocks(embed_dims[2], depths[0]), blocks(embed_dims[3], depths[1])]
         self.stem, *stages = _build_stages(in_chans, embed_dims, strides, parts, kinds)
         self.stages = nn.ModuleList(stages)
         self.head_neuron = build_neuron(time_steps, None, 1.0, kinds["neurons"])
@@ -153,12 +152,10 @@ class ESpikeFormerLarge(StagedClassifier):
         )
         kinds = _kinds(time_steps, weight_bits, rounding, window)
         sizes = (embed_dims[2], num_heads, mlp_ratio, value_ratio)
-        blocks = [
-            ESpikeBlock(*sizes, True, layer_scale, rate, kinds) for rate in drop_path_rates(drop_path_rate, depth)
-        ]
-        counts = ((embed_dims[0] // 2, 1), (embed_dims[0], 1), (embed_dims[1], 2))
-        conv_blocks = [[SpikeConvBlock(dim, mlp_ratio, False, kinds) for _ in range(n)] for dim, n in counts]
-        self.stem, *stages = _build_stages(in_chans, embed_dims, strides, [*conv_blocks, blocks], kinds)
+        rates = drop_path_rates(drop_path_rate, depth)
+        parts = _conv_blocks(embed_dims, mlp_ratio, False, kinds)
+        parts.append([ESpikeBlock(*sizes, True, layer_scale, rate, kinds) for rate in rates])
+        self.stem, *stages = _build_stages(in_chans, embed_dims, strides, parts, kinds)
         self.stages = nn.ModuleList(stages)
         self.spiking_head, self.distilled_training = spiking_head, distilled
         fires = spiking_head or distilled
@@ -218,13 +215,21 @@ def _kinds(
     return {"time_steps": time_steps, "weight_bits": weight_bits, "neurons": neurons}
 
 
+def _conv_blocks(
+    embed_dims: Sequence[int], mlp_ratio: float, separable: bool, kinds: dict[str, Any]
+) -> list[list[nn.Module]]:
+    """The blocks of the stem and of the first two stages."""
+    counts = ((embed_dims[0] // 2, 1), (embed_dims[0], 1), (embed_dims[1], 2))
+    return [[SpikeConvBlock(dim, mlp_ratio, separable, kinds) for _ in range(number)] for dim, number in counts]
+
+
 def _build_stages(
     in_chans: int,
     embed_dims: Sequence[int],
     strides: Sequence[int],
-    blocks: Sequence[list[Any]],
+    blocks: Sequence[list[nn.Module]],
     kinds: dict[str, Any],
-) -> list[Any]:
+) -> list[Stage]:
     """The stem and the stages, each with its down-sampling in front of its blocks."""
     channels = [in_chans, embed_dims[0] // 2, *embed_dims]
     stages = []
