@@ -144,7 +144,7 @@ def memory_figures(energy: EnergyRecord | None) -> dict[str, list[PageFigure]]:
     caption = (
         "Energy per image: arithmetic, and memory at the lower price of DRAM; thin lines reach to the upper price. "
         f"Measured on {energy.images} images; preset {energy.preset}: {energy.mac_pj} pJ per MAC, {energy.ac_pj} pJ "
-        f"per addition. Prices: {source(energy)}."
+        f"per addition. Counts and dataflows are ours; the papers' formula has no memory. Prices: {source(energy)}."
     )
     return {"memory": [page_figure(plots.energy_with_memory(bars), f"Totals with memory: {'; '.join(words)}", caption)]}
 
