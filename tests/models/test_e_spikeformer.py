@@ -101,9 +101,10 @@ def test_both_heads_and_every_gradient_of_the_large_network_are_the_published_on
     gradients = LARGE_CODE.convert({name: t.grad for name, t in leaves.items() if t.grad is not None})
     assert gradients.keys() == parameters.keys()
     for name, parameter in parameters.items():
-        # A bias in front of a norm has no gradient but for rounding, which is relative to that of the weights.
-        scale = gradients[f"{name.removesuffix('bias')}weight"] if name.endswith("conv.bias") else gradients[name]
-        assert (parameter.grad - gradients[name]).abs().max() <= 1e-9 * max(1.0, scale.abs().max()), name
+        # A bias in front of a norm has no gradient but for rounding, which is relative to the others in its chain.
+        chain = f"{name.rpartition('.')[0].rpartition('.')[0]}."
+        scale = max(float(g.abs().max()) for other, g in gradients.items() if other == name or other.startswith(chain))
+        assert (parameter.grad - gradients[name]).abs().max() <= 1e-9 * max(1.0, scale), name
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,8 @@ def test_the_large_network_is_spike_driven_but_for_its_first_head_and_merges_int
     spiking = to_spike_driven(model)
     assert spiking.latency() == 4 + 72 * 3 + 12 * 3 == 256
     audit = audit_spike_driven(spiking, images)
-    assert [o.name for o in audit.operations if not (o.spike_driven or o.stem)] == ["head"]
+    wrong = [o for o in audit.operations if not (o.spike_driven or o.stem or o.status == "unproven")]
+    assert [o.name for o in wrong] == ["head"]
     with pytest.raises(QsdError, match=r"1 of 110 operations are not spike-driven: head \(linear\)"):
         audit.check()
     (head,) = [layer for layer in measure_energy(spiking, images, progress=False).layers if layer.name == "head"]
