@@ -31,14 +31,17 @@ def tie_slack(x: Tensor, time_steps: int, threshold: float | Tensor | None) -> f
     return 0.0 if math.frexp(time_steps if threshold is None else threshold)[0] == 0.5 else TIE_WIDTH
 
 
-def round_counts(drive: Tensor, time_steps: int, slack: float = 0.0) -> Tensor:
+def round_counts(drive: Tensor, time_steps: int, slack: float = 0.0, half_even: bool = False) -> Tensor:
     """``clip(floor(drive + 1/2), 0, T)``, without a gradient.
 
     Args:
         drive: Input in units of the threshold.
         time_steps: T.
-        slack: Steps below a threshold that still reach it, see `tie_slack`.
+        slack: Steps below a threshold that still reach it, see `tie_slack`; of no effect where halves become even.
+        half_even: Whether halves are rounded to the even count instead of up.
     """
+    if half_even:
+        return drive.round().clamp(0, time_steps)
     if drive.dtype in HALF_TYPES:  # which cannot hold 129.5, nor the sum of 1/2 and the number below it
         return round_counts(drive.float(), time_steps).to(drive.dtype)
     if torch.compiler.is_compiling():

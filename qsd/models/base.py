@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from qsd.errors import QsdError
 from qsd.layers import LayerScale, QuantLinear
 from qsd.layers.steps import step_names
-from qsd.models.checkpoints import adapted_state
 
 
 class ImageClassifier(nn.Module):
@@ -193,6 +192,8 @@ class ImageClassifier(nn.Module):
             strict: Whether all names have to be those of the model.
             assign: Whether the tensors take the place of the parameters, as in PyTorch.
         """
+        from qsd.models.checkpoints import adapted_state  # which knows all families
+
         return super().load_state_dict(adapted_state(self, state_dict), strict, assign)
 
     def get_classifier(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Reading weights: checkpoints of qsd and of the published QSD-Transformer code, packed files, and state dicts."""
+"""Reading weights: checkpoints of qsd and of the families' published code, packed files, and state dicts."""
 
 import argparse
 import logging
@@ -16,7 +16,8 @@ from qsd.layers.renamed import present_name, rename_parameters
 from qsd.layers.steps import has_no_step, step_names
 from qsd.layers.wrappers import inner_model
 from qsd.models.packed_file import KEY, MERGED, read_packed
-from qsd.models.reference import StateDict, convert_reference, is_reference, shortened
+from qsd.models.published import PublishedCode, StateDict, shortened, steps_in_name
+from qsd.models.variants import FAMILIES, family_of_code
 from qsd.quantizers import StepSizeQuantizer, on_grid
 from qsd.reading import check_safetensors, read_safetensors, read_torch
 
@@ -34,15 +35,15 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> None:
-    """Load a checkpoint of the published QSD-Transformer classification code.
+    """Load a checkpoint of the published classification code of QSD-Transformer or E-SpikeFormer.
 
-    The dead activation-quantizer tensors are dropped. A step size that the published code never initialised (a float
-    checkpoint, or one that was not trained) is computed from the weights. The classifier of another number of classes
-    is left out, with a warning, and keeps its initial values. Loading is otherwise strict, and nothing is changed
-    when it fails.
+    Tensors without effect in the published networks are dropped. A step size that the published code never initialised
+    (a float checkpoint, or one that was not trained) is computed from the weights. The classifier of another number of
+    classes is left out, with a warning, and keeps its initial values. Loading is otherwise strict, and nothing is
+    changed when it fails.
 
     Args:
-        model: A QSD-Transformer of qsd, of the checkpoint's size.
+        model: A model of qsd of the checkpoint's family and size.
         path_or_state_dict: A ``.pth`` file or its content; ``model`` / ``state_dict`` / ``module.`` wrappings are
             removed.
 
@@ -50,11 +51,34 @@ def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Ma
         QsdError: If the file cannot be read, has another content, or does not fit the model.
     """
     source, state = _read(path_or_state_dict)
-    if not is_reference(state):
-        raise QsdError(
-            f"{source} is no checkpoint of the published QSD-Transformer code (no 'downsample1_1.*' tensors)."
-        )
-    load_state(model, convert_reference(state), source)
+    code = published_code(state, source)
+    steps, own = steps_in_name(source), getattr(model, "time_steps", None)
+    if steps is not None and own is not None and steps != own:
+        logger.warning(
+            "the name of %s tells T = %d, and the model has T = %d; build it with time_steps=%d.",
+            source, steps, own, steps,
+        )  # fmt: skip
+    load_state(model, code.convert(state), source)
+
+
+def published_code(state: StateDict, source: str | Path) -> PublishedCode:
+    """The published code that a state dict comes from.
+
+    Args:
+        state: State dict without wrappings.
+        source: Its file, for the message.
+
+    Raises:
+        QsdError: If it comes from none.
+    """
+    family = family_of_code(state)
+    if family is not None and family.published is not None:
+        return family.published
+    titles = [other.published.title for other in FAMILIES if other.published is not None]
+    raise QsdError(
+        f"{source} is no checkpoint of the published QSD-Transformer code, nor of another that qsd reads "
+        f"({', '.join(titles[1:])}): it has no 'downsample1_1.*' tensors."
+    )
 
 
 def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> list[str]:
@@ -74,7 +98,17 @@ def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str,
         QsdError: As for `load_reference_weights`.
     """
     source, state = _read(path_or_state_dict)
-    return load_state(model, convert_reference(state) if is_reference(state) else dict(state), source)
+    return load_state(model, converted_state(state), source)
+
+
+def converted_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with the names of this package, whatever published code it comes from.
+
+    Args:
+        state: State dict without wrappings.
+    """
+    family = family_of_code(state)
+    return dict(state) if family is None or family.published is None else dict(family.published.convert(state))
 
 
 def adapted_state(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,8 +123,7 @@ def adapted_state(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, 
     Raises:
         QsdError: If it comes from a packed file, whose integers only `qsd.load_packed` can read.
     """
-    state = _without_prefixes(state_dict)
-    state = convert_reference(state) if is_reference(state) else state
+    state = converted_state(_without_prefixes(state_dict))
     streams = [name for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.dtype == torch.uint8]
     if streams:
         raise QsdError(
@@ -203,19 +236,20 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> list[
     """
     model = inner_model(model)
     expected = model.state_dict()
-    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
-    head = {name for name in expected if name.startswith(f"{classifier}.")}
+    classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     optional: set[str] = set()
-    if not head:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{classifier}.")}
-    elif head & set(_reshaped(state, expected)) or not head & state.keys():
-        logger.warning(
-            "%s has no classifier for %s classes; the initial one stays.",
-            source,
-            getattr(model, "num_classes", "its"),
-        )
-        optional = head
-        state = {name: tensor for name, tensor in state.items() if name not in head}
+    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        head = {name for name in expected if name.startswith(f"{classifier}.")}
+        if not head:
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{classifier}.")}
+        elif head & set(_reshaped(state, expected)) or not head & state.keys():
+            logger.warning(
+                "%s has no classifier for %s classes; the initial one stays.",
+                source,
+                getattr(model, "num_classes", "its"),
+            )
+            optional |= head
+            state = {name: tensor for name, tensor in state.items() if name not in head}
     # A float network has no step sizes, and neither has a checkpoint of a float network.
     steps = step_names(model)
     state = {name: t for name, t in state.items() if name in expected or not has_no_step(model, name)}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
-from qsd.models.checkpoints import load_state, read_state_dict
-from qsd.models.reference import StateDict, convert_reference, is_reference, shortened
+from qsd.models.checkpoints import converted_state, load_state, read_state_dict
+from qsd.models.published import StateDict, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def load_pretrained(model: nn.Module, hint: str, first_conv: str | None = None) 
         raise QsdError(hint)
     source: Any = named if isinstance(named, Mapping) else weights_file(named)
     state = read_state_dict(source)
-    state = convert_reference(state) if is_reference(state) else state
+    state = converted_state(state)
     network: Any = model
     if isinstance(model, FeatureGetterNet):  # of `features_only=True`, which may lack the last stages
         network = model.model
