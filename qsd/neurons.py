@@ -160,8 +160,9 @@ class LearnedStepNeuron(SpikeNeuron):
         return float(self.step_size(1).detach())
 
     def _scaled_threshold(self, x: Tensor, scale: Factor | None) -> Tensor:
-        if isinstance(step := getattr(self, self.step_name, None), nn.Parameter):
-            watch_step(self, step)
+        for step in self._parameters.values():
+            if step is not None:
+                watch_step(self, step)
         step_size = self.step_size(x.shape[1:].numel())
         return step_size if scale is None else step_size / scale
 
