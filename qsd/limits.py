@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any
 
 from qsd.errors import QsdError
@@ -44,7 +43,7 @@ def problem(value: Any, least: float | None = None, most: float | None = None) -
         least: Smallest value that is allowed.
         most: Largest value that is allowed.
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return "is no number"
     if not math.isfinite(value):
         return "is not finite"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qsd.errors import QsdError
 from qsd.layers import BatchNormPad2d, LayerScale, LinearChain, QuantConv2d, quantized_weight
 from qsd.spiking.layers import Convolution
-from qsd.spiking.layers.geometry import Padding
+from qsd.spiking.layers.geometry import Padding, pair
 
 # Chains that become one convolution in time steps: all, none, those with a frame (RepConv) or those without (SepConv).
 MergeChoice = Literal["all", "none", "rep", "sep"]
@@ -107,10 +107,10 @@ def _padding(layer: QuantConv2d) -> Padding:
         return 0
     if layer.padding == "same":
         totals = [dilation * (kernel - 1) for dilation, kernel in zip(layer.dilation, layer.kernel_size)]
-        height, width = ((total // 2, total - total // 2) for total in totals)
-        return height, width
-    height, width = layer.padding
-    return int(height), int(width)
+        upright, across = ((total // 2, total - total // 2) for total in totals)
+        return upright, across
+    assert not isinstance(layer.padding, str)
+    return pair(layer.padding)
 
 
 def _normalized(factor: Convolution, layer: nn.Module, name: str) -> Convolution:
