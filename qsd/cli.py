@@ -1,22 +1,25 @@
 """The subcommands of Lightning's command line: ``qsd fit --config configs/imagenet.yaml``."""
 
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from qsd import program
+from qsd import program, runs
 from qsd.callbacks import PredictionWriter
 from qsd.configurations import with_found_configurations
 from qsd.data import ImageData
 from qsd.data.loading import WORKER_ENDED
 from qsd.errors import QsdError
-from qsd.models.checkpoints import read_checkpoint
+from qsd.files import replace_content
 from qsd.models.registered import model_of_file
 from qsd.reading import part_of
 from qsd.tasks import ClassificationTask
@@ -36,12 +39,15 @@ _OTHER_WORDS = {
 _NOISE = (
     "LightningCLI's args parameter is intended to run from within Python",
     "The '.*' does not have many workers",  # digits are loaded fastest in the training process
-    # Checkpoints are evaluated without the callbacks that wrote them; an average is in their weights already.
-    "Be aware that when using `ckpt_path`, callbacks used to create",
-    "You're using the WeightAveraging callback, but loading a checkpoint outside",
     "You're using the WeightAveraging callback with a model that overrides",  # of sharded models, which there are none
     "It is recommended to use `self.log\\(.*sync_dist=True",  # the metrics are synchronised by torchmetrics
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own use of torch
+)
+# Checkpoints are evaluated without the callbacks that wrote them; an average is in their weights already.
+_NOISE_OF_EVALUATION = (
+    "Be aware that when using `ckpt_path`, callbacks used to create",
+    "You're using the WeightAveraging callback, but loading a checkpoint outside",
+    "The dirpath has changed",
 )
 
 
@@ -70,6 +76,15 @@ class Parser(LightningArgumentParser):
 class QsdCLI(LightningCLI):
     """Lightning's command line for the tasks and data of this package, or others by their class path."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._claims: list[runs.Claim] = []
+        self._stop = runs.SaveOnStop()
+        try:
+            super().__init__(*args, **kwargs)
+        finally:  # A mistake leaves no empty folder.
+            for claimed in self._claims:
+                claimed.release()
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The methods of the trainer, with the arguments that the command line fills in itself."""
@@ -91,27 +106,28 @@ class QsdCLI(LightningCLI):
         path = config.ckpt_path
         if path in ("", "best"):
             raise QsdError(f"ckpt_path={path!r} names no file; give the path of a checkpoint.")
-        if path in ("last", "hpc") or str(path).startswith("registry"):
+        if str(path).startswith("registry"):
             return
-        checkpoint = read_checkpoint(path)
-        if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
-            raise QsdError(f"{path} is no checkpoint of a training; to start from its weights use --model.init_from.")
+        if path in ("last", "hpc"):
+            path = config.ckpt_path = str(runs.find_checkpoint(path, config.trainer))
+            rank_zero_only(print)(f"checkpoint: {path}")
+        checkpoint = runs.read_run_checkpoint(path)
         saved = part_of(checkpoint, "hyper_parameters", dict, path, {})
         network = {key: saved[key] for key in ("model", "model_args", "num_classes") if key in saved}
         if "model" in network:
             network["model"], network["model_args"] = model_of_file(str(path), saved["model"], saved.get("model_args"))
         if network and "init_args" in (config.get("model") or {}):
+            rank_zero_only(_say_what_is_unused)(config.model.init_args, network, path)
             network = {"class_path": config.model.class_path, "init_args": network}
             self.config = self.parser.parse_object({self.config.subcommand: {"model": network}}, self.config)
 
     def before_instantiate_classes(self) -> None:
-        """Give the loggers of a run one folder, and let ``predict`` write its predictions."""
+        """Refuse to evaluate random weights, and let ``predict`` write its predictions."""
         chosen = self.config.get(self.subcommand)
         config = chosen.trainer
         initial = ((chosen.get("model") or {}).get("init_args") or {}).get("init_from", "")
         if self.subcommand != "fit" and chosen.get("ckpt_path") is None and initial is None:
             raise QsdError(f"{self.subcommand} needs trained weights; pass --ckpt_path or --model.init_from.")
-        _share_version(config.logger if isinstance(config.logger, list) else [])
         if self.subcommand == "predict":
             callbacks = config.callbacks if isinstance(config.callbacks, list) else []
             if not any("PredictionWriter" in str(callback) for callback in callbacks):
@@ -130,29 +146,69 @@ class QsdCLI(LightningCLI):
                     break
             raise QsdError(str(cause if isinstance(cause, QsdError) else error)) from error
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, in a folder that belongs to this run alone.
 
-def _share_version(loggers: list[Any]) -> None:
-    # Each logger takes the next free number by itself, and the second would count the folder that the first has made.
-    folders = [
-        Path(logger.init_args.save_dir, logger.init_args.name or "") for logger in loggers if _has_folder(logger)
-    ]
-    used = [int(p.name[8:]) for f in folders for p in f.glob("version_*") if p.name[8:].isdecimal()]
-    for logger in filter(_has_folder, loggers):
-        if logger.init_args.version is None:
-            logger.init_args.version = max(used, default=-1) + 1
+        Args:
+            **kwargs: Arguments that replace those of the configuration.
+        """
+        settings = self._get(self.config_init, "trainer", default={})
+        if settings.get("fast_dev_run"):
+            return super().instantiate_trainer(**kwargs)
+        root = Path(settings.get("default_root_dir") or ".")
+        is_first: bool = rank_zero_only(lambda: True)() or False
+        if settings.get("logger") is False and is_first:
+            self._claims.append(runs.claim([root]))
+            kwargs["default_root_dir"] = str(root / runs.folder_name(self._claims[0].version))
+        trainer = super().instantiate_trainer(**kwargs)
+        runs.write_whole_files(trainer)
+        if is_first:
+            self._claims += runs.claim_for_loggers(trainer.loggers)
+        if self.subcommand == "fit":
+            trainer.callbacks.append(self._stop)  # type: ignore[attr-defined]
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the subcommand, and say how a training that was stopped goes on."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SIGTERMException:
+            # Lightning's launcher kills all processes when one that it has started ends with an exit code.
+            if not self.trainer.is_global_zero and isinstance(
+                getattr(self.trainer.strategy, "cluster_environment", None), LightningEnvironment
+            ):
+                raise SystemExit(0) from None
+            raise
+        finally:
+            if self._stop.message is not None and self.trainer.is_global_zero:
+                print(f"qsd: {self._stop.message}", file=sys.stderr)
 
 
-def _has_folder(logger: Any) -> bool:
-    return logger.class_path.endswith(("CSVLogger", "TensorBoardLogger"))
+def _say_what_is_unused(given: Any, network: dict[str, Any], path: str) -> None:
+    """Say which arguments of the network a configuration gives in vain, beside a checkpoint with other ones."""
+    saved, chosen = (
+        {k: str(list(v) if isinstance(v, tuple) else v) for k, v in (part.get("model_args") or {}).items()}
+        for part in (network, given)
+    )
+    unused = {key: value for key, value in chosen.items() if saved.get(key, value) != value}
+    if unused:
+        print(f"The network is that of {path}; model_args {unused} of the configuration are not used.")
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the complete configuration of a training beside its logs; evaluations must not replace it."""
+    """Writes the complete configuration of a training into its folder; evaluations must not replace it."""
 
-    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` when a training begins."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` when a training begins, and let its checkpoints go into the same folder."""
+        if stage != "fit" or self.already_saved:
+            return
+        self.already_saved = True
+        folder = runs.run_folder(trainer)
+        runs.place_checkpoints(trainer, folder, self.config.get("ckpt_path"))
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = self.parser.dump(self.config, skip_none=False)
+            replace_content(folder / self.config_filename, text.encode())
 
 
 def train(args: Sequence[str] | None = None) -> int:
@@ -164,19 +220,17 @@ def train(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, as of `qsd.program.run`.
     """
-    # Lightning handles SIGTERM itself: it finishes the batch.
-    return program.run("qsd", _train, args, catch_sigterm=False)
+    return program.run("qsd", _train, args)
 
 
 def _train(arguments: list[str]) -> None:
-    for message in _NOISE if arguments[:1] == ["fit"] else (*_NOISE, "The dirpath has changed"):
+    for message in _NOISE if arguments[:1] == ["fit"] else (*_NOISE, *_NOISE_OF_EVALUATION):
         warnings.filterwarnings("ignore", message=message)
     try:
         QsdCLI(
             LightningModule,
             LightningDataModule,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
             trainer_defaults={"default_root_dir": "runs"},
             seed_everything_default=0,
             parser_kwargs={"prog": "qsd", "description": "Train and evaluate quantized spike-driven transformers."},

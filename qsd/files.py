@@ -4,6 +4,7 @@ A file is written beside its target, flushed to the disk and then renamed, which
 reader of the target finds the old content or the new one, never a part of it, even after a power failure.
 """
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from pathlib import Path
 from qsd.errors import QsdError
 
 _LONGEST_PREFIX = 100  # characters of the target's name in the temporary one, which must stay below the system's limit
+# Libraries that write files themselves (safetensors, h5py, PyTorch) tell faults of the disk by these words.
+_DISK_FAULTS = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)))
+_DISK_FAULTS += ("failed writing file", "fail at inline_container")
 
 
 @contextmanager
@@ -44,11 +48,53 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _synchronize(partial)
         os.replace(partial, path)
         _synchronize_folder(path.parent)
-    except OSError as error:
+    except Exception as error:
+        if not is_disk_fault(error):
+            raise
         raise QsdError(f"{path} cannot be written: {error}.") from error
     finally:
         if partial is not None:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def replace_content(path: str | Path, content: bytes | memoryview) -> None:
+    """Replace the content of a file in one step, without a trace if the process is killed before that.
+
+    Linux writes to a file without a name, which disappears with its process. Other systems write as `replacing` does.
+
+    Args:
+        path: Target; a file that exists there is replaced. Its folder must exist.
+        content: The new content.
+
+    Raises:
+        QsdError: If the file cannot be written; the target is then unchanged.
+    """
+    path = Path(path)
+    try:
+        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
+    except (AttributeError, OSError):  # another system, or a disk that has only files with names
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+        return
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+            _give_name(descriptor, path)
+        _synchronize_folder(path.parent)
+    except OSError as error:
+        raise QsdError(f"{path} cannot be written: {error}.") from error
+
+
+def is_disk_fault(error: BaseException) -> bool:
+    """Whether an exception says that a file cannot be written, such as for want of space.
+
+    Args:
+        error: The exception of a writer.
+    """
+    return isinstance(error, OSError) or any(words in str(error) for words in _DISK_FAULTS)
 
 
 @contextmanager
@@ -76,15 +122,33 @@ def replacing_together(folder: str | Path) -> Iterator[Path]:
             for file in files:
                 os.replace(file, folder / file.name)
         _synchronize_folder(folder)
-    except OSError as error:
+    except Exception as error:
+        if not is_disk_fault(error):
+            raise
         raise QsdError(f"the files cannot be written to {folder}: {error}.") from error
+
+
+def _unused_name(target: Path) -> Path:
+    return target.with_name(f".{target.name[:_LONGEST_PREFIX]}.{os.urandom(4).hex()}.part")
+
+
+def _give_name(descriptor: int, target: Path) -> None:
+    """Replace a target by an open file without a name. A link cannot replace a file, so it gets another name first."""
+    partial = _unused_name(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        # Python follows the symbolic link of /proc to the file itself only if a folder is given, which is not used.
+        os.link(f"/proc/self/fd/{descriptor}", partial, src_dir_fd=folder, follow_symlinks=True)
+        os.replace(partial, target)
+    finally:
+        os.close(folder)
+        partial.unlink(missing_ok=True)
 
 
 def _new_file(target: Path) -> Path:
     """An empty file of a new name beside the target; the system takes the umask off its permission bits."""
-    stem = target.name[:_LONGEST_PREFIX]
     while True:
-        partial = target.with_name(f".{stem}.{os.urandom(4).hex()}.part")
+        partial = _unused_name(target)
         with suppress(FileExistsError):
             os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             return partial

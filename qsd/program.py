@@ -179,9 +179,13 @@ def refuse_existing(paths: Iterable[str | Path], force: bool) -> None:
 def _report(error: Exception) -> str:
     if exit_code(error) == MISTAKE:
         return f"{' '.join(str(error).split())} (--traceback shows where)"
-    with tempfile.NamedTemporaryFile("w", prefix="qsd-traceback-", suffix=".txt", delete=False) as file:
-        traceback.print_exception(error, file=file)
-    return f"{type(error).__name__}: {one_line(error)} (the traceback is in {file.name})"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="qsd-traceback-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        place = f"the traceback is in {file.name}"
+    except OSError as fault:  # such as a full temporary folder
+        place = f"its traceback cannot be written: {one_line(fault)}; --traceback shows it"
+    return f"{type(error).__name__}: {one_line(error)} ({place})"
 
 
 @contextmanager

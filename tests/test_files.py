@@ -1,13 +1,17 @@
 """A file under its name is complete, whatever happens while it is written."""
 
 import os
+import resource
 import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qsd import QsdError
-from qsd.files import replacing, replacing_together
+from qsd.files import replace_content, replacing, replacing_together
+from tests.helpers.files import full_disk
 
 
 @pytest.fixture
@@ -102,3 +106,49 @@ def test_several_files_appear_together_or_not_at_all(tmp_path):
     assert {p.name: p.read_text() for p in folder.iterdir()} == {"a": "new", "b": "new"}
     with pytest.raises(QsdError, match="cannot be written to"), replacing_together(Path(__file__)):
         pass
+
+
+def test_content_is_replaced_in_one_step_and_leaves_nothing_behind(path, monkeypatch):
+    umask = os.umask(0o027)
+    try:
+        replace_content(path, b"new")
+        assert path.read_bytes() == b"new"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "O_TMPFILE")  # another system
+            replace_content(path, memoryview(b"newer"))
+    finally:
+        os.umask(umask)
+    assert path.read_bytes() == b"newer"
+    with full_disk(), pytest.raises(QsdError, match=r"results.json cannot be written: .*No space left on device"):
+        replace_content(path, b"newest")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(QsdError, match="cannot be written: no"):
+        replace_content(path, b"newest")
+    assert path.read_bytes() == b"newer"
+    assert os.listdir(path.parent) == [path.name]
+
+
+TENSORS = {"a": torch.zeros(5000)}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda p: p.write_bytes(bytes(5000)), lambda p: torch.save(TENSORS, p), lambda p: save_file(TENSORS, p)],
+    ids=["text", "torch", "safetensors"],
+)
+def test_a_disk_that_is_full_is_one_line_whoever_writes(path, write):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with replacing(path) as partial:
+                write(partial)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with pytest.raises(QsdError, match=r"results\.json cannot be written"):
+        fill()
+    assert path.read_text() == "old"
+    assert os.listdir(path.parent) == [path.name]

@@ -58,6 +58,14 @@ def test_an_unforeseen_error_is_one_line_that_names_the_file_of_its_traceback(ca
     assert "in action" in Path(file).read_text()
 
 
+def test_a_full_temporary_folder_leaves_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    assert program.run("qsd", raising(ZeroDivisionError("by zero")), []) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ZeroDivisionError: by zero (its traceback cannot be written: " in line
+    assert line.endswith("--traceback shows it)")
+
+
 def test_with_traceback_errors_pass_through_and_the_option_does_not():
     seen = []
     assert program.run("qsd", seen.append, ["a", "--traceback", "b"]) == 0

@@ -14,6 +14,7 @@ from qsd import report
 from qsd.errors import QsdError
 from qsd.neurons import SpikeNeuron
 from qsd.packing import image_notes
+from qsd.runs import run_folder
 
 
 class ConvertToSpikeDriven(Callback):
@@ -39,6 +40,11 @@ class ConvertToSpikeDriven(Callback):
         self.options = report.ConversionOptions(**options)
         self._enabled = True
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the folder of the training belong to it from its start."""
+        if stage == "fit":
+            run_folder(trainer)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before the training what could not be done after it."""
         neurons = {name for name, m in pl_module.named_modules() if isinstance(m, SpikeNeuron)}
@@ -60,7 +66,7 @@ class ConvertToSpikeDriven(Callback):
         """Convert, when all files of the training are complete."""
         if not self._enabled:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer)
         checkpoint = _best_checkpoint(trainer, folder)
         bar = getattr(trainer.progress_bar_callback, "progress", None)
         if bar is not None:  # Rich's bar would be drawn again among ours.

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from qsd.files import replacing
+from qsd.runs import run_folder
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # Beginnings of texts that a spreadsheet would compute.
 
@@ -76,7 +77,7 @@ class PredictionWriter(BasePredictionWriter):
                 raise
 
     def _path(self, trainer: Trainer) -> Path:
-        path = Path(trainer.log_dir or trainer.default_root_dir, self.filename)
+        path = run_folder(trainer) / self.filename
         return path.with_suffix(f".rank{trainer.global_rank}{path.suffix}") if trainer.global_rank else path
 
 

@@ -80,6 +80,8 @@ class ImageData(LightningDataModule, ABC):
         self._sources: dict[Part, ImageSource] = {}
         self._predict_source: ImageSource | None = None
         self._augmentation: Transform | None = None
+        self._train_loader: TrainLoader | None = None
+        self._order_before: dict[str, int] = {}
 
     @property
     @abstractmethod
@@ -139,7 +141,21 @@ class ImageData(LightningDataModule, ABC):
         dataset = ImageDataset(self._sources["train"], augmentation, seed, replace_bad=replace_bad)
         sampler = TrainSampler(dataset, seed)
         drop_last = len(sampler) >= self.batch_size
-        return TrainLoader(dataset, sampler=sampler, drop_last=drop_last, **self._loader_options())
+        options = {"order_before": self._order_before, "drop_last": drop_last, **self._loader_options()}
+        self._train_loader = TrainLoader(dataset, sampler=sampler, **options)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, int]:
+        """What decides which images are in a training batch. Lightning stores it in checkpoints."""
+        return {} if self._train_loader is None else self._train_loader.order()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Remember what decided it in the training that is resumed.
+
+        Args:
+            state_dict: From `state_dict`.
+        """
+        self._order_before = dict(state_dict)
 
     def val_dataloader(self) -> ImageLoader:
         """The validation part, in order."""

@@ -1,7 +1,8 @@
 """Data loaders that skip or report unreadable images, and that resume in the middle of an epoch."""
 
 import logging
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -13,6 +14,7 @@ from qsd.data.sampling import TrainSampler
 from qsd.errors import QsdError
 from qsd.reading.files import shown
 from qsd.reading.images import BadImage
+from qsd.stopping import outlast_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,7 @@ class ImageLoader(DataLoader[Sample]):
         # Defaults and not fixed, because Lightning copies a loader from all of its attributes.
         kwargs.setdefault("collate_fn", collate)
         kwargs.setdefault("generator", torch.Generator())
+        kwargs.setdefault("worker_init_fn", outlast_stop_signals)
         super().__init__(dataset, **kwargs)
         self.bad_images = bad_images
 
@@ -146,11 +149,20 @@ class TrainLoader(ImageLoader):
     Args:
         dataset: The images.
         bad_images: Treatment of images that cannot be read.
+        order_before: `order` of the training that is resumed, if there is one and it is known.
         **kwargs: As for `torch.utils.data.DataLoader`; ``sampler`` is a `TrainSampler`.
     """
 
-    def __init__(self, dataset: ImageDataset, *, bad_images: BadImagePolicy, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        bad_images: BadImagePolicy,
+        order_before: Mapping[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(dataset, bad_images=bad_images, **kwargs)
+        self.order_before = dict(order_before or {})
         self._state = {"epoch": 0, "batches": 0}
         self._resuming = False
 
@@ -177,10 +189,38 @@ class TrainLoader(ImageLoader):
         sampler = self.sampler
         if not isinstance(sampler, TrainSampler):
             return 0  # Lightning's `overfit_batches` has put a sampler without epochs here.
-        done = self._state["batches"] if self._resuming and self._state["epoch"] == sampler.epoch else 0
-        if done >= len(self):
+        state = self._state
+        done = state["batches"] if self._resuming and state["epoch"] == sampler.epoch else 0
+        if done >= self.order_before.get("length", len(self)):
             done = 0  # The checkpoint was written after the last batch.
+        if done:
+            self._check_order(state["epoch"])
         self._resuming = False
         self._state = {"epoch": sampler.epoch, "batches": done}
         sampler.skip = done * (self.batch_size or 1)
         return done
+
+    def order(self) -> dict[str, int]:
+        """What decides which images are in a batch."""
+        sampler = self.sampler
+        if not isinstance(sampler, TrainSampler):
+            return {}
+        return {
+            "length": len(self),
+            "batch_size": self.batch_size or 1,
+            "processes": sampler.num_replicas,
+            "images": sampler.length,
+            "labels": zlib.crc32(self.dataset.source.labels.tobytes()),
+            "seed": sampler.seed,
+        }
+
+    def _check_order(self, epoch: int) -> None:
+        """Refuse to go on within an epoch whose remaining batches would repeat images or leave some out."""
+        for name, value in self.order().items():
+            before = self.order_before.get(name, value)
+            if before != value and name != "length":
+                difference = "other labels" if name == "labels" else f"{name}={value} instead of {before}"
+                raise QsdError(
+                    f"the checkpoint is from within epoch {epoch}, which cannot go on with {difference}: images would "
+                    "be repeated or left out; keep this setting, or resume from a checkpoint of the end of an epoch."
+                )

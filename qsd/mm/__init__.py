@@ -18,6 +18,10 @@ from qsd.mm import checkpoints  # noqa: E402
 
 checkpoints.install()
 
+from qsd.mm.hooks import checkpoint  # noqa: E402
+
+checkpoint.install()
+
 from qsd.mm.backbone import SpikeTransformerBackbone  # noqa: E402
 from qsd.mm.hooks import (  # noqa: E402
     ConvertToSpikeDrivenHook,

@@ -16,11 +16,17 @@ from qsd.configurations import find_configuration
 from qsd.errors import QsdError
 from qsd.mm import ops
 from qsd.mm.checks import check_data, check_weights
-from qsd.mm.hooks import register_training_hooks
+from qsd.mm.hooks import register_training_hooks, stop_hook
 from qsd.mm.loading import move_data
-from qsd.mm.resuming import check_resumable, checkpoint_to_resume
+from qsd.mm.resuming import check_resumable, check_same_training, checkpoint_to_resume
+from qsd.mm.work_dir import only_training_in, own_folder
 from qsd.program import Parser
 from qsd.reading import regular_file
+
+_WORKER_ENDED = (
+    "a data-loading process was ended by the system, most likely for lack of memory or of shared memory (/dev/shm); "
+    "lower train_dataloader.num_workers or train_dataloader.batch_size."
+)
 
 
 def train(name: str, framework: str, args: Sequence[str]) -> None:
@@ -93,14 +99,32 @@ def _train(options: argparse.Namespace, framework: str) -> None:
     if options.pretrained is not None:
         config.model.backbone.init_cfg = ConfigDict(type="Pretrained", checkpoint=options.pretrained)
     config.resume = options.resume is not None
-    if config.resume:
-        config.load_from = checkpoint_to_resume(config.work_dir) if options.resume == "auto" else options.resume
-        if config.load_from is not None:
-            check_resumable(config.load_from)
-    runner = build_runner(config, ("train", "val"))
-    if config.resume and config.load_from is not None:
-        check_weights(runner.model, config.load_from)
-    runner.train()
+    if options.work_dir is None and config.work_dir == str(Path("runs", Path(options.config).stem)):
+        config.work_dir = own_folder(config.work_dir, options.resume)
+    with only_training_in(config.work_dir, goes_on=config.resume):
+        if config.resume:
+            _resume(config, options.resume)
+        runner = build_runner(config, ("train", "val"))
+        if config.resume and config.load_from is not None:
+            check_weights(runner.model, config.load_from)
+        try:
+            stop_hook(runner).begin()
+            runner.train()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise QsdError(_WORKER_ENDED) from error
+        finally:
+            stop_hook(runner).end()
+
+
+def _resume(config: Config, checkpoint: str) -> None:
+    """Find the checkpoint that a training goes on from, and check that it is one of this training."""
+    config.load_from = checkpoint_to_resume(config.work_dir) if checkpoint == "auto" else checkpoint
+    if config.load_from is None:
+        print(f"There is no checkpoint in {config.work_dir}; the training starts from its beginning.")
+    else:
+        check_same_training(check_resumable(config.load_from), config, config.load_from)
 
 
 def _test(options: argparse.Namespace, framework: str) -> None:

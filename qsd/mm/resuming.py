@@ -1,16 +1,17 @@
 """The checkpoint from which an interrupted training of mmengine goes on."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qsd.errors import QsdError
 from qsd.mm.checkpoints import read_mm_checkpoint
-from qsd.reading import FileError, part_of, regular_file
+from qsd.reading import FileError, parse_assignments, part_of, regular_file
 
 logger = logging.getLogger(__name__)
 
-_POINTER = "last_checkpoint"  # the file in which mmengine writes the path of the newest checkpoint
+POINTER = "last_checkpoint"  # the file in which mmengine writes the path of the newest checkpoint
 _LONGEST = 4096  # bytes of a path
 
 
@@ -27,7 +28,7 @@ def checkpoint_to_resume(work_dir: str | Path) -> str | None:
         QsdError: If all of its checkpoints are damaged; with the newest one's fault.
     """
     folder = Path(work_dir)
-    named = _named(folder / _POINTER)
+    named = _named(folder / POINTER)
     others = (
         sorted(folder.glob("*.pth"), key=lambda path: path.stat().st_mtime, reverse=True) if folder.is_dir() else []
     )
@@ -66,6 +67,41 @@ def check_resumable(path: str | Path) -> dict[str, Any]:
         part_of(content, name, kind, path)
     part_of(content, "optimizer", dict, path, {})
     return content
+
+
+def check_same_training(content: Mapping[str, Any], config: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse to go on with another optimizer or schedule: mmengine would keep that of the checkpoint without a word.
+
+    Args:
+        content: Contents of the checkpoint.
+        config: The configuration of the training that goes on.
+        path: The checkpoint, for the message.
+
+    Raises:
+        QsdError: Naming the first part that differs.
+    """
+    try:
+        saved = parse_assignments(part_of(content, "meta.cfg", str, path, ""), str(path))
+    except QsdError:
+        return  # The configuration is of another kind; it is not needed.
+    for name in ("optim_wrapper", "param_scheduler"):
+        difference = _difference(saved.get(name), config.get(name), name) if name in saved else None
+        if difference is not None:
+            raise QsdError(
+                f"{path} was written with {difference}; go on with the settings of the checkpoint, or start a new "
+                "training from its weights with load_from."
+            )
+
+
+def _difference(saved: Any, current: Any, where: str) -> str | None:
+    """The first place in which two parts of configurations differ, in words."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        pairs = [(saved.get(key), current.get(key), f"{where}.{key}") for key in (*saved, *current)]
+    elif isinstance(saved, list | tuple) and isinstance(current, list | tuple) and len(saved) == len(current):
+        pairs = [(a, b, f"{where}.{i}") for i, (a, b) in enumerate(zip(saved, current))]
+    else:
+        return None if saved == current else f"{where}={saved!r}, and not {current!r}"
+    return next((found for pair in pairs if (found := _difference(*pair)) is not None), None)
 
 
 def _named(pointer: Path) -> Path | None:

@@ -23,9 +23,10 @@ from qsd.layers.steps import step_names
 from qsd.models import load_weights
 from qsd.models.checkpoints import check_weights
 from qsd.tasks.guards import StepSizeGuard, check_before_saving, check_loss
-from qsd.tasks.neuron_initialization import NeuronInitialization
+from qsd.tasks.neuron_initialization import set_neurons
 from qsd.tasks.optimization import parameter_groups, warmup_and_cosine
 from qsd.tasks.random_state import RandomStates
+from qsd.tasks.resuming import Resuming
 from qsd.training.optimizer_state import add_names, restore_by_name
 
 AuxiliaryLoss = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
@@ -103,10 +104,11 @@ class ClassificationTask(LightningModule):
         self._auxiliary_losses: list[AuxiliaryLoss] = []
         self.neurons_are_set = False
         self._resumed: dict[str, Any] | None = None
+        self.optimizer_rate = 0.0  # The peak rate that the optimizer was built with.
 
     def configure_callbacks(self) -> list[Callback]:
         """The parts of every training that are no part of the loss."""
-        return [RandomStates(), NeuronInitialization(), StepSizeGuard()]
+        return [RandomStates(), Resuming(), StepSizeGuard()]
 
     def configure_model(self) -> None:
         """Build the network once, when the number of classes is known from the data. Lightning calls this method."""
@@ -157,14 +159,16 @@ class ClassificationTask(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer from timm's registry, and a warm-up and cosine schedule that advances by optimizer steps."""
         h = self.hparams
-        lr = h["base_lr"] * self.total_batch_size / 256
+        lr = self.optimizer_rate = self.learning_rate
         with _blaming(
             f"optimizer {h['optimizer']!r} with optimizer_args={h['optimizer_args']}, base_lr={h['base_lr']}"
         ):
             groups = parameter_groups(self.model, lr, h["step_lr"], h["weight_decay"], h["layer_decay"])
             optimizer = create_optimizer_v2(groups, opt=h["optimizer"], lr=lr, **(h["optimizer_args"] or {}))
-        restore_by_name(optimizer, self)
         resumed, self._resumed = self._resumed, None
+        # Settings of this training count, also those that its command line leaves out.
+        changeable = {"lr", "weight_decay", *(h["optimizer_args"] or {}), *(resumed or {}).get("arguments", ())}
+        restore_by_name(optimizer, self, changeable)
         if resumed is not None:
             for state in resumed["optimizer_states"]:
                 add_names(state, resumed["names"], optimizer, self)
@@ -173,6 +177,15 @@ class ClassificationTask(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate of this training's total batch, which Lightning's LearningRateFinder sets."""
+        return float(self.hparams["base_lr"] * self.total_batch_size / 256)
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self.hparams["base_lr"] = rate * 256 / self.total_batch_size
 
     @property
     def total_batch_size(self) -> int:
@@ -211,6 +224,14 @@ class ClassificationTask(LightningModule):
         """Images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
         # Convolutions run up to twice as fast in channels last. All layers keep the layout of their input.
         return self.model(images.contiguous(memory_format=torch.channels_last))
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Set the learned steps of neurons from the first batch, unless the weights contain them.
+
+        This is no callback, because Lightning's LearningRateFinder trains without them.
+        """
+        if not self.neurons_are_set:
+            self.neurons_are_set = set_neurons(self, batch[0])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch, with the auxiliary terms."""
@@ -280,6 +301,7 @@ class ClassificationTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to write a broken network over a good checkpoint."""
         check_before_saving(self)
+        checkpoint["neurons_are_set"] = self.neurons_are_set
         # The checkpoint contains the weights; the file that they started from may be gone when it is loaded.
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"]["init_from"] = None
@@ -287,7 +309,7 @@ class ClassificationTask(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that do not fit; remember the order of their names, if the training goes on."""
         check_weights(checkpoint["state_dict"], self.state_dict(), "the checkpoint", step_names(self))
-        self.neurons_are_set = True
+        self.neurons_are_set = bool(checkpoint.get("neurons_are_set", True))
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             return
         if "optimizer_states" not in checkpoint:
@@ -295,7 +317,11 @@ class ClassificationTask(LightningModule):
                 "the checkpoint has no optimizer state (save_weights_only=True?), so its training cannot go on; start "
                 "a new one from its weights with --model.init_from."
             )
-        self._resumed = {"optimizer_states": checkpoint["optimizer_states"], "names": list(checkpoint["state_dict"])}
+        self._resumed = {
+            "optimizer_states": checkpoint["optimizer_states"],
+            "names": list(checkpoint["state_dict"]),
+            "arguments": (checkpoint.get("hyper_parameters") or {}).get("optimizer_args") or (),
+        }
 
 
 @contextmanager

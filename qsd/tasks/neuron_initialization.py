@@ -3,27 +3,32 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from qsd.training.neuron_initialization import initialize_from_batch
+from qsd.training.neuron_initialization import has_contrast, initialize_from_batch
 
 
-class NeuronInitialization(Callback):
-    """Set the learned steps of neurons from the first training batch, unless the task's weights contain them."""
+def set_neurons(task: Any, images: Tensor) -> bool:
+    """Set the learned steps of a task's neurons from a training batch.
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Initialise once."""
-        task: Any = pl_module
-        if task.neurons_are_set:
-            return
-        task.neurons_are_set = True
+    Args:
+        task: The task of a training.
+        images: Images ``[B, C, H, W]`` of this process.
 
-        def average(step: Tensor) -> Tensor:
-            reduced = trainer.strategy.reduce(step, reduce_op="mean")
-            assert isinstance(reduced, Tensor)
-            return reduced
+    Returns:
+        Whether the steps were set. A batch of images of one colour, such as black ones, would give steps near zero.
+    """
+    strategy = task.trainer.strategy
+    if not strategy.reduce_boolean_decision(has_contrast(images)):
+        return False
 
-        images = batch[0].contiguous(memory_format=torch.channels_last)
-        initialize_from_batch(task.model, images, average if trainer.world_size > 1 else None)
+    def average(step: Tensor) -> Tensor:
+        reduced = strategy.reduce(step, reduce_op="mean")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    several = task.trainer.world_size > 1
+    initialize_from_batch(
+        task.model, images.contiguous(memory_format=torch.channels_last), average if several else None
+    )
+    return True

@@ -1,7 +1,7 @@
 """Parameter groups and learning-rate schedule of a classifier's training."""
 
 import math
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -46,9 +46,45 @@ def parameter_groups(
     return split
 
 
+class Schedule(LambdaLR):
+    """A factor of all learning rates by optimizer step, whose resumed training keeps peak rates of its own.
+
+    Args:
+        optimizer: Its groups' initial rates are the peak rates.
+        factor: Function of the number of the step.
+        per_epoch: Optimizer steps of an epoch.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], per_epoch: int) -> None:
+        self._factor, self.per_epoch, self.shift = factor, per_epoch, 0
+        super().__init__(optimizer, lambda step: self._factor(step + self.shift))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state without the function, which the settings of a training give."""
+        state = super().state_dict()
+        del state["_factor"]
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the step, but neither peak rates nor the length of an epoch.
+
+        Args:
+            state_dict: State of a schedule, also of version 0.1.0.
+        """
+        per_epoch, before = self.per_epoch, state_dict.get("per_epoch", self.per_epoch)
+        super().load_state_dict(state_dict)
+        self.per_epoch = per_epoch
+        # The optimizer is restored before its schedule, and its groups may stand in another order than at first.
+        self.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+        if before != per_epoch and before:
+            # An epoch has another number of steps than before: the schedule goes on from the same share of the epochs.
+            place = (self.last_epoch + self.shift) * per_epoch / before
+            self.shift = round(place) - self.last_epoch
+
+
 def warmup_and_cosine(
     trainer: Trainer, optimizer: torch.optim.Optimizer, lr: float, min_lr: float, warmup_epochs: float
-) -> LambdaLR:
+) -> Schedule:
     """A linear warm-up and a cosine decay, both by optimizer steps.
 
     All groups have the same factor, so that groups with a lower rate keep their proportion to the end.
@@ -81,4 +117,5 @@ def warmup_and_cosine(
         progress = min((step - warmup) / (steps - warmup), 1.0)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return LambdaLR(optimizer, factor)
+    by_epochs = trainer.max_steps == -1 and batches < float("inf")
+    return Schedule(optimizer, factor, math.ceil(batches) if by_epochs else 0)

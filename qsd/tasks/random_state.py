@@ -1,5 +1,6 @@
 """Random states in checkpoints: as tensors and plain numbers, which load without running code."""
 
+import os
 import random
 from typing import Any
 
@@ -8,11 +9,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-_KEY = "random_states"  # Of checkpoints.
+_KEY, _SEED = "random_states", "random_seed"  # Of checkpoints.
 
 
 class RandomStates(Callback):
-    """Store the random states of all processes in checkpoints, and restore them when the training goes on."""
+    """Store the random states of all processes in checkpoints, and restore them when the training goes on.
+
+    A training that goes on with another ``seed_everything`` keeps the states that this seed gives.
+    """
 
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] | None = None
@@ -24,10 +28,12 @@ class RandomStates(Callback):
             states = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, get_random_state(pl_module.device))
         checkpoint[_KEY] = states
+        checkpoint[_SEED] = os.environ.get("PL_GLOBAL_SEED")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the states until the first batch."""
-        self._states = checkpoint.get(_KEY)
+        before, seed = checkpoint.get(_SEED), os.environ.get("PL_GLOBAL_SEED")
+        self._states = checkpoint.get(_KEY) if before == seed or None in (before, seed) else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the state of this process, right before the first operation that may draw from it."""

@@ -1,12 +1,24 @@
 """Initialisation of the neurons' learned steps from a batch, in one or several processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qsd.layers import initialize_neurons
 from qsd.layers.steps import learned_steps
+
+
+def has_contrast(images: Iterable[Tensor]) -> bool:
+    """Whether a batch tells anything of the inputs of neurons: all of it is finite, and not every image has one colour.
+
+    Args:
+        images: Images ``[C, H, W]``.
+    """
+    tensors = list(images)
+    contrast = torch.stack([(image.amax((-2, -1)) > image.amin((-2, -1))).any() for image in tensors])
+    return bool(contrast.any() & torch.stack([image.isfinite().all() for image in tensors]).all())
 
 
 def initialize_from_batch(

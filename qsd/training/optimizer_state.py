@@ -10,7 +10,8 @@ Files of version 0.1.0 contain no names. `add_names` derives them from the order
 order in which that version passed the parameters to its optimizer.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,27 +29,33 @@ _COMMON |= {"foreach", "fused", "capturable", "differentiable", "maximize"}
 _HINT = "start a new training from the weights of the checkpoint, or resume with the version and settings that wrote it"
 
 
-def restore_by_name(optimizer: Optimizer, model: nn.Module) -> None:
+def restore_by_name(optimizer: Optimizer, model: nn.Module, settings: Collection[str] = ()) -> None:
     """Let an optimizer store the names of its parameters, and restore a state by them.
 
     Args:
-        optimizer: The optimizer of a training that has just been built.
+        optimizer: The optimizer of a training that has just been built, without a learning-rate scheduler.
         model: The model whose parameters it updates.
+        settings: Options of groups, such as ``"weight_decay"``, that keep the values of this training when a state is
+            restored. With ``"lr"`` among them, learning rates keep their place in the schedule.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         group[_NAMES] = [names[id(parameter)] for parameter in group["params"]]
+    kept = {
+        frozenset(group[_NAMES]): {key: group[key] for key in settings if key in group}
+        for group in optimizer.param_groups
+    }
     # timm's Lookahead passes states through to the optimizer within it, whose groups it shares.
     stored: Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
     stored.register_state_dict_post_hook(_store_type)
-    stored.register_load_state_dict_pre_hook(_take_order)
+    stored.register_load_state_dict_pre_hook(partial(_take_order, kept))
 
 
 def _store_type(optimizer: Optimizer, state: dict[str, Any]) -> None:
     state[_TYPE] = type(optimizer).__name__
 
 
-def _take_order(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def _take_order(kept: Mapping[frozenset[str], Group], optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """Check a state that is about to be loaded, and bring the optimizer's groups into its order."""
     _check_type(state, optimizer)
     groups = state["param_groups"]
@@ -64,11 +71,20 @@ def _take_order(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         parameters = dict(zip(match[_NAMES], match["params"]))
         match["params"], match[_NAMES] = [parameters[name] for name in names], names
         ordered.append(match)
-        renamed.append({**group, _NAMES: names})
+        renamed.append({**group, **_settings(kept[frozenset(names)], group), _NAMES: names})
     if current:
         raise _other_groups(sorted(next(iter(current))))
     optimizer.param_groups[:] = ordered
     return {**state, "param_groups": renamed}
+
+
+def _settings(kept: Group, saved: Group) -> Group:
+    """The options of a group of this training, where they differ from those in the file."""
+    found = {key: value for key, value in kept.items() if key != "lr" and key in saved and saved[key] != value}
+    peak, before = kept.get("lr"), saved.get("initial_lr")
+    if peak is not None and before is not None and peak != before:
+        found |= {"initial_lr": peak, "lr": saved["lr"] * (peak / before) if before else peak}
+    return found
 
 
 def _other_groups(names: list[str]) -> QsdError:

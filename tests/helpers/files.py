@@ -1,5 +1,6 @@
 """Files that want to do harm, and a watch over the files that reading opens."""
 
+import errno
 import io
 import os
 import pathlib
@@ -8,6 +9,7 @@ import sys
 import sysconfig
 import zipfile
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -118,3 +120,10 @@ def works_or_one_line():
         lines = str(error).splitlines()
         if len(lines) != 1 or len(lines[0]) > 700:
             raise AssertionError(f"no single line: {error!r}") from error
+
+
+@contextmanager
+def full_disk():
+    """Let no file reach the disk."""
+    with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+        yield

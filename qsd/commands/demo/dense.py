@@ -48,13 +48,13 @@ def run(kind: str, scenes: Path, pretraining: Sequence[str], changes: Sequence[s
         pretrained = _newest(_CROPS)
     command.train("qsd demo", framework, [config, "--pretrained", str(pretrained), *overrides])
     seconds = time.perf_counter() - start
-    best = _newest(f"runs/{name}/best_*.pth")
+    best = _newest(f"runs/{name}*/best_*.pth")
     assert best is not None
-    command.test("qsd demo", framework, [config, str(best), "--work-dir", f"runs/{name}/test", *overrides])
-    written = _newest(f"runs/{name}/test/2*/2*.json")
+    command.test("qsd demo", framework, [config, str(best), "--work-dir", str(best.parent / "test"), *overrides])
+    written = _newest(f"{best.parent}/test/2*/2*.json")
     assert written is not None
     results = json.loads(written.read_text())
-    pictures = Path("runs", name, "pictures")
+    pictures = best.parent / "pictures"
     draw_predictions(sorted((scenes / "images/test").glob("*.jpg"))[:16], best, pictures)
     paths = {"checkpoint, the best on validation scenes": best, "pictures": pictures}
     Console().print(_table(kind, results, seconds, paths))

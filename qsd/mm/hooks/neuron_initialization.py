@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from mmengine import dist
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -9,7 +10,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from qsd.mm.loading import unwrapped
-from qsd.training.neuron_initialization import initialize_from_batch
+from qsd.training.neuron_initialization import has_contrast, initialize_from_batch
 
 
 class _Losses(nn.Module):
@@ -44,6 +45,12 @@ class NeuronInitializationHook(Hook):
         model = unwrapped(runner.model)
         if self._done or data_batch is None or getattr(model.backbone, "steps_are_set", False):
             return
+        usable = torch.tensor(float(has_contrast(data_batch["inputs"])))
+        if dist.get_world_size() > 1:
+            usable = usable.to(dist.get_comm_device())
+            dist.all_reduce(usable, "min")
+        if not usable:
+            return  # Images of one colour give steps near zero.
         self._done = True
         initialize_from_batch(_Losses(model), data_batch, _average if dist.get_world_size() > 1 else None)
 
