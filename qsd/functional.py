@@ -4,7 +4,7 @@ Notation: ``T`` time steps, ``B`` images, ``C`` channels, ``H x W`` positions, `
 is no time axis: an activation is the number of spikes, ``0..T``, that the converted network fires over its window.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,24 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
     return mask.to(x.dtype).mul_(x)
 
 
-def _count(drive: Tensor, time_steps: int) -> Tensor:
+class CountRule(NamedTuple):
+    """How a neuron rounds its drive to a count, and where its gradient passes.
+
+    Attributes:
+        half_even: Halves round to the even count (E-SpikeFormer's published base network) instead of up.
+        closed: The gradient passes at the ends 0 and T of its window too.
+    """
+
+    half_even: bool = False
+    closed: bool = False
+
+
+HALF_UP = CountRule()
+
+
+def _count(drive: Tensor, time_steps: int, half_even: bool = False) -> Tensor:
+    if half_even:
+        return drive.round().clamp(0, time_steps)
     if torch.compiler.is_compiling():
         # Compiled by PyTorch 2.11, a Function whose output was changed in place has no gradient.
         return (drive + 0.5).floor().clamp(0, time_steps)
@@ -29,38 +46,44 @@ class _SpikeCount(torch.autograd.Function):
     """Keeps one bit of information per element for the backward pass (a bool), never the membrane itself."""
 
     @staticmethod
-    def forward(drive: Tensor, time_steps: int) -> Tensor:
-        return _count(drive, time_steps)
+    def forward(drive: Tensor, time_steps: int, half_even: bool, closed: bool) -> Tensor:
+        return _count(drive, time_steps, half_even)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        drive, time_steps = inputs
-        ctx.save_for_backward((drive > 0) & (drive < time_steps))
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, bool, bool], output: Tensor) -> None:
+        drive, time_steps, _, closed = inputs
+        ctx.save_for_backward(passes(drive, time_steps, closed))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (mask,) = ctx.saved_tensors
-        return _masked(grad, mask), None
+        return _masked(grad, mask), None, None, None
 
 
-def spike_count(drive: Tensor, time_steps: int) -> Tensor:
+def passes(drive: Tensor, time_steps: int, closed: bool) -> Tensor:
+    """Where the gradient of a count passes, as booleans: strictly between 0 and T, or at both ends too (closed)."""
+    return (drive >= 0) & (drive <= time_steps) if closed else (drive > 0) & (drive < time_steps)
+
+
+def spike_count(drive: Tensor, time_steps: int, rule: CountRule = HALF_UP) -> Tensor:
     """Number of spikes that a membrane fires within its window: ``clip(floor(drive + 1/2), 0, T)``.
 
-    Halves round up, as an integrate-and-fire neuron that starts at half its threshold does; `torch.round` (half to
-    even) gives other counts for the same checkpoint. The gradient is 1 where ``0 < drive < T``, strictly, else 0
-    (rectangular straight-through estimator of QSD-Transformer's published code).
+    Halves round up, as an integrate-and-fire neuron that starts at half its threshold does, unless the rule says
+    otherwise. The gradient is 1 where ``0 < drive < T``, strictly, else 0 (rectangular straight-through estimator of
+    QSD-Transformer's published code); with a closed window it is 1 at 0 and T too.
 
     Args:
         drive: Accumulated input divided by the threshold, any shape.
         time_steps: T, the most spikes that a neuron can fire.
+        rule: Rounding of halves, and the window of the gradient.
 
     Returns:
         Integer-valued counts in ``0..T``, in the dtype and shape of ``drive``. Twice differentiating is an error.
     """
     if not (torch.is_grad_enabled() and drive.requires_grad):
-        return _count(drive, time_steps)  # without the mask that only a backward pass needs
-    return _SpikeCount.apply(drive, time_steps)
+        return _count(drive, time_steps, rule.half_even)  # without the mask that only a backward pass needs
+    return _SpikeCount.apply(drive, time_steps, rule.half_even, rule.closed)
 
 
 def fixed_drive(x: Tensor, time_steps: int, threshold: float | None) -> Tensor:
@@ -77,7 +100,9 @@ def fixed_drive(x: Tensor, time_steps: int, threshold: float | None) -> Tensor:
     return x * time_steps if threshold is None else x / threshold
 
 
-def fixed_spikes(x: Tensor, time_steps: int, threshold: float | None, amplitude: float) -> Tensor:
+def fixed_spikes(
+    x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule = HALF_UP
+) -> Tensor:
     """Spike counts of a neuron with a fixed threshold, times an amplitude; see `spike_count`.
 
     Args:
@@ -85,11 +110,12 @@ def fixed_spikes(x: Tensor, time_steps: int, threshold: float | None, amplitude:
         time_steps: T, the most spikes that a neuron can fire.
         threshold: Threshold in units of the input; ``None`` for ``1 / T``, as a product with T.
         amplitude: Factor of the counts.
+        rule: Rounding of halves, and the window of the gradient.
 
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
-    counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps)
+    counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps, rule)
     return counts if amplitude == 1 else counts * amplitude
 
 
@@ -295,14 +321,11 @@ def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def pad_frame(x: Tensor, frame: Tensor) -> Tensor:
-    """Put one pixel around an image, of a value by channel.
+    """Put one pixel around an image, of a value by channel: ``[B, C, H, W]`` to ``[B, C, H + 2, W + 2]``.
 
     Args:
-        x: ``[B, C, H, W]``.
+        x: The image.
         frame: ``[C]``; it takes the dtype of ``x``.
-
-    Returns:
-        ``[B, C, H + 2, W + 2]``.
     """
     is_image = F.pad(x.new_ones(x.shape[-2:], dtype=torch.bool), [1, 1, 1, 1])
     return torch.where(is_image, F.pad(x, [1, 1, 1, 1]), frame.to(x.dtype).view(1, -1, 1, 1))

@@ -11,19 +11,22 @@ threshold :math:`\theta = a = 1/T`; CSDformer's activation (2025) that of a lear
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from qsd import functional, lean
 from qsd.errors import QsdError
-from qsd.functional import fixed_drive, scale_gradient, spike_count
+from qsd.functional import CountRule, fixed_drive, scale_gradient, spike_count
 
 # The name of a kind of neuron, see `register_neuron`.
 NeuronKind = str
 # One number, or a tensor without dimensions that gradients flow through.
 Factor = float | Tensor
+# Counts of inputs that lie exactly between two counts, and the window in which the gradient passes.
+Rounding = Literal["half_up", "half_even"]
+Window = Literal["open", "closed"]
 
 
 def _check_time_steps(time_steps: int) -> None:
@@ -41,20 +44,39 @@ class SpikeNeuron(nn.Module):
         time_steps: T, the most spikes per window, 1 to 255. T = 1 is a binary neuron.
         threshold: Accumulated input for each spike, in units of the input; ``None`` means ``1 / T``.
         amplitude: Contribution of a spike to the output; ``None`` means the threshold.
+        rounding: Count of an input that lies exactly between two counts: ``"half_up"`` the larger one,
+            ``"half_even"`` the even one. Conversion is exact for both: to round to even counts, the spikes 1, 3, ...
+            of a neuron need more than the threshold, and the spikes 2, 4, ... at least the threshold.
+        window: Inputs at which the gradient passes: ``"open"`` strictly between zero and T thresholds, ``"closed"``
+            at both ends too. ``None`` takes the window that was published with the rounding: open with halves up,
+            closed with halves to even.
 
     Raises:
-        QsdError: If ``time_steps`` is out of range or the threshold is not positive.
+        QsdError: If ``time_steps`` is out of range, the threshold is not positive, or an option is unknown.
     """
 
     lean = True
 
-    def __init__(self, time_steps: int = 4, threshold: float | None = None, amplitude: float | None = None) -> None:
+    def __init__(
+        self,
+        time_steps: int = 4,
+        threshold: float | None = None,
+        amplitude: float | None = None,
+        rounding: Rounding = "half_up",
+        window: Window | None = None,
+    ) -> None:
         super().__init__()
         _check_time_steps(time_steps)
         if threshold is not None and not threshold > 0:
             raise QsdError(f"threshold={threshold} is not positive.")
+        if rounding not in get_args(Rounding):
+            raise QsdError(f"rounding={rounding!r} is unknown; use 'half_up' or 'half_even'.")
+        if window is not None and window not in get_args(Window):
+            raise QsdError(f"window={window!r} is unknown; use 'open' or 'closed'.")
         self.time_steps = time_steps
         self._threshold, self._amplitude = threshold, amplitude
+        half_even = rounding == "half_even"
+        self.rule = CountRule(half_even, half_even if window is None else window == "closed")
 
     @property
     def threshold(self) -> float:
@@ -72,16 +94,17 @@ class SpikeNeuron(nn.Module):
 
     def counts(self, x: Tensor) -> Tensor:
         """Spike counts ``0..T`` for the accumulated input ``x``, in its shape and dtype."""
-        return spike_count(self.drive(x), self.time_steps)
+        return spike_count(self.drive(x), self.time_steps, self.rule)
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
         spikes = lean.fixed_spikes if self.lean else functional.fixed_spikes
         amplitude = self.threshold if self._amplitude is None else self._amplitude
-        return spikes(x, self.time_steps, self._threshold, amplitude)
+        return spikes(x, self.time_steps, self._threshold, amplitude, self.rule)
 
     def extra_repr(self) -> str:
-        return f"time_steps={self.time_steps}, threshold={self.threshold:g}, amplitude={self.amplitude:g}"
+        options = ", rounding='half_even'" if self.rule.half_even else ""
+        return f"time_steps={self.time_steps}, threshold={self.threshold:g}, amplitude={self.amplitude:g}{options}"
 
 
 class LearnedStepNeuron(SpikeNeuron):
@@ -232,6 +255,8 @@ class FloatNeuron(nn.ReLU):
 
 # A neuron's constructor: T, the fixed threshold and the amplitude, the latter two ``None`` for its own choice.
 NeuronFactory = Callable[[int, float | None, float | None], nn.Module]
+# The neurons of a layer: a registered kind, or their constructor.
+Neurons = NeuronKind | NeuronFactory
 _NEURONS: dict[str, NeuronFactory] = {
     "fixed": SpikeNeuron,
     "lsq": lambda time_steps, _threshold, amplitude: LsqNeuron(time_steps, amplitude),
@@ -264,7 +289,7 @@ def build_neuron(
     time_steps: int | None,
     threshold: float | None = None,
     amplitude: float | None = None,
-    kind: NeuronKind = "fixed",
+    kind: Neurons = "fixed",
 ) -> Any:
     """The neuron of a spiking network, or its float twin's ReLU if ``time_steps`` is ``None``.
 
@@ -272,11 +297,14 @@ def build_neuron(
         time_steps: T, or ``None`` for a ReLU.
         threshold: Fixed threshold, see `SpikeNeuron`; a ReLU or a learned step has none.
         amplitude: Contribution of a spike to the output, see `SpikeNeuron`; a ReLU has none.
-        kind: ``"fixed"`` threshold, or a learned one: ``"lsq"``, ``"qcfs"``, or a name given to `register_neuron`.
+        kind: ``"fixed"`` threshold, or a learned one: ``"lsq"``, ``"qcfs"``, or a name given to `register_neuron`; or
+            a constructor, which gets the other arguments.
 
     Raises:
         QsdError: For a kind that is not registered.
     """
+    if not isinstance(kind, str):
+        return FloatNeuron() if time_steps is None else kind(time_steps, threshold, amplitude)
     if kind not in _NEURONS:
         *others, last = (repr(name) for name in _NEURONS)
         raise QsdError(f"neurons {kind!r} are unknown; use {', '.join(others)} or {last}.")

@@ -11,16 +11,35 @@ from qsd.neurons import LsqNeuron, SpikeNeuron
 from qsd.quantizers import StepSizeQuantizer
 from tests.helpers import CONFIGS
 
-BASES = ("imagenet", "cifar10", "cifar100", "digits", "digit_crops")
+BASES = (
+    "imagenet", "cifar10", "cifar100", "digits", "digit_crops", "imagenet_e_spikeformer", "digits_e_spikeformer",
+)  # fmt: skip
 CSDFORMER = sorted(CONFIGS.glob("csdformer_*.yaml"))
 
 
-def base_of(path):
+# What the overlays of E-SpikeFormer are laid over, as their first lines say.
+LARGE = ["imagenet_e_spikeformer", "imagenet_e_spikeformer_83m"]
+OVERLAYS = {
+    "cifar_e_spikeformer": ["cifar100", "cifar_finetune"],
+    "imagenet_e_spikeformer_5m": LARGE[:1],
+    "imagenet_e_spikeformer_10m": LARGE[:1],
+    "imagenet_e_spikeformer_83m": LARGE[:1],
+    "imagenet_e_spikeformer_171m": LARGE,
+    "imagenet_e_spikeformer_83m_distill": LARGE,
+}
+
+
+def layers_of(path):
+    """The configuration, and those that it is laid over."""
     if path.stem in BASES or path in CSDFORMER:
-        return None
-    if path.stem.endswith(("_teacher", "_distill")):
-        return CONFIGS / f"{path.stem.rpartition('_')[0]}.yaml"
-    return CONFIGS / ("cifar100.yaml" if path.stem == "cifar_finetune" else "imagenet.yaml")
+        below = []
+    elif path.stem in OVERLAYS:
+        below = OVERLAYS[path.stem]
+    elif path.stem.endswith(("_teacher", "_distill")):
+        below = [path.stem.rpartition("_")[0]]
+    else:
+        below = ["cifar100" if path.stem == "cifar_finetune" else "imagenet"]
+    return [*(CONFIGS / f"{name}.yaml" for name in below), path]
 
 
 class InstantiateOnly(QsdCLI):
@@ -45,8 +64,7 @@ def instantiate(layers):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_config_is_parsed_and_instantiated(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    layers = [p for p in (base_of(path), path) if p is not None]
-    cli = instantiate(layers)
+    cli = instantiate(layers_of(path))
     hparams = cli.model.hparams
     with torch.device("meta"):
         model = timm.create_model(hparams["model"], num_classes=10, **hparams["model_args"])
@@ -54,6 +72,8 @@ def test_config_is_parsed_and_instantiated(path, tmp_path, monkeypatch):
     if path in CSDFORMER:
         assert bits == set(), "the paper's weights are floats"
         assert {type(m) for m in model.modules() if isinstance(m, SpikeNeuron)} == {LsqNeuron}
+    elif "e_spikeformer" in path.stem:
+        assert bits == ({4} if path.stem.startswith("digits") else set()), "the published weights are floats"
     elif path.stem.endswith("_teacher"):
         assert bits == set()
         assert hparams["model"].endswith("_ann")
@@ -76,6 +96,26 @@ def test_the_published_imagenet_recipe():
     assert data["init_args"]["auto_augment"] == "rand-m9-mstd0.5-inc1"
     assert data["init_args"]["random_erasing"] == 0.25
     assert trainer["max_epochs"] == 300
+
+
+def test_the_published_recipes_of_e_spikeformer():
+    # Published commands: 8 processes; 256, 128 and 196 images; LAMB; 200, 150 and 100 epochs; 5, 10 and 5 of warm-up.
+    def read(name):
+        config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        return config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+
+    model, data, trainer = read("imagenet_e_spikeformer")
+    assert (model["optimizer"], model["base_lr"], model["warmup_epochs"], model["mixup"]) == ("lamb", 6e-4, 5, 0)
+    assert (data["batch_size"], trainer["max_epochs"]) == (256, 200)
+    assert round(data["img_size"] / data["crop_pct"]) == 232
+    model, data, trainer = read("imagenet_e_spikeformer_83m")
+    assert (model["warmup_epochs"], model["layer_decay"], model["mixup"], model["cutmix"]) == (10, 0.75, 0.8, 1)
+    assert (data["batch_size"], trainer["max_epochs"], model["model_args"]["drop_path_rate"]) == (128, 150, 0.1)
+    model, data, trainer = read("imagenet_e_spikeformer_83m_distill")
+    assert (model["base_lr"], model["warmup_epochs"], model["mixup"], data["batch_size"]) == (1e-3, 5, 0.5, 196)
+    options = trainer["callbacks+"][-1]["init_args"]
+    assert (options["logits_kind"], trainer["max_epochs"]) == ("hard", 100)
+    assert timm.is_model(options["teacher"].partition(".")[0])
 
 
 def test_csdformer_s_recipes_are_the_paper_s():

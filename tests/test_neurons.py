@@ -61,3 +61,29 @@ def test_time_steps_outside_a_byte_are_refused(time_steps):
 def test_a_threshold_must_be_positive():
     with pytest.raises(QsdError, match="threshold=0"):
         SpikeNeuron(4, threshold=0)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_and_window_are_options(lean, dtype):
+    # Counts by Python's rounding of fractions, which is half to even; slopes at and beside both ends of the window.
+    x = torch.tensor([-0.5, 0.0, 0.5, 1.5, 2.5, 3.5, 4.0, 4.5], dtype=dtype)
+    up, even = [0, 0, 1, 2, 3, 4, 4, 4], [min(max(round(v), 0), 4) for v in x.tolist()]
+    opened, closed = [0, 0, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 1, 0]
+    for options, counts, slopes in (
+        ({}, up, opened),
+        ({"rounding": "half_even"}, even, closed),
+        ({"window": "closed"}, up, closed),
+        ({"rounding": "half_even", "window": "open"}, even, opened),
+    ):
+        neuron = SpikeNeuron(4, 1.0, 0.25, **options)
+        neuron.lean = lean
+        inputs = x.clone().requires_grad_()
+        outputs = neuron(inputs)
+        outputs.sum().backward()
+        assert neuron.counts(x).tolist() == counts
+        assert (4 * outputs).tolist() == counts
+        assert (4 * inputs.grad).tolist() == slopes
+    for options in ({"rounding": "up"}, {"window": "half"}):
+        with pytest.raises(QsdError, match="is unknown; use "):
+            SpikeNeuron(4, **options)

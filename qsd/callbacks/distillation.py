@@ -61,7 +61,7 @@ class Distillation(Callback):
         plugin = trainer.strategy.precision_plugin
         self._teacher.network = plugin.convert_module(self._teacher.network).to(trainer.strategy.root_device)
         self._trainer = trainer
-        task.add_auxiliary_loss(self._loss)
+        task.add_auxiliary_loss(self._loss, teaches_logits=self.options.teaches_logits)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the length of the training once, for schedules."""

@@ -1,10 +1,11 @@
-"""Turn a checkpoint of the published QSD-Transformer code into one that --ckpt_path of qsd accepts.
+"""Turn a checkpoint of the published code of QSD-Transformer or E-SpikeFormer into one that --ckpt_path accepts.
 
 Example:
   qsd import-checkpoint reference.pth imported.ckpt
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import nn
 from qsd import load_reference_weights, program
 from qsd.errors import QsdError
 from qsd.files import replacing
-from qsd.models.checkpoints import read_state_dict
-from qsd.models.reference import is_reference, reference_sizes
-from qsd.models.variants import QSD_VARIANTS
+from qsd.models.checkpoints import published_code, read_state_dict
+from qsd.models.published import PublishedCode, steps_in_name
+from qsd.models.variants import Family, family_of
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -38,22 +39,35 @@ def _command(args: list[str]) -> None:
     parser.add_argument("source", type=Path, help=".pth file of the published code")
     parser.add_argument("target", type=Path, help=".ckpt file to write")
     parser.add_argument("--num-heads", type=int, default=8, help="number of attention heads (published: 8)")
-    parser.add_argument("--weight-bits", type=int, default=4, help="bits of the weights (published: 4)")
+    parser.add_argument("--weight-bits", type=int, help="bits of the weights, 0 for floats (default: as published)")
+    parser.add_argument("--time-steps", type=int, help="T (default: as the file's name tells, 1x4 or 1x8, else 4)")
     parser.add_argument("--force", action="store_true", help="replace an existing target")
     options = parser.parse_args(args)
-    name = import_checkpoint(options.source, options.target, options.num_heads, options.weight_bits, options.force)
+    name = import_checkpoint(
+        options.source, options.target, options.num_heads, options.weight_bits, options.force, options.time_steps
+    )
     print(f"{options.target}: {name}; use it with --ckpt_path (as it is) or --model.init_from (to start a training)")
 
 
-def import_checkpoint(source: Path, target: Path, num_heads: int = 8, weight_bits: int = 4, force: bool = False) -> str:
+def import_checkpoint(
+    source: Path,
+    target: Path,
+    num_heads: int = 8,
+    weight_bits: int | None = None,
+    force: bool = False,
+    time_steps: int | None = None,
+) -> str:
     """Write a Lightning checkpoint at the start of its training.
 
     Args:
         source: The ``.pth`` file of the published code.
         target: The ``.ckpt`` file to write.
         num_heads: The number of attention heads, which a checkpoint does not hold (published: 8).
-        weight_bits: The bits of the weights, which a checkpoint does not hold either (published: 4).
+        weight_bits: The bits of the weights, which a checkpoint does not hold either; ``None`` for the published ones
+            (QSD-Transformer: 4, E-SpikeFormer: 0, which means floats).
         force: Whether to replace an existing target.
+        time_steps: T, which a checkpoint does not hold either; ``None`` for the number in the name of the source, as
+            in ``V3_19.0M_1x4.pth``, or else the model's own.
 
     Returns:
         The name of the registered model that has these sizes.
@@ -63,16 +77,19 @@ def import_checkpoint(source: Path, target: Path, num_heads: int = 8, weight_bit
     """
     program.refuse_existing([target], force)
     state = read_state_dict(source)
-    if not is_reference(state):
-        raise QsdError(f"{source} is no checkpoint of the published QSD-Transformer code.")
-    sizes = reference_sizes(state)
+    code = published_code(state, source)
+    sizes = code.sizes(state)
     num_classes = sizes.pop("num_classes")
     if num_classes == 0:
         raise QsdError(f"{source} has no classifier; start from it with --model.init_from {source} instead.")
     if not target.parent.is_dir():
         raise QsdError(f"the folder {target.parent} does not exist; make it first.")
-    name = _registered_name(sizes)
-    arguments = {**sizes, "embed_dims": list(sizes["embed_dims"]), "num_heads": num_heads, "weight_bits": weight_bits}
+    name = _registered_name(code, sizes)
+    arguments = {**sizes, **code.arguments, "embed_dims": list(sizes["embed_dims"]), "num_heads": num_heads}
+    steps = steps_in_name(source) if time_steps is None else time_steps
+    for key, value in (("weight_bits", weight_bits), ("time_steps", steps)):
+        if value is not None:
+            arguments[key] = value
     model = timm.create_model(name, num_classes=num_classes, **arguments)
     load_reference_weights(model, state)
     _write_checkpoint(target, name, arguments, num_classes, model)
@@ -100,8 +117,16 @@ def _write_checkpoint(target: Path, name: str, arguments: dict[str, Any], num_cl
         torch.save(checkpoint, partial)
 
 
-def _registered_name(sizes: dict[str, Any]) -> str:
-    """The registered model of these sizes, or the 15 M one, whose sizes are then overridden."""
+def _registered_name(code: PublishedCode, sizes: Mapping[str, Any]) -> str:
+    """The registered model of these sizes, or the code's default one, whose sizes are then overridden."""
+    family = family_of(code.default)
     wanted = (sizes["embed_dims"], sizes["depth"])
-    same = (name for name, row in QSD_VARIANTS.items() if (row["embed_dims"], row.get("depth", 8)) == wanted)
-    return next(same, "qsd_15m")
+    same = (
+        name for name in family.sizes if (_size(family, name, "embed_dims"), _size(family, name, "depth")) == wanted
+    )
+    return next(same, code.default)
+
+
+def _size(family: Family, name: str, key: str) -> Any:
+    """An argument of a variant, or the default of its class."""
+    return family.sizes[name].get(key, inspect.signature(family.cls).parameters[key].default)

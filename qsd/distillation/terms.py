@@ -66,6 +66,11 @@ class DistillationOptions:
             weight_points("logits_weight", self.logits_weight),
         )
 
+    @property
+    def teaches_logits(self) -> bool:
+        """Whether the logits loss has a weight at any time."""
+        return any(weight for _, weight in self.weights()[1])
+
     def statistics(self) -> Statistics | None:
         """Mean and standard deviation of the teacher's images, or ``None`` for the default."""
         return both_statistics(self.teacher_mean, self.teacher_std)

@@ -137,7 +137,8 @@ class OperationCounter:
             signals = tuple(self.watch.signal(x) for x in tensors)
             image = self.watch.is_image(tensors[0])
             bits = self.spiking.trained.bits, self.spiking.merged_bits
-            given = LayerInputs(tensors, self.spiking.code, not self.lossless, image, signals, *bits)
+            analog = not image and self._is_analog(layer, tensors[0])
+            given = LayerInputs(tensors, self.spiking.code, not self.lossless, image, signals, *bits, analog)
             operations = layer.operations(given)
             if len(tensors[0]):  # A head of regions may get none.
                 self._move(layer, given, plain(output), operations)
@@ -162,7 +163,9 @@ class OperationCounter:
 
     def _add(self, layer: TimedLayer, operations: Operations, inputs: LayerInputs) -> None:
         stem = inputs.image and layer.role == "synapse"
-        entry = self.layers.setdefault(layer.call, LayerEnergy(layer.call, "stem" if stem else layer.role))
+        entry = self.layers.setdefault(
+            layer.call, LayerEnergy(layer.call, "other" if inputs.analog else "stem" if stem else layer.role)
+        )
         entry.spikes += operations.spikes
         for key, number in operations.additions.items():
             entry.additions[key] += number
@@ -181,6 +184,13 @@ class OperationCounter:
         self.counts.additions += operations.additions[form]
         kernel = dense if operations.dense_merged is None or not self.merged else operations.dense_merged
         self.counts.dense += kernel if inputs.image else kernel * inputs.window
+
+    def _is_analog(self, layer: TimedLayer, x: Tensor) -> bool:
+        """Whether a synapse sees currents instead of spikes, as the first head of the large E-SpikeFormer does."""
+        if layer.role != "synapse" or self.spiking.runtime.sources.get(layer.name) is not None:
+            return False
+        most = self.time_steps if self.lossless else 1
+        return not bool(((x >= 0) & (x <= most) & (x == x.round())).all())
 
     def _outside(self, operation: Operation) -> None:
         """Add an operation outside of layers: a sum over positions, or one that no layer accounts for."""

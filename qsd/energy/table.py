@@ -47,8 +47,8 @@ class LayerEnergy:
         kind: ``"stem"`` (sees the image), ``"synapse"``, ``"product"`` (of attention), ``"pool"`` (running sums of a
             max-pool whose neuron fires early), ``"mean"`` (over positions), ``"resize"`` (interpolation of
             currents: weighted sums, MACs in every column, once per image on their sums over the window), or ``"other"``
-            (an operation outside of the layers, priced as dense MACs in every column), or ``"neuron"`` (neurons whose
-            spikes go to no layer).
+            (an operation outside of the layers, or a layer that sees currents; dense MACs in every column), or
+            ``"neuron"`` (neurons whose spikes go to no layer).
         spikes: Incoming spikes.
         rate: Firing rate of the neurons in front, spikes per neuron and step (0 to 1).
         additions: Accumulates, ``merged`` and ``unmerged``.

@@ -13,6 +13,7 @@ from qsd.export.requantization import Requantization
 from qsd.spiking.layers import (
     Convolution,
     DelayedNeuron,
+    HalfEvenNeuron,
     SpikingChain,
     SpikingDense,
     SpikingMaxPool,
@@ -31,9 +32,19 @@ writes.leave_to_torch(SpikingProduct, SpikingQuery)
 
 @writes(DelayedNeuron)
 def _neuron(neuron: DelayedNeuron, call: LayerCall, graph: IntegerGraph) -> None:
-    threshold, name = np.float32(call.threshold), neuron.name
+    threshold = np.float32(call.threshold)
     for _ in range(_ULPS):
         threshold = np.nextafter(threshold, np.float32(0))
+    _add_neuron(neuron, threshold, call, graph)
+
+
+@writes(HalfEvenNeuron)
+def _half_even_neuron(neuron: HalfEvenNeuron, call: LayerCall, graph: IntegerGraph) -> None:
+    _add_neuron(neuron, np.float32(call.threshold), call, graph)
+
+
+def _add_neuron(neuron: DelayedNeuron, threshold: np.float32, call: LayerCall, graph: IntegerGraph) -> None:
+    name = neuron.name
     inputs = [
         call.inputs[0],
         graph.constant(f"{name}.threshold", threshold, np.float32),

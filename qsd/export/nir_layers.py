@@ -10,6 +10,7 @@ from qsd.export.graph import LayerCall
 from qsd.export.nir_graph import NirGraph, Signal, writes_nir
 from qsd.spiking.layers import (
     DelayedNeuron,
+    HalfEvenNeuron,
     SpikingChain,
     SpikingDense,
     SpikingMaxPool,
@@ -35,6 +36,15 @@ def _neuron(neuron: DelayedNeuron, call: LayerCall, graph: NirGraph) -> Signal:
     pulses = {1: -closed, opens + 1: closed, opens + steps + 1: -closed}
     graph.add_clock(neuron.name, x.constant + threshold / 2, pulses)
     return Signal((neuron.name,), torch.zeros(shape), float(steps), opens, True)
+
+
+@writes_nir(HalfEvenNeuron)
+def _half_even_neuron(neuron: HalfEvenNeuron, call: LayerCall, graph: NirGraph) -> Signal:
+    del call, graph
+    raise QsdError(
+        f"neuron {neuron.name} rounds halves to even counts, and NIR has no neuron that does; build the network with "
+        "rounding='half_up', which gives other counts for exact ties alone."
+    )
 
 
 @writes_nir(SpikingChain)

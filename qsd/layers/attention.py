@@ -41,16 +41,57 @@ class MatrixProduct(nn.Module):
         return exact_matmul(matrix, spikes)
 
 
-class SpikeDrivenSelfAttention(nn.Module):
-    """Self-attention on spike counts: ``neuron(q (k^T v))``, no softmax, linear in the number of tokens.
+class CountAttention(nn.Module):
+    """Self-attention on spike counts without a softmax, ``neuron(q (k^T v))``: linear in the number of tokens.
+
+    A subclass sets ``num_heads``, ``neuron``, the projections ``q_proj``, ``k_proj`` and ``v_proj``, the neurons
+    ``q_neuron``, ``k_neuron``, ``v_neuron`` (of amplitude 1) and ``attn_neuron``, whose threshold takes the scale of
+    the product, the products ``key_value`` (`SpikeProduct`) and ``query`` (`MatrixProduct`), and ``proj``. Values may
+    have other channels than queries and keys.
+
+    Distillation, analysis and conversion read the inputs (membranes) and outputs (counts) of four named modules:
+    ``q_neuron``, ``k_neuron``, ``v_neuron`` (``[B, C, H, W]``, head-major channels) and ``attn_neuron`` (the product,
+    in the shape of the values). A forward hook on them sees both.
+
+    Attributes:
+        product_scale: Factor of the product in a float twin, whose attention neuron has no threshold; else ``None``.
+    """
+
+    num_heads: int
+    product_scale: float | None = None
+    neuron: nn.Module
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    q_neuron: nn.Module
+    k_neuron: nn.Module
+    v_neuron: nn.Module
+    attn_neuron: nn.Module
+    key_value: nn.Module
+    query: nn.Module
+    proj: nn.Module
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """``q (k^T v)`` with the channels in front of the tokens, ``[B, heads, d, N]`` each."""
+        product = self.query(self.key_value(value, _transposed(key)), query)
+        return product if self.product_scale is None else product * self.product_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The residual stream ``[B, C, H, W]`` to the branch that is added to it, in the same shape."""
+        spikes = self.neuron(x)
+        query = _by_head(self.q_neuron(self.q_proj(spikes)), self.num_heads)
+        key = _by_head(self.k_neuron(self.k_proj(spikes)), self.num_heads)
+        value = _by_head(self.v_neuron(self.v_proj(spikes)), self.num_heads)
+        product = self.mix(query, key, value).reshape(x.shape[0], -1, *x.shape[2:])
+        return self.proj(cast(self.attn_neuron(product), spikes.dtype))
+
+
+class SpikeDrivenSelfAttention(CountAttention):
+    """Self-attention of QSD-Transformer, see `CountAttention`.
 
     Query, key and value are integer counts ``0..T``; their product ``I`` is an integer, and the attention neuron fires
     ``clip(floor(I / (4 T^2) + 1/2), 0, T)`` spikes of amplitude ``2 / T`` (QSD-Transformer's published code, written
     on integers).
-
-    Distillation, analysis and conversion read the inputs (membranes) and outputs (counts) of four named modules:
-    ``q_neuron``, ``k_neuron``, ``v_neuron`` (``[B, C, H, W]``, head-major channels) and ``attn_neuron`` (the product,
-    ``[B, C, H, W]``). A forward hook on them sees both.
 
     The float twin (``time_steps=None``) has a ReLU in the place of each neuron. ``attention="softmax"`` turns that twin
     into an ordinary softmax attention without neurons on query, key and value, a stronger teacher.
@@ -77,7 +118,7 @@ class SpikeDrivenSelfAttention(nn.Module):
         layer_scale: float | None = None,
     ) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         if attention not in ("linear", "softmax"):
             raise QsdError(f"attention={attention!r} is unknown; use 'linear' or 'softmax'.")
         if attention == "softmax" and time_steps is not None:
@@ -99,24 +140,11 @@ class SpikeDrivenSelfAttention(nn.Module):
         self.product_scale = 0.5 if time_steps is None else None
         self.proj = rep_conv(dim, weight_bits, layer_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The residual stream ``[B, C, H, W]`` to the branch that is added to it, in the same shape."""
-        batch, channels, height, width = x.shape
-        spikes = self.neuron(x)
-        heads = (batch, self.num_heads, channels // self.num_heads, height * width)
-        query = _by_head(self.q_neuron(self.q_proj(spikes)), heads)
-        key = _by_head(self.k_neuron(self.k_proj(spikes)), heads)
-        value = _by_head(self.v_neuron(self.v_proj(spikes)), heads)
-        if self.softmax:
-            by_token = _transposed(query), _transposed(key), _transposed(value)
-            product = _transposed(F.scaled_dot_product_attention(*by_token))
-        else:
-            # q (k^T v), with the channels in front of the tokens: linear in the number of tokens.
-            product = self.query(self.key_value(value, _transposed(key)), query)
-            if self.product_scale is not None:
-                product = product * self.product_scale
-        product = product.reshape(x.shape)
-        return self.proj(cast(self.attn_neuron(product), spikes.dtype))
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not self.softmax:
+            return super().mix(query, key, value)
+        by_token = _transposed(query), _transposed(key), _transposed(value)
+        return _transposed(F.scaled_dot_product_attention(*by_token))
 
 
 class NReluSelfAttention(nn.Module):
@@ -155,7 +183,7 @@ class NReluSelfAttention(nn.Module):
         attention: ScoreKind = "nrelu",
     ) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         if attention not in ("nrelu", "softmax"):
             raise QsdError(f"attention={attention!r} is unknown; use 'nrelu' or 'softmax'.")
         if attention == "softmax" and time_steps is not None:
@@ -183,13 +211,12 @@ class NReluSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The residual stream ``[B, C, H, W]`` to the branch that is added to it, in the same shape."""
-        batch, channels, height, width = x.shape
+        _, channels, height, width = x.shape
         tokens, head_channels = height * width, channels // self.num_heads
-        heads = (batch, self.num_heads, head_channels, tokens)
         spikes = self.neuron(x)
-        query = _by_head(self.q_neuron(self.q_proj(spikes)), heads)
-        key = _by_head(self.k_neuron(self.k_proj(spikes)), heads)
-        value = _by_head(self.v_neuron(self.v_proj(spikes)), heads)
+        query = _by_head(self.q_neuron(self.q_proj(spikes)), self.num_heads)
+        key = _by_head(self.k_neuron(self.k_proj(spikes)), self.num_heads)
+        value = _by_head(self.v_neuron(self.v_proj(spikes)), self.num_heads)
         if self.softmax:
             by_token = _transposed(query), _transposed(key), _transposed(value)
             mixed = _transposed(F.scaled_dot_product_attention(*by_token))
@@ -203,14 +230,24 @@ class NReluSelfAttention(nn.Module):
         return self.proj(cast(mixed, spikes.dtype))
 
 
-def _by_head(x: Tensor, heads: tuple[int, ...]) -> Tensor:
-    return x.reshape(heads)
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """``[B, heads * d, H, W]`` to ``[B, heads, d, N]``."""
+    return x.reshape(x.shape[0], heads, x.shape[1] // heads, -1)
 
 
 def _transposed(x: Tensor) -> Tensor:
     return x.transpose(-1, -2)
 
 
-def _check_heads(dim: int, num_heads: int) -> None:
+def check_heads(dim: int, num_heads: int) -> None:
+    """Refuse heads that do not divide the channels.
+
+    Args:
+        dim: Channels.
+        num_heads: Number of heads.
+
+    Raises:
+        QsdError: If they do not.
+    """
     if num_heads < 1 or dim % num_heads:
         raise QsdError(f"{dim} channels are not divisible by num_heads={num_heads}; pick a multiple of the heads.")

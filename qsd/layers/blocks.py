@@ -10,7 +10,7 @@ from qsd.layers.chains import LinearChain
 from qsd.layers.layer_scale import LayerScale
 from qsd.layers.quantized import QuantConv2d
 from qsd.layers.renamed import rename_parameters
-from qsd.neurons import NeuronKind, build_neuron
+from qsd.neurons import Neurons, build_neuron
 
 
 def conv_norm(
@@ -51,6 +51,7 @@ class Downsample(nn.Module):
         first: Whether the input is an image and no residual stream, without a neuron in front.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
+        neurons: Kind or constructor of the neuron, see `qsd.neurons.build_neuron`.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class Downsample(nn.Module):
         first: bool = False,
         time_steps: int | None = 4,
         weight_bits: int | None = 4,
+        neurons: Neurons = "fixed",
     ) -> None:
         super().__init__()
-        self.neuron = nn.Identity() if first else build_neuron(time_steps)
+        self.neuron = nn.Identity() if first else build_neuron(time_steps, kind=neurons)
         self.proj = conv_norm(in_channels, out_channels, kernel_size, stride, bias=True, bits=weight_bits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class Mlp(nn.Module):
         bias: Whether the convolutions have a bias.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
-        neurons: ``"fixed"``, ``"lsq"`` or ``"qcfs"``, see `qsd.neurons.build_neuron`.
+        neurons: Kind or constructor of the neurons, see `qsd.neurons.build_neuron`.
         layer_scale: Initial scale of the branch by channel, or ``None`` for none.
     """
 
@@ -122,7 +124,7 @@ class Mlp(nn.Module):
         bias: bool = True,
         time_steps: int | None = 4,
         weight_bits: int | None = 4,
-        neurons: NeuronKind = "fixed",
+        neurons: Neurons = "fixed",
         layer_scale: float | None = None,
     ) -> None:
         super().__init__()

@@ -11,9 +11,12 @@ PyTorch not to matter.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+
+from qsd.functional import HALF_UP, CountRule
 
 # One number, or a tensor without dimensions.
 Scalar = float | Tensor
@@ -155,7 +158,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def fire(
-    x: Tensor, time_steps: int, threshold: Scalar | None, amplitude: Scalar
+    x: Tensor, time_steps: int, threshold: Scalar | None, amplitude: Scalar, rule: CountRule = HALF_UP
 ) -> tuple[Tensor, Layout, Tensor | None]:
     """Spike counts times an amplitude, and their codes.
 
@@ -164,6 +167,7 @@ def fire(
         time_steps: T, at most 127.
         threshold: The divisor of the input; ``None`` for ``1 / T``, as a product with T.
         amplitude: Factor of the counts.
+        rule: Rounding of halves, and the window of the gradient.
 
     Returns:
         The output, dense, in the shape and dtype of ``x``; the layout of the codes and the codes, uint8. There are no
@@ -186,9 +190,9 @@ def fire(
             torch.mul(part, time_steps, out=drive)
         else:
             torch.div(part, threshold, out=drive)
-        torch.add(drive, 0.5, out=counts).floor_().clamp_(0, time_steps)
+        _round(drive, counts, rule.half_even).clamp_(0, time_steps)
         if parts is not None and count:
-            packed = _pack_(drive, counts, time_steps, highest, bits)
+            packed = _pack_(drive, counts, _bounds(drive, time_steps, rule.closed), highest, bits)
             parts = None if packed is None else [*parts, packed]
         if not is_one:
             counts.mul_(amplitude)
@@ -199,11 +203,25 @@ def fire(
     return output, layout, parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _pack_(drive: Tensor, counts: Tensor, time_steps: int, highest: Tensor, bits: int) -> Tensor | None:
+def _round(drive: Tensor, counts: Tensor, half_even: bool) -> Tensor:
+    """Write the drive, rounded to whole numbers, into the memory of the counts."""
+    return torch.round(drive, out=counts) if half_even else torch.add(drive, 0.5, out=counts).floor_()
+
+
+def _bounds(drive: Tensor, time_steps: int, closed: bool) -> tuple[float, float]:
+    """The numbers between which, strictly, the gradient passes."""
+    if not closed:
+        return 0, time_steps
+    # The least normal number stands for the next float below zero: processors may take smaller ones for zero.
+    kind = np.float64 if drive.dtype == torch.float64 else np.float32
+    return -float(np.finfo(kind).tiny), float(np.nextafter(kind(time_steps), kind(np.inf)))
+
+
+def _pack_(drive: Tensor, counts: Tensor, bounds: tuple[float, float], highest: Tensor, bits: int) -> Tensor | None:
     """The codes of one block, computed in the memory of the drive; ``None`` if there are NaNs."""
-    # The highest bit is set where 0 < drive < T, strictly: the derivative of a hard tanh, in one pass over floats.
+    # The highest bit is set strictly between the bounds: the derivative of a hard tanh, in one pass over floats.
     # Everything is computed on floats, because comparisons and operations on bytes are slow on a CPU.
-    flags = torch.ops.aten.hardtanh_backward.grad_input(highest, drive, 0, time_steps, grad_input=drive)
+    flags = torch.ops.aten.hardtanh_backward.grad_input(highest, drive, *bounds, grad_input=drive)
     packed = _join_(flags.add_(counts), bits)
     if not packed.is_meta and not isinstance(packed, FakeTensor) and not packed.amax().item() >= 0:
         return None  # a NaN, which compares as false

@@ -8,20 +8,21 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qsd import functional
-from qsd.functional import dot, fixed_drive, learned_gradients
+from qsd.functional import HALF_UP, CountRule, dot, fixed_drive, learned_gradients, passes
 from qsd.lean.codes import dense, fire, flat
 from qsd.lean.operands import norm_origin, note_codes
 
 
 class _FixedSpikes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, time_steps: int, threshold: float | None, amplitude: float) -> Tensor:
-        output, ctx.layout, packed = fire(x, time_steps, threshold, amplitude)
+    def forward(
+        ctx: Any, x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule
+    ) -> Tensor:
+        output, ctx.layout, packed = fire(x, time_steps, threshold, amplitude, rule)
         ctx.time_steps, ctx.threshold, ctx.amplitude = time_steps, threshold, amplitude
         ctx.shape, ctx.stride, ctx.has_codes = output.shape, output.stride(), packed is not None
         if packed is None:
-            drive = fixed_drive(x, time_steps, threshold)
-            packed = (drive > 0) & (drive < time_steps)
+            packed = passes(fixed_drive(x, time_steps, threshold), time_steps, rule.closed)
         else:
             note_codes(output, ctx.layout, packed)
         ctx.save_for_backward(packed)
@@ -29,7 +30,7 @@ class _FixedSpikes(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (saved,) = ctx.saved_tensors
         if ctx.has_codes:
             passed = ctx.layout.masked(saved, flat(dense(grad, ctx.stride))).as_strided(ctx.shape, ctx.stride)
@@ -37,10 +38,13 @@ class _FixedSpikes(torch.autograd.Function):
             passed = saved.to(grad.dtype).mul_(grad)
         if ctx.amplitude != 1:
             passed.mul_(ctx.amplitude)
-        return passed.mul_(ctx.time_steps) if ctx.threshold is None else passed.div_(ctx.threshold), None, None, None
+        passed = passed.mul_(ctx.time_steps) if ctx.threshold is None else passed.div_(ctx.threshold)
+        return passed, None, None, None, None
 
 
-def fixed_spikes(x: Tensor, time_steps: int, threshold: float | None, amplitude: float) -> Tensor:
+def fixed_spikes(
+    x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule = HALF_UP
+) -> Tensor:
     """`qsd.functional.fixed_spikes`, with the same gradients, from codes of half a byte.
 
     Args:
@@ -48,13 +52,14 @@ def fixed_spikes(x: Tensor, time_steps: int, threshold: float | None, amplitude:
         time_steps: T, the most spikes that a neuron can fire.
         threshold: Threshold in units of the input; ``None`` for ``1 / T``, as a product with T.
         amplitude: Factor of the counts.
+        rule: Rounding of halves, and the window of the gradient.
 
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
     if not _keeps_codes(x, time_steps):
-        return functional.fixed_spikes(x, time_steps, threshold, amplitude)
-    return _FixedSpikes.apply(x, time_steps, threshold, amplitude)
+        return functional.fixed_spikes(x, time_steps, threshold, amplitude, rule)
+    return _FixedSpikes.apply(x, time_steps, threshold, amplitude, rule)
 
 
 def _keeps_codes(x: Tensor, time_steps: int) -> bool:

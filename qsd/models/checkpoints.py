@@ -1,4 +1,4 @@
-"""Reading weights: checkpoints of qsd and of the published QSD-Transformer code, packed files, and state dicts."""
+"""Reading weights: checkpoints of qsd and of the families' published code, packed files, and state dicts."""
 
 import argparse
 import logging
@@ -15,7 +15,8 @@ from qsd.layers import initialize_steps
 from qsd.layers.renamed import present_name, rename_parameters
 from qsd.layers.steps import has_no_step, step_names
 from qsd.models.packed_file import KEY, MERGED, read_packed
-from qsd.models.reference import StateDict, convert_reference, is_reference, shortened
+from qsd.models.published import PublishedCode, StateDict, shortened, steps_in_name
+from qsd.models.variants import FAMILIES, family_of_code
 from qsd.quantizers import on_grid
 from qsd.reading import check_safetensors, read_safetensors, read_torch
 
@@ -33,15 +34,15 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> None:
-    """Load a checkpoint of the published QSD-Transformer classification code.
+    """Load a checkpoint of the published classification code of QSD-Transformer or E-SpikeFormer.
 
-    The dead activation-quantizer tensors are dropped. A step size that the published code never initialised (a float
-    checkpoint, or one that was not trained) is computed from the weights. The classifier of another number of classes
-    is left out, with a warning, and keeps its initial values. Loading is otherwise strict, and nothing is changed
-    when it fails.
+    Tensors without effect in the published networks are dropped. A step size that the published code never initialised
+    (a float checkpoint, or one that was not trained) is computed from the weights. The classifier of another number of
+    classes is left out, with a warning, and keeps its initial values. Loading is otherwise strict, and nothing is
+    changed when it fails.
 
     Args:
-        model: A QSD-Transformer of qsd, of the checkpoint's size.
+        model: A model of qsd of the checkpoint's family and size.
         path_or_state_dict: A ``.pth`` file or its content; ``model`` / ``state_dict`` / ``module.`` wrappings are
             removed.
 
@@ -49,11 +50,34 @@ def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Ma
         QsdError: If the file cannot be read, has another content, or does not fit the model.
     """
     source, state = _read(path_or_state_dict)
-    if not is_reference(state):
-        raise QsdError(
-            f"{source} is no checkpoint of the published QSD-Transformer code (no 'downsample1_1.*' tensors)."
-        )
-    _load(model, convert_reference(state), source)
+    code = published_code(state, source)
+    steps, own = steps_in_name(source), getattr(model, "time_steps", None)
+    if steps is not None and own is not None and steps != own:
+        logger.warning(
+            "the name of %s tells T = %d, and the model has T = %d; build it with time_steps=%d.",
+            source, steps, own, steps,
+        )  # fmt: skip
+    _load(model, code.convert(state), source)
+
+
+def published_code(state: StateDict, source: str | Path) -> PublishedCode:
+    """The published code that a state dict comes from.
+
+    Args:
+        state: State dict without wrappings.
+        source: Its file, for the message.
+
+    Raises:
+        QsdError: If it comes from none.
+    """
+    family = family_of_code(state)
+    if family is not None and family.published is not None:
+        return family.published
+    titles = [other.published.title for other in FAMILIES if other.published is not None]
+    raise QsdError(
+        f"{source} is no checkpoint of the published QSD-Transformer code, nor of another that qsd reads "
+        f"({', '.join(titles[1:])}): it has no 'downsample1_1.*' tensors."
+    )
 
 
 def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Any]) -> list[str]:
@@ -73,7 +97,9 @@ def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str,
         QsdError: As for `load_reference_weights`.
     """
     source, state = _read(path_or_state_dict)
-    return _load(model, convert_reference(state) if is_reference(state) else dict(state), source)
+    family = family_of_code(state)
+    published = None if family is None else family.published
+    return _load(model, dict(state) if published is None else published.convert(state), source)
 
 
 def read_state_dict(path_or_state_dict: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -156,19 +182,20 @@ def _no_tensor(source: str, key: Any, value: Any) -> QsdError:
 
 def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> list[str]:
     expected = model.state_dict()
-    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
-    head = {name for name in expected if name.startswith(f"{classifier}.")}
+    classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     optional: set[str] = set()
-    if not head:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{classifier}.")}
-    elif head & set(_reshaped(state, expected)) or not head & state.keys():
-        logger.warning(
-            "%s has no classifier for %s classes; the initial one stays.",
-            source,
-            getattr(model, "num_classes", "its"),
-        )
-        optional = head
-        state = {name: tensor for name, tensor in state.items() if name not in head}
+    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        head = {name for name in expected if name.startswith(f"{classifier}.")}
+        if not head:
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{classifier}.")}
+        elif head & set(_reshaped(state, expected)) or not head & state.keys():
+            logger.warning(
+                "%s has no classifier for %s classes; the initial one stays.",
+                source,
+                getattr(model, "num_classes", "its"),
+            )
+            optional |= head
+            state = {name: tensor for name, tensor in state.items() if name not in head}
     # A float network has no step sizes, and neither has a checkpoint of a float network.
     steps = step_names(model)
     state = {name: t for name, t in state.items() if name in expected or not has_no_step(model, name)}

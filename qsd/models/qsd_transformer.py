@@ -7,42 +7,17 @@ filled.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
 from typing import Any, Literal
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from qsd.errors import QsdError
-from qsd.layers import ConvBlock, Downsample, TransformerBlock, recompute
+from qsd.layers import ConvBlock, Downsample, TransformerBlock
 from qsd.layers.attention import AttentionKind
-from qsd.models.base import ImageClassifier
+from qsd.models.staged import Stage, StagedClassifier, check_stages, drop_path_rates, split_depth
 from qsd.neurons import build_neuron
 
 
-class Stage(nn.Module):
-    """A down-sampling and the blocks after it.
-
-    Args:
-        downsample: Changes channels and size.
-        blocks: Keep channels and size.
-    """
-
-    def __init__(self, downsample: Downsample, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
-        x = self.downsample(x)
-        for block in self.blocks:
-            x = recompute(block, x) if self.grad_checkpointing and self.training else block(x)
-        return x
-
-
-class QsdTransformer(ImageClassifier):
+class QsdTransformer(StagedClassifier):
     """QSD-Transformer for images ``[B, in_chans, H, W]``, any size from the total stride upwards.
 
     Activations are spike counts of a window of ``time_steps``; there is no time axis before conversion. Stages have
@@ -70,8 +45,6 @@ class QsdTransformer(ImageClassifier):
         QsdError: For sizes that do not fit together.
     """
 
-    features_name = "stages"
-
     def __init__(
         self,
         embed_dims: Sequence[int] = (64, 128, 256, 360),
@@ -89,7 +62,8 @@ class QsdTransformer(ImageClassifier):
         strides: Sequence[int] = (2, 2, 2, 2, 1),
         global_pool: Literal["avg"] = "avg",
     ) -> None:
-        _check_sizes(embed_dims, depth, num_heads, mlp_ratio, strides)
+        check_stages(embed_dims, num_heads, mlp_ratio, strides)
+        depths = split_depth(depth)
         time_steps, weight_bits = time_steps or None, weight_bits or None
         super().__init__(
             embed_dims[-1], num_classes, in_chans, time_steps, weight_bits, drop_rate, drop_path_rate, global_pool
@@ -97,8 +71,7 @@ class QsdTransformer(ImageClassifier):
         kinds: dict[str, Any] = {"time_steps": time_steps, "weight_bits": weight_bits}
         options: dict[str, Any] = {"num_heads": num_heads, "mlp_ratio": mlp_ratio, "attention": attention, **kinds}
         convolutional: Callable[[int], nn.Module] = partial(ConvBlock, mlp_ratio=mlp_ratio, **kinds)
-        depths = (depth * 3 // 4, depth // 4)
-        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
 
         def attending(dim: int) -> nn.Module:
             return TransformerBlock(dim, layer_scale=layer_scale, drop_path_rate=next(rates), **options)
@@ -112,62 +85,4 @@ class QsdTransformer(ImageClassifier):
             self.stages.append(Stage(downsample, [block(width) for _ in range(number)]))
         self.head_neuron = build_neuron(time_steps)
         self.head = self.build_head(num_classes)
-        self.feature_info = [
-            {"num_chs": embed_dims[i], "reduction": prod(strides[: i + 2]), "module": f"stages.{i}"} for i in range(4)
-        ]
-        self.total_stride = prod(strides)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features ``[B, C, H', W']`` to logits ``[B, num_classes]``.
-
-        Args:
-            x: Output of `forward_features`.
-            pre_logits: Whether to stop in front of the classifier, at the head neuron's output ``[B, C]``.
-        """
-        x = self.head_neuron(x.mean(dim=(2, 3)))
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that sort parameters into groups by depth, for layer-wise learning rates.
-
-        Args:
-            coarse: Whether to form a group per stage instead of per block.
-        """
-        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        blocks = r"^stages\.(\d+)" if coarse else fine
-        return {"stem": r"^stem", "blocks": blocks}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations.
-
-        Args:
-            enable: Whether to switch it on or off.
-        """
-        for stage in (self.stem, *self.stages):
-            stage.grad_checkpointing = enable
-
-
-def _check_sizes(
-    embed_dims: Sequence[int],
-    depth: int,
-    num_heads: int,
-    mlp_ratio: float,
-    strides: Sequence[int],
-) -> None:
-    if len(embed_dims) != 4 or min(embed_dims) < 1 or embed_dims[0] % 2:
-        raise QsdError(f"embed_dims={tuple(embed_dims)}: four positive sizes are needed, the first one even.")
-    if num_heads < 1:
-        raise QsdError(f"num_heads={num_heads} is not positive.")
-    for i in (2, 3):
-        if embed_dims[i] % num_heads:
-            raise QsdError(
-                f"embed_dims[{i}]={embed_dims[i]} is not divisible by num_heads={num_heads}; "
-                f"pick a multiple of {num_heads}."
-            )
-    if depth < 2:
-        raise QsdError(f"depth={depth} leaves no transformer block; use 2 or more (a multiple of 4 divides evenly).")
-    if mlp_ratio * min(embed_dims[0] // 2, *embed_dims) < 1:
-        raise QsdError(f"mlp_ratio={mlp_ratio} leaves no channels inside the MLPs.")
-    if len(strides) != 5 or min(strides) < 1:
-        raise QsdError(f"strides={tuple(strides)}: five positive strides are needed, one per down-sampling.")
+        self.describe_stages(embed_dims, strides)

@@ -1,18 +1,16 @@
 """Names and sizes in checkpoints of the published QSD-Transformer code (github.com/bollossom/QSD-Transformer)."""
 
 import re
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from qsd.errors import QsdError
 from qsd.layers.renamed import rename_parameters
+from qsd.models.published import PublishedCode, Renaming, StateDict, renamed, stage_sizes, with_two_sides
 
-StateDict = Mapping[str, Tensor]
-
-# Names in the published classification code and their replacements, applied in this order.
-_REFERENCE_NAMES = (
+# Names of stages, blocks and MLPs in the published classification code and their replacements, which the code of
+# E-SpikeFormer, by the same authors, shares.
+STAGE_NAMES: tuple[Renaming, ...] = (
     (r"^downsample1_1\.", "stem.downsample."),
     (r"^downsample1_2\.", "stages.0.downsample."),
     (r"^downsample([234])\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
@@ -22,6 +20,12 @@ _REFERENCE_NAMES = (
     (r"^block([34])\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
     (r"\.encode_conv\.", ".proj.conv."),
     (r"\.encode_bn\.", ".proj.norm."),
+    (r"\.mlp\.fc([12])_conv\.", r".mlp.fc\1.conv."),
+    (r"\.mlp\.fc([12])_bn\.", r".mlp.fc\1.norm."),
+)
+# All names in that of QSD-Transformer, applied in this order.
+_REFERENCE_NAMES: tuple[Renaming, ...] = (
+    *STAGE_NAMES,
     (r"\.Conv\.pwconv1\.", ".sep_conv.expand.conv."),
     (r"\.Conv\.bn1\.", ".sep_conv.expand.norm."),
     (r"\.Conv\.dwconv\.", ".sep_conv.reduce.depthwise."),
@@ -29,8 +33,6 @@ _REFERENCE_NAMES = (
     (r"\.Conv\.bn2\.", ".sep_conv.reduce.norm."),
     (r"(blocks\.\d+)\.conv([12])\.", r"\1.mlp.fc\2.conv."),
     (r"(blocks\.\d+)\.bn([12])\.", r"\1.mlp.fc\2.norm."),
-    (r"\.mlp\.fc([12])_conv\.", r".mlp.fc\1.conv."),
-    (r"\.mlp\.fc([12])_bn\.", r".mlp.fc\1.norm."),
     (r"\.attn\.([qkv])_conv\.", r".attn.\1_proj."),
     (r"\.attn\.proj_conv\.", ".attn.proj."),
     (r"proj\.0\.body\.0\.", "proj.pointwise1."),
@@ -43,6 +45,8 @@ _REFERENCE_NAMES = (
 )
 # The activation quantizers of the published code return their input; their tensors have no effect.
 _DEAD_TENSORS = re.compile(r"\.act\.(alpha|zero_point|init_state|signed)$")
+# E-SpikeFormer's code holds each convolution of the first block in a container, together with its norm.
+_OTHER_CODE = re.compile(r"ConvBlock1_1\.0\.(Conv\.dwconv|conv1)\.0\.")
 _REFERENCE_STAGES = ("downsample1_1", "downsample1_2", "downsample2", "downsample3", "downsample4")
 
 
@@ -52,7 +56,7 @@ def is_reference(state: StateDict) -> bool:
     Args:
         state: State dict without wrappings.
     """
-    return any(name.startswith("downsample1_1.") for name in state)
+    return any(n.startswith("downsample1_1.") for n in state) and not any(_OTHER_CODE.match(n) for n in state)
 
 
 def reference_sizes(state: StateDict) -> dict[str, Any]:
@@ -67,17 +71,7 @@ def reference_sizes(state: StateDict) -> dict[str, Any]:
     Raises:
         QsdError: If tensors are missing.
     """
-    missing = [f"{n}.encode_conv.weight" for n in _REFERENCE_STAGES if f"{n}.encode_conv.weight" not in state]
-    if missing:
-        raise QsdError(f"the checkpoint of the published code is incomplete: {shortened(missing)} missing.")
-    weights = [state[f"{name}.encode_conv.weight"] for name in _REFERENCE_STAGES[1:]]
-    blocks = {m[0] for name in state if (m := re.match(r"block[34]\.\d+", name))}
-    return {
-        "embed_dims": tuple(weight.shape[0] for weight in weights),
-        "depth": len(blocks),
-        "in_chans": state["downsample1_1.encode_conv.weight"].shape[1],
-        "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
-    }
+    return stage_sizes(state, _REFERENCE_STAGES)
 
 
 def convert_reference(state: StateDict) -> dict[str, Tensor]:
@@ -96,20 +90,12 @@ def convert_reference(state: StateDict) -> dict[str, Tensor]:
         flag = state.get(f"{name.removesuffix('.alpha')}.init_state") if name.endswith(".alpha") else None
         if flag is not None and not bool(flag.any()):
             continue  # Uninitialised memory.
-        for pattern, replacement in _REFERENCE_NAMES:
-            name = re.sub(pattern, replacement, name)
-        converted[name] = tensor.unsqueeze(-1) if name.endswith(".weight") and tensor.dim() == 3 else tensor
+        name = renamed(name, _REFERENCE_NAMES)
+        converted[name] = with_two_sides(name, tensor)
     rename_parameters(converted)
     return converted
 
 
-def shortened(names: Iterable[str], limit: int = 3) -> str:
-    """The first names of a list, and the number of the others.
-
-    Args:
-        names: Names, for a message.
-        limit: Number of names that are written out.
-    """
-    names = list(names)
-    rest = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+QSD_CODE = PublishedCode(
+    "QSD-Transformer", is_reference, convert_reference, reference_sizes, "qsd_15m", {"weight_bits": 4}
+)

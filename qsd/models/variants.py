@@ -13,7 +13,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from qsd.errors import QsdError
 from qsd.models.base import ImageClassifier
 from qsd.models.csdformer import CsdFormer
+from qsd.models.e_spikeformer import ESpikeFormer, ESpikeFormerLarge
+from qsd.models.e_spikeformer_names import BASE_CODE, LARGE_CODE
+from qsd.models.published import PublishedCode, StateDict
 from qsd.models.qsd_transformer import QsdTransformer
+from qsd.models.reference import QSD_CODE
 
 Arguments = Mapping[str, Any]
 
@@ -30,6 +34,7 @@ class Family:
         cfg: Gives timm's configuration for the arguments of a variant.
         hint: The answer to ``pretrained=True``: where weights can be found.
         out_indices: Modules whose features ``features_only=True`` returns: by number, or how many of the last.
+        published: The published code whose checkpoints the family reads, if there is one.
     """
 
     cls: type[ImageClassifier]
@@ -39,6 +44,7 @@ class Family:
     cfg: Callable[[Arguments], dict[str, Any]]
     hint: str
     out_indices: int | tuple[int, ...]
+    published: PublishedCode | None = None
 
 
 QSD_VARIANTS: dict[str, Arguments] = {
@@ -61,6 +67,20 @@ CSD_VARIANTS: dict[str, Arguments] = {
     "csdformer_4_256": {"embed_dims": 256, "depth": 4, "strides": (1, 1, 2, 2)},
     "csdformer_2_384": {"embed_dims": 384, "depth": 2, "num_heads": 12, "strides": (1, 1, 2, 2)},
     "csdformer_4_384": {"embed_dims": 384, "depth": 4, "num_heads": 12, "strides": (1, 1, 2, 2)},
+}
+
+# Sizes of the published code; the names count float parameters at 1000 classes.
+ESF_VARIANTS: dict[str, Arguments] = {
+    "e_spikeformer_tiny": {"embed_dims": (24, 48, 96, 128)},
+    "e_spikeformer_5m": {"embed_dims": (32, 64, 128, 192)},
+    "e_spikeformer_10m": {"embed_dims": (48, 96, 192, 240)},
+    "e_spikeformer_19m": {"embed_dims": (64, 128, 256, 360)},
+}
+
+# The published names of the large network count dead layers (83 M); those here keep them nevertheless.
+ESF_LARGE_VARIANTS: dict[str, Arguments] = {
+    "e_spikeformer_83m": {"embed_dims": (128, 256, 512)},
+    "e_spikeformer_171m": {"embed_dims": (196, 384, 768)},
 }
 
 # Arguments of timm that concern weights, and are not stored with a model.
@@ -101,6 +121,18 @@ _CSD_CFG = {
     "paper_ids": "arXiv:2509.17461",
     "paper_name": "CSDformer: A Conversion Method for Fully Spike-Driven Transformer",
 }
+_ESF_HINT = (
+    "no pretrained weights are distributed with qsd; checkpoints of the published code are linked from the README of "
+    "github.com/BICLab/Spike-Driven-Transformer-V3: load one with qsd.load_reference_weights(model, path)."
+)
+_ESF_CFG = {
+    **_IMAGENET,
+    "crop_pct": 224 / 232,
+    "first_conv": "stem.downsample.proj.conv",
+    "paper_ids": "arXiv:2411.16061",
+    "paper_name": "Scaling Spike-driven Transformer with Efficient Spike Firing Approximation Training",
+    "origin_url": "https://github.com/BICLab/Spike-Driven-Transformer-V3",
+}
 _CIFAR = {
     "num_classes": 10,
     "input_size": (3, 32, 32),
@@ -118,6 +150,7 @@ FAMILIES = [
         lambda _arguments: _QSD_CFG,
         _QSD_HINT,
         (0, 1, 2, 3),
+        QSD_CODE,
     ),
     Family(
         CsdFormer,
@@ -127,6 +160,26 @@ FAMILIES = [
         lambda arguments: {**_CSD_CFG, **_CIFAR} if "strides" in arguments else _CSD_CFG,
         _CSD_HINT,
         1,
+    ),
+    Family(
+        ESpikeFormer,
+        "E-SpikeFormer",
+        ESF_VARIANTS,
+        {"time_steps": None, "weight_bits": None},
+        lambda _arguments: _ESF_CFG,
+        _ESF_HINT,
+        (0, 1, 2, 3),
+        BASE_CODE,
+    ),
+    Family(
+        ESpikeFormerLarge,
+        "E-SpikeFormer (large)",
+        ESF_LARGE_VARIANTS,
+        {"time_steps": None, "weight_bits": None},
+        lambda _arguments: {**_ESF_CFG, "classifier": ("head", "head_kd")},
+        _ESF_HINT,
+        (0, 1, 2),
+        LARGE_CODE,
     ),
 ]
 
@@ -163,6 +216,15 @@ def family_of(name: str) -> Family:
     if found is None:
         raise QsdError(f"model {name!r} belongs to no family; register one with qsd.models.variants.register_family.")
     return found
+
+
+def family_of_code(state: StateDict) -> Family | None:
+    """The family whose published code a state dict comes from, or ``None``.
+
+    Args:
+        state: State dict without wrappings.
+    """
+    return next((f for f in FAMILIES if f.published is not None and f.published.matches(state)), None)
 
 
 def _register(family: Family, name: str, arguments: Arguments, description: str) -> None:

@@ -20,6 +20,7 @@ from qsd.layers import (
 from qsd.neurons import FloatNeuron, LearnedStepNeuron, SpikeNeuron
 from qsd.spiking.layers import (
     DelayedNeuron,
+    HalfEvenNeuron,
     SpikingChain,
     SpikingDense,
     SpikingMaxPool,
@@ -134,7 +135,8 @@ def _float_neuron(module: FloatNeuron, name: str, conversion: Conversion) -> nn.
 
 @register_conversion(SpikeNeuron)
 def _neuron(module: SpikeNeuron, name: str, conversion: Conversion) -> nn.Module:
-    return DelayedNeuron(module, name, conversion.delay(name), conversion.runtime)
+    kind = HalfEvenNeuron if module.rule.half_even else DelayedNeuron
+    return kind(module, name, conversion.delay(name), conversion.runtime)
 
 
 @register_conversion(LearnedStepNeuron)

@@ -38,6 +38,26 @@ def fire(membrane: Tensor, threshold: float, spikes: Tensor) -> None:
     membrane.sub_(spikes, alpha=threshold)
 
 
+def fire_half_even(membrane: Tensor, threshold: Tensor, spikes: Tensor) -> None:
+    """`fire` of a neuron that rounds halves to even counts, in place.
+
+    A membrane of exactly one threshold stands for a half: the spike that leads to an odd count needs more, and the
+    one that leads to an even count does not. So the count of ``z`` thresholds is ``round(z)``, half to even, without
+    any other state than the parity of the spikes so far.
+
+    Args:
+        membrane: Potential after the step's charge ``[B, ...]``.
+        threshold: Firing threshold of each neuron, in the same shape; negative where the next spike leads to an even
+            count. A spike changes its sign.
+        spikes: Receives 0 and 1, in the same shape and type.
+    """
+    size = threshold.abs()
+    torch.gt(membrane, size, out=spikes)
+    spikes.add_((membrane == size) & (threshold < 0))
+    membrane.addcmul_(spikes, size, value=-1)
+    threshold.addcmul_(spikes, threshold, value=-2)
+
+
 def shift(x: Tensor, places: int) -> Tensor:
     """Multiply by ``2 ** places``, which is exact in floating point.
 

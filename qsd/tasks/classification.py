@@ -35,7 +35,8 @@ AuxiliaryLoss = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 class ClassificationTask(LightningModule):
     """Train, evaluate and apply an image classifier.
 
-    Batches are ``(images [B, C, H, W], labels [B])``; for prediction ``(images, names)``. Logged: ``train/loss``,
+    Batches are ``(images [B, C, H, W], labels [B])``; for prediction ``(images, names)``. A model may return the logits
+    of two heads as a pair in training: a teacher of logits teaches the second one. Logged: ``train/loss``,
     ``val/loss``, ``val/accuracy``, ``val/accuracy_top5`` (from six classes upwards), the same under ``test/``.
 
     Args:
@@ -102,6 +103,7 @@ class ClassificationTask(LightningModule):
         self.model: Any = None  # The network, once `configure_model` has built it.
         self._mixup: Mixup | None = None
         self._auxiliary_losses: list[AuxiliaryLoss] = []
+        self._logits_teachers: list[AuxiliaryLoss] = []
         self.neurons_are_set = False
         self._resumed: dict[str, Any] | None = None
         self.optimizer_rate = 0.0  # The peak rate that the optimizer was built with.
@@ -197,16 +199,20 @@ class ClassificationTask(LightningModule):
             raise QsdError(f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} is not positive.")
         return per_process * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
-    def add_auxiliary_loss(self, loss: AuxiliaryLoss) -> None:
+    def add_auxiliary_loss(self, loss: AuxiliaryLoss, teaches_logits: bool = False) -> None:
         """Add terms to the training loss, such as those of distillation.
 
         The function runs within `training_step`, at its precision, before gradients are scaled or accumulated.
 
         Args:
             loss: Function from ``(images [B, C, H, W], logits [B, num_classes])`` to weighted scalars by name. Each
-                is logged as ``train/<name>``.
+                is logged as ``train/<name>``. A network with two heads hands over the logits of the second one.
+            teaches_logits: Whether the terms teach the logits. The labels then train the first one of two heads alone,
+                and otherwise both.
         """
         self._auxiliary_losses.append(loss)
+        if teaches_logits:
+            self._logits_teachers.append(loss)
 
     def remove_auxiliary_loss(self, loss: AuxiliaryLoss) -> None:
         """Remove the terms of a function from the training loss, if they were added.
@@ -215,13 +221,14 @@ class ClassificationTask(LightningModule):
             loss: The function that `add_auxiliary_loss` was given.
         """
         self._auxiliary_losses = [other for other in self._auxiliary_losses if other != loss]
+        self._logits_teachers = [other for other in self._logits_teachers if other != loss]
 
     def __getstate__(self) -> dict[str, Any]:
         # Weight averaging deep-copies the task. The copy must not contain the owners of losses, such as a teacher.
-        return {**super().__getstate__(), "_auxiliary_losses": []}
+        return {**super().__getstate__(), "_auxiliary_losses": [], "_logits_teachers": []}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
+    def forward(self, images: Tensor) -> Any:
+        """Images ``[B, C, H, W]`` to logits ``[B, num_classes]``, in training perhaps to those of two heads."""
         # Convolutions run up to twice as fast in channels last. All layers keep the layout of their input.
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
@@ -238,15 +245,18 @@ class ClassificationTask(LightningModule):
         images, labels = batch
         self._check_labels(labels)
         if self._mixup is None or len(images) == 1:  # Mixup mixes pairs of images.
-            logits = self(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.hparams["label_smoothing"])
+            outputs, smoothing = self(images), self.hparams["label_smoothing"]
         else:
             if len(images) % 2:
                 images, labels = images[:-1], labels[:-1]
-            images, soft_labels = self._mixup(images, labels)
-            logits = self(images)
-            loss = F.cross_entropy(logits.float(), soft_labels)
-        terms = {name: term for auxiliary in self._auxiliary_losses for name, term in auxiliary(images, logits).items()}
+            images, labels = self._mixup(images, labels)
+            outputs, smoothing = self(images), 0.0
+        heads = outputs if isinstance(outputs, tuple) else (outputs,)
+        labelled = heads[:1] if self._logits_teachers else heads
+        losses = [F.cross_entropy(logits.float(), labels, label_smoothing=smoothing) for logits in labelled]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        taught = heads[-1]
+        terms = {name: term for auxiliary in self._auxiliary_losses for name, term in auxiliary(images, taught).items()}
         if terms:
             self.log_dict({"train/loss_task": loss, **{f"train/{name}": term for name, term in terms.items()}})
             loss = loss + torch.stack(list(terms.values())).sum()

@@ -1,14 +1,18 @@
 """``qsd import-checkpoint``, from the user's end."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from qsd import cli
 from qsd.commands import import_checkpoint
+from qsd.tasks import ClassificationTask
 from tests.helpers import ROOT
+from tests.helpers.published_e_spikeformer import published_state
 
 
 @pytest.fixture
@@ -53,6 +57,22 @@ def test_mistakes_give_one_line_and_leave_nothing(reference, capsys, arguments, 
     assert error.count("\n") == 1
     assert not Path("out.ckpt").exists()
     assert Path("there.ckpt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["V3_5.1M_1x8.pth", "plain.pth"])
+def test_a_checkpoint_of_e_spikeformer_brings_its_levels_and_float_weights(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("e_spikeformer_83m", embed_dims=(8, 8, 16), depth=1, num_heads=4, num_classes=5)
+    torch.save({"model": published_state(model), "args": argparse.Namespace(kd=True)}, name)
+    assert import_checkpoint.main([name, "out.ckpt", "--num-heads=4"]) == 0
+    assert "out.ckpt: e_spikeformer_83m" in capsys.readouterr().out
+    parameters = torch.load("out.ckpt", weights_only=True)["hyper_parameters"]
+    assert parameters["model_args"].get("time_steps") == (8 if "1x8" in name else None)
+    assert parameters["model_args"]["weight_bits"] == 0
+    task = ClassificationTask.load_from_checkpoint("out.ckpt")
+    assert torch.equal(task.model.head_kd.weight, model.head_kd.weight)
+    assert import_checkpoint.main([name, "out.ckpt", "--num-heads=4", "--time-steps=2", "--force"]) == 0
+    assert torch.load("out.ckpt", weights_only=True)["hyper_parameters"]["model_args"]["time_steps"] == 2
 
 
 def test_configurations_are_valid_json_once_dumped(reference):

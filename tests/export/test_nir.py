@@ -11,7 +11,7 @@ from qsd.export import to_nir
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.neurons import build_neuron
 from tests.helpers import sample
-from tests.helpers.exporting import CSD, QSD, spiking_network
+from tests.helpers.exporting import CSD, ESF, QSD, spiking_network
 from tests.helpers.nir_interpreter import simulate
 
 pytest.importorskip("nir")
@@ -38,7 +38,7 @@ class Small(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("network", "merge"), sample([(CSD, True), (QSD, False)], [(CSD, True), (QSD, True), (QSD, False)])
+    ("network", "merge"), sample([(CSD, True), (QSD, False)], [(CSD, True), (QSD, True), (QSD, False), (ESF, False)])
 )
 def test_tokenizers_fire_the_same_spikes_and_give_the_same_sums(network, merge, tmp_path):
     spiking, images = spiking_network(*network, part="stem", merge=merge)
@@ -50,6 +50,12 @@ def test_tokenizers_fire_the_same_spikes_and_give_the_same_sums(network, merge, 
     for name, count in expected.items():
         assert float((counts[name] != count).double().mean()) < 1e-4, name  # The file holds float32.
     torch.testing.assert_close(sums, spiking(images.double()), rtol=1e-3, atol=1e-3)
+
+
+def test_a_neuron_that_rounds_to_even_is_refused_by_name(tmp_path):
+    spiking, _ = spiking_network(ESF[0], {**ESF[1], "rounding": "half_even"}, part="stem")
+    with pytest.raises(qsd.QsdError, match=r"neuron blocks\.0\.\S+ rounds halves to even.*rounding='half_up'"):
+        to_nir(spiking, tmp_path / "a.nir")
 
 
 def test_a_classifier_of_ones_own_gives_the_same_counts_and_logits(tmp_path):

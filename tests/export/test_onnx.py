@@ -12,7 +12,7 @@ from qsd.export.grids import calibrate
 from qsd.export.integer_weights import IntegerWeights
 from qsd.export.requantization import Requantization
 from tests.helpers import sample
-from tests.helpers.exporting import CSD, QSD, run_onnx, spiking_network
+from tests.helpers.exporting import CSD, ESF, QSD, run_onnx, spiking_network
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -26,11 +26,13 @@ def operations(path):
 EXACT = [
     (CSD, {}, {}),  # No chains, so that nothing is rounded.
     (QSD, {}, {"round_inner": "none"}),
+    ((ESF[0], {**ESF[1], "rounding": "half_even"}), {}, {}),  # No chains, and many ties.
     (QSD, {"merged_bits": 8}, {}),  # No inner values.
+    (ESF, {}, {}),
 ]
 
 
-@pytest.mark.parametrize(("network", "conversion", "export"), sample(EXACT[:2], EXACT))
+@pytest.mark.parametrize(("network", "conversion", "export"), sample(EXACT[:3], EXACT))
 def test_without_inner_rounding_an_integer_file_has_the_same_counts(network, conversion, export, tmp_path):
     spiking, images = spiking_network(*network, **conversion)
     to_onnx(spiking, tmp_path / "int.onnx", True, images, **export)

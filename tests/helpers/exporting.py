@@ -11,6 +11,8 @@ from qsd.layers import LayerScale
 
 QSD = ("qsd_tiny", {"embed_dims": (8, 16, 16, 16), "depth": 2, "num_heads": 2, "strides": (2, 2, 1, 2, 1)})
 CSD = ("csdformer_4_256", {"embed_dims": 32, "depth": 1, "num_heads": 2, "weight_bits": 4})
+ESF_SIZES = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 4, "strides": (2, 2, 1, 2, 1), "weight_bits": 4}
+ESF = ("e_spikeformer_tiny", ESF_SIZES)
 
 
 def spiking_network(name, sizes, part=None, **options):

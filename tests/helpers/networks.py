@@ -8,18 +8,30 @@ from torch import nn
 
 from qsd.neurons import LsqNeuron
 from qsd.spiking import count_spikes
+from tests.helpers import LONG
 
-FAMILIES = ["qsd_*", "csdformer_*"]
+FAMILIES = ["qsd_*", "csdformer_*", "e_spikeformer_*"]
 # Every registered network, and those among them that fire spikes.
 ALL_NAMES = timm.list_models(FAMILIES)
 NAMES = [name for name in ALL_NAMES if not name.endswith("_ann")]
 SMALL = {"embed_dims": (8, 8, 16, 24), "num_heads": 4, "depth": 4, "num_classes": 5, "layer_scale": 0.5}
 SMALL_CSD = {"embed_dims": 32, "num_heads": 4, "depth": 2, "num_classes": 5}
+SMALL_ESF = {"embed_dims": (8, 8, 16, 24), "num_heads": 4, "depth": 4, "num_classes": 5}
+SMALL_LARGE = {"embed_dims": (8, 8, 24), "num_heads": 4, "depth": 2, "num_classes": 5, "layer_scale": 0.5}
+
+
+def sampled(names):
+    """Of E-SpikeFormer's sizes, which are one network each when shrunk, the first; all in ``make test-long``."""
+    return [n for n in names if LONG or not n.startswith("e_spikeformer") or n.split("_")[2] in ("tiny", "83m")]
 
 
 def small(name, **kwargs):
     """A registered model with few channels and blocks."""
-    return timm.create_model(name, **{**(SMALL if name.startswith("qsd") else SMALL_CSD), **kwargs})
+    if name.startswith("e_spikeformer"):
+        sizes = SMALL_LARGE if name.startswith(("e_spikeformer_83m", "e_spikeformer_171m")) else SMALL_ESF
+    else:
+        sizes = SMALL if name.startswith("qsd") else SMALL_CSD
+    return timm.create_model(name, **{**sizes, **kwargs})
 
 
 def randomize_norms(model, mean=(0.0, 1.0), var=(0.5, 2.0), weight=(0.5, 1.5), bias=(0.0, 1.0)):
@@ -50,7 +62,10 @@ def randomize_steps(model, low, high):
 def dense_network(name="qsd_tiny", **kwargs):
     """A shrunk model in evaluation whose statistics make neurons fire at about half their capacity."""
     model = small(name, **kwargs).double().eval()
-    randomize_norms(model, mean=(0, 0.3), var=(0.3, 1), bias=(0.2, 0.3))
+    # E-SpikeFormer's thresholds are one, four times the others'.
+    randomize_norms(
+        model, mean=(0, 0.3), var=(0.3, 1), bias=(0.9, 0.5) if name.startswith("e_spikeformer") else (0.2, 0.3)
+    )
     randomize_steps(model, 0.7, 1.3)
     # Learned steps by their inputs in evaluation, some larger, some smaller.
     neurons = [module for module in model.modules() if isinstance(module, LsqNeuron)]

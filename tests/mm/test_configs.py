@@ -8,7 +8,7 @@ from mmengine.registry import HOOKS, MODELS, init_default_scope
 from torch import nn
 
 import qsd.mm
-from qsd.models.variants import QSD_VARIANTS
+from qsd.models.variants import family_of
 from qsd.neurons import LsqNeuron
 from tests.helpers import CONFIGS
 from tests.helpers.mm import SMALL
@@ -16,10 +16,12 @@ from tests.helpers.mm import SMALL
 ALL = sorted(CONFIGS.glob("*.py"))
 # Backbone, neck and heads together, in millions: the backbones have 15.1, 31.3, 55.4 without their classifiers.
 MILLIONS = {
+    "ade20k_e_spikeformer": 22.7,
     "ade20k_qsd": 18.9,
     "ade20k_qsd_31m": 35.1,
     "ade20k_qsd_55m": 59.1,
     "coco_cascade_qsd": 67.9,
+    "coco_e_spikeformer": 38.8,
     "coco_qsd": 34.9,
     "coco_qsd_31m": 75.8,
     "coco_qsd_55m": 134.3,
@@ -41,7 +43,8 @@ def test_config_is_built_at_full_size(path):
     with torch.device("meta"):
         model = MODELS.build(config.model)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(MILLIONS[path.stem], abs=0.05)
-    variant = QSD_VARIANTS[config.model.backbone.model]
+    backbone = config.model.backbone.model
+    variant = family_of(backbone).sizes[backbone]
     assert tuple(config.model.neck.in_channels) == tuple(variant["embed_dims"])
     converting = ["ConvertToSpikeDrivenHook"] if path.stem.startswith("digits") else []
     assert [hook["type"] for hook in config.custom_hooks] == ["StepSizeHook", "SpikeStatisticsHook", *converting]
@@ -132,6 +135,15 @@ def test_the_published_recipes():
     assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-3, 0.005)
     assert (ade.train_cfg.max_iters, ade.train_dataloader.batch_size) == (160000, 16)
     assert (ade.param_scheduler[0].end, ade.param_scheduler[1].power) == (1500, 1.0)
+
+
+def test_the_published_recipe_of_e_spikeformer_and_its_true_strides():
+    coco, ade = read(CONFIGS / "coco_e_spikeformer.py"), read(CONFIGS / "ade20k_e_spikeformer.py")
+    assert (coco.train_cfg.max_epochs, coco.train_dataloader.batch_size) == (12, 4)
+    assert (coco.model.neck.out_channels, coco.model.roi_head.bbox_head.fc_out_channels) == (256, 1024)
+    assert coco.model.rpn_head.anchor_generator.strides == [4, 8, 16, 16, 32]
+    assert ade.model.decode_head.feature_strides == [4, 8, 16, 16]
+    assert (ade.train_cfg.max_iters, ade.train_dataloader.batch_size) == (160000, 16)
 
 
 def test_parameter_groups():

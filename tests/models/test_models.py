@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2
 from qsd import QsdError
 from qsd.layers import QuantConv2d, QuantLinear, TransformerBlock
 from qsd.neurons import SpikeNeuron
-from tests.helpers.networks import ALL_NAMES, small
+from tests.helpers.networks import ALL_NAMES, sampled, small
 
 
 @pytest.mark.parametrize(
@@ -44,18 +44,21 @@ def test_the_registry_holds_every_size_and_its_twin():
         "qsd_8m", "qsd_15m", "qsd_31m", "qsd_55m", "qsd_75m", "qsd_124m", "qsd_tiny",
         "csdformer_8_384", "csdformer_8_512", "csdformer_8_768", "csdformer_4_256", "csdformer_2_384",
         "csdformer_4_384",
+        "e_spikeformer_tiny", "e_spikeformer_5m", "e_spikeformer_10m", "e_spikeformer_19m", "e_spikeformer_83m",
+        "e_spikeformer_171m",
     }  # fmt: skip
-    assert len(ALL_NAMES) == 26
+    assert len(ALL_NAMES) == 38
 
 
-@pytest.mark.parametrize("name", ALL_NAMES)
+@pytest.mark.parametrize("name", sampled(ALL_NAMES))
 def test_contract(name):
     # Three stages at least, and 24 channels in the last.
-    sizes = {"in_chans": 2, **({} if name.startswith("qsd") else {"embed_dims": 24, "depth": 3})}
+    sizes = {"in_chans": 2, **({"embed_dims": 24, "depth": 3} if name.startswith("csdformer") else {})}
     model = small(name, drop_path_rate=0.1, **sizes)
     images = torch.randn(2, 2, 48, 32)
     model.train()
-    model(images).square().sum().backward()
+    outputs = model(images)
+    sum(output.square().sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
     assert all(p.grad is not None for p in model.parameters()), "a dead parameter would stop distributed training"
 
     model.eval()
@@ -66,7 +69,11 @@ def test_contract(name):
         assert features.shape == (2, *shapes[-1])
         assert logits.shape == (2, 5)
         torch.testing.assert_close(logits, model.forward_head(features))
-        torch.testing.assert_close(model.get_classifier()(model.forward_head(features, pre_logits=True)), logits)
+        pooled = model.forward_head(features, pre_logits=True)
+        if isinstance(model.get_classifier(), tuple):  # two heads, one of them behind a neuron
+            assert pooled.shape == (2, model.num_features)
+        else:
+            torch.testing.assert_close(model.get_classifier()(pooled), logits)
         final, stages = model.forward_intermediates(images)
         assert torch.equal(final, features)
         assert [tuple(s.shape[1:]) for s in stages] == shapes

@@ -18,12 +18,14 @@ from qsd.spiking.layers import SpikingChain, SpikingMaxPool
 from qsd.spiking.merging import fold_norms, merge_factors
 from qsd.spiking.rules import RULES
 from tests.helpers import sample
-from tests.helpers.networks import NAMES, SMALL, assert_same_counts, dense_network
+from tests.helpers.networks import NAMES, SMALL, assert_same_counts, dense_network, sampled
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(NAMES))
 def test_every_registered_variant_converts_without_loss_and_goes_through_audit_energy_and_files(name, tmp_path):
-    model, images = dense_network(name), torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    # The published large E-SpikeFormer has one head that is not spike-driven, which tests of its own look at.
+    options = {"spiking_head": True} if name.endswith(("_83m", "_171m")) else {}
+    model, images = dense_network(name, **options), torch.randn(2, 3, 32, 48, dtype=torch.float64)
     spiking = to_spike_driven(model)
     assert_same_counts(model, spiking, images)
     audit_spike_driven(spiking, images).check()

@@ -1,12 +1,13 @@
 """One-step functions against exhaustive and integer arithmetic."""
 
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
 
 from qsd.neurons import SpikeNeuron
-from qsd.spiking.layers import DelayedNeuron
+from qsd.spiking.layers import DelayedNeuron, HalfEvenNeuron
 from qsd.spiking.runtime import Runtime
 from qsd.spiking.steps import fire, pool_increment, product_increment
 
@@ -44,6 +45,23 @@ def test_a_constant_current_needs_no_delay():
         currents = (total / time_steps).repeat(time_steps, 1)  # binary fractions: exact
         counts = integrate(currents, 64, 0).sum(0)
         assert torch.equal(counts, torch.floor(total / 64 + 0.5).clamp(0, time_steps))
+
+
+@pytest.mark.parametrize("code", ["unary", "binary"])
+@pytest.mark.parametrize("time_steps", [1, 2, 3, 4, 8])
+def test_halves_round_to_even_counts_if_some_spikes_need_more_than_the_threshold(time_steps, code):
+    # Python rounds fractions half to even. Ties are half of the sums here, and the currents come in any order.
+    threshold, runtime = 4, Runtime(time_steps, code)
+    trained = SpikeNeuron(time_steps, float(threshold), 1.0, rounding="half_even")
+    neuron = HalfEvenNeuron(trained, "n", runtime.code.lossless_delay, runtime)
+    sums = torch.arange(-12, threshold * (time_steps + 2), 2, dtype=torch.float64)
+    expected = [min(max(round(Fraction(int(z), threshold)), 0), time_steps) for z in sums]
+    currents = torch.randint(-20, 20, (runtime.code.steps, len(sums))).double()
+    currents[-1] += sums - currents.sum(0)
+    with runtime.running("step"):
+        spikes = neuron(currents.flatten()).view(runtime.code.steps, -1)
+    assert runtime.code.counts(spikes).tolist() == expected
+    assert neuron.count(sums).tolist() == expected
 
 
 @pytest.mark.parametrize("deviation", ["hard reset", "floor at zero", "start at zero", "strict threshold"])

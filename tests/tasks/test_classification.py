@@ -128,6 +128,30 @@ def test_auxiliary_losses_add_to_the_loss_are_logged_and_stay_out_of_copies_and_
     assert saved["state_dict"].keys() == {f"model.{k}" for k in task.model.state_dict()}
 
 
+def test_labels_train_both_of_two_heads_and_the_first_alone_beside_a_teacher_of_logits(monkeypatch):
+    class Pair(torch.nn.Module):
+        def forward(self, images):
+            return images.flatten(1)[:, :3], images.flatten(1)[:, 3:6]
+
+    task, seen = make_task(label_smoothing=0.0), []
+    task.model = Pair()
+    for name in ("log", "log_dict", "_check_labels"):
+        monkeypatch.setattr(task, name, lambda *_, **__: None)
+    images, labels = torch.randn(4, 6, 1, 1), torch.tensor([0, 2, 1, 1])
+    first, second = (torch.nn.functional.cross_entropy(logits, labels) for logits in task(images))
+    torch.testing.assert_close(task.training_step((images, labels), 0), (first + second) / 2)
+
+    def teach(_images, logits):
+        seen.append(logits)
+        return {"taught": 0.5 * logits.sum()}
+
+    task.add_auxiliary_loss(teach, teaches_logits=True)
+    torch.testing.assert_close(task.training_step((images, labels), 0), first + 0.5 * task(images)[1].sum())
+    assert torch.equal(seen[0], task(images)[1])
+    task.remove_auxiliary_loss(teach)
+    torch.testing.assert_close(task.training_step((images, labels), 0), (first + second) / 2)
+
+
 def test_a_checkpoint_rebuilds_the_task_without_its_data(tmp_path):
     task, trainer = make_task(init_from=None), make_trainer(tmp_path)
     trainer.fit(task, FewDigits())

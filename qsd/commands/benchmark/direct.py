@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from qsd.commands.benchmark.settings import with_one_output
 from qsd.neurons import SpikeNeuron
 
 
@@ -65,7 +66,7 @@ class DirectlyTrained(nn.Module):
     def __init__(self, name: str, time_steps: int, **arguments: Any) -> None:
         super().__init__()
         self.time_steps = time_steps
-        self.network = timm.create_model(name, time_steps=1, **arguments)
+        self.network = with_one_output(timm.create_model(name, time_steps=1, **arguments))
         for module in list(self.network.modules()):
             for key, child in module.named_children():
                 if isinstance(child, SpikeNeuron):

@@ -74,7 +74,7 @@ class Settings:
         """
         steps: dict[str, Any] = {} if suffix else {"time_steps": self.time_steps}
         model: nn.Module = timm.create_model(f"{name or self.name}{suffix}", num_classes=self.num_classes, **steps)
-        return model.to(self.device)
+        return with_one_output(model).to(self.device)
 
     def images(self, size: int | None = None, batch: int | None = None) -> Tensor:
         """Noise ``[B, 3, H, W]`` on the device, in channels-last layout, the same at every call.
@@ -87,3 +87,14 @@ class Settings:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(batch or self.batch_size, 3, side, side, generator=generator)
         return noise.to(self.device).contiguous(memory_format=torch.channels_last)
+
+
+def with_one_output(model: Any) -> Any:
+    """A model of timm that returns the average of its heads in training, if it has two, for one loss to be computed.
+
+    Args:
+        model: The model.
+    """
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(False)
+    return model

@@ -3,7 +3,7 @@
 from qsd.spiking.layers.base import Role, TimedLayer, missing_parts
 from qsd.spiking.layers.costs import LayerInputs, Operations, both, synaptic_operations
 from qsd.spiking.layers.geometry import Geometry, dense_macs, fan_out
-from qsd.spiking.layers.neuron import DelayedNeuron
+from qsd.spiking.layers.neuron import DelayedNeuron, HalfEvenNeuron
 from qsd.spiking.layers.pooling import SpikingMaxPool
 from qsd.spiking.layers.products import SpikingProduct, SpikingQuery
 from qsd.spiking.layers.synapses import Convolution, SpikingChain, SpikingDense, SpikingLinear, SpikingPooledDense
@@ -12,6 +12,7 @@ __all__ = [
     "Convolution",
     "DelayedNeuron",
     "Geometry",
+    "HalfEvenNeuron",
     "LayerInputs",
     "Operations",
     "Role",

@@ -60,6 +60,7 @@ class LayerInputs:
         signals: Range and origin of each tensor.
         weight_bits: Width of the trained network's quantized weights, by name.
         merged_bits: Width of merged kernels; ``None`` for floats.
+        analog: Whether the inputs are currents, neither images nor spikes.
     """
 
     tensors: tuple[Tensor, ...]
@@ -69,6 +70,7 @@ class LayerInputs:
     signals: tuple[Signal, ...] = ()
     weight_bits: Mapping[str, int] = field(default_factory=dict)
     merged_bits: int | None = None
+    analog: bool = False
 
     @property
     def time_steps(self) -> int:
@@ -188,7 +190,9 @@ def synaptic_operations(
     (x,), images = inputs.tensors, inputs.images
     total = images * sum(dense)
     of_kernel = total if merged is None else images * merged
-    if inputs.image:  # The current is the same in every time step, and computed once.
+    # An image's current is the same in every time step, and computed once. Analog values are multiplied once per image,
+    # on currents summed over the window.
+    if inputs.image or inputs.analog:
         return Operations(macs={"merged": of_kernel, "unmerged": total}, dense=total, dense_merged=of_kernel)
     reach = {key: fan_out(key).double() for key in BY_NETWORK}
     # Summed over images and channels first, so that the fan-out is multiplied to one small map.

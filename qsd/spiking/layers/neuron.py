@@ -16,7 +16,7 @@ from qsd.spiking.layers.movement import Movement
 from qsd.spiking.layers.spike_movement import neuron_movement
 from qsd.spiking.names import matches
 from qsd.spiking.runtime import Runtime
-from qsd.spiking.steps import charge, fire, shift
+from qsd.spiking.steps import charge, fire, fire_half_even, shift
 
 Potential = float | Tensor
 
@@ -35,7 +35,7 @@ class DelayedNeuron(TimedLayer):
     A neuron whose input is a product of spikes gets, beside the integer currents, the value of their unit. Its
     threshold is divided by that value, anew for every size of the image.
 
-    A neuron of other dynamics overrides `threshold_at`, `start`, `charge`, `fire` and, for the count domain,
+    A neuron of other dynamics overrides `threshold_at`, `limit`, `start`, `charge`, `fire` and, for the count domain,
     `spike_counts`. Steps and ticks are composed of these, so that they agree by construction.
 
     Args:
@@ -51,7 +51,7 @@ class DelayedNeuron(TimedLayer):
         super().__init__(name, runtime)
         self.delay = delay
         self.time_steps, self.threshold, self.amplitude = trained.time_steps, trained.threshold, trained.amplitude
-        self.drive = trained.drive
+        self.drive, self.rule = trained.drive, trained.rule
         self.scaled = False
 
     def step_size(self, features: int) -> float:
@@ -68,13 +68,20 @@ class DelayedNeuron(TimedLayer):
     def threshold_at(self, scale: float = 1.0) -> Potential:
         """The threshold in units of the input.
 
-        A tensor that broadcasts to one time step of the input, ``[B, ...]``, gives every neuron its own threshold,
-        which `fire` may change in place.
+        A tensor that broadcasts to one time step of the input, ``[B, ...]``, gives every neuron its own threshold.
 
         Args:
             scale: Value of one unit of the input, where the input is a product of spikes.
         """
         return self.threshold / scale
+
+    def limit(self, threshold: Potential) -> Potential:
+        """The threshold as `fire` gets it; a tensor that broadcasts to one time step may be changed there, in place.
+
+        Args:
+            threshold: See `threshold_at`.
+        """
+        return threshold
 
     def start(self, threshold: Potential) -> Potential:
         """The membrane potential at the beginning of a window; half a threshold rounds to the nearest count.
@@ -98,7 +105,7 @@ class DelayedNeuron(TimedLayer):
 
         Args:
             membrane: Potential of some neurons after the charge.
-            threshold: A number, or a tensor of the same shape, see `threshold_at`; in the binary code times the value
+            threshold: A number, or a tensor of the same shape, see `limit`; in the binary code times the value
                 of the step's spike.
             spikes: Receives 0 and 1, in the same shape and type.
         """
@@ -111,7 +118,7 @@ class DelayedNeuron(TimedLayer):
             x: Input, accumulated over the window ``[B, ...]``.
             scale: Value of one unit of the input, where the input is a product of spikes.
         """
-        return spike_count(x / self.threshold_at(*scale) if scale else self.drive(x), self.time_steps)
+        return spike_count(x / self.threshold_at(*scale) if scale else self.drive(x), self.time_steps, self.rule)
 
     # -- the three ways to run -----------------------------------------------------------------------------------------
 
@@ -161,7 +168,7 @@ class DelayedNeuron(TimedLayer):
         chunks = zip(
             *(_chunks(tensor) for tensor in (currents, spikes, potentials)),
             _as_chunks(self.start(threshold), currents[0]),
-            _as_chunks(threshold, currents[0]),
+            _as_chunks(self.limit(threshold), currents[0]),
         )
         for current, spike, potential, start, limit in chunks:
             membrane = start[0].clone() if isinstance(start, Tensor) else torch.full_like(current[0], start)
@@ -195,7 +202,8 @@ class DelayedNeuron(TimedLayer):
         if window.begins:
             threshold = self.threshold_at(*scale)
             state["membrane"], state["count"] = _filled(self.start(threshold), x), torch.zeros_like(x)
-            state["threshold"] = _filled(threshold, x) if isinstance(threshold, Tensor) else threshold
+            limit = self.limit(threshold)
+            state["threshold"] = _filled(limit, x) if isinstance(limit, Tensor) else limit
         if window.open:
             self.charge(state["membrane"], x)
         if window.within(delay, code.steps):
@@ -213,6 +221,27 @@ class DelayedNeuron(TimedLayer):
 
     def extra_repr(self) -> str:
         return f"time_steps={self.time_steps}, threshold={self.threshold:g}, delay={self.delay}"
+
+
+class HalfEvenNeuron(DelayedNeuron):
+    """A delayed neuron that rounds halves to even counts.
+
+    In the unary code its spikes 1, 3, ... need more than the threshold. In the binary code the last digit needs more
+    than the threshold, because it alone tells an odd count from an even one.
+    """
+
+    def limit(self, threshold: Potential) -> Potential:
+        return threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float64)
+
+    def fire(self, membrane: Tensor, threshold: Tensor, spikes: Tensor) -> None:
+        fire_half_even(membrane, threshold, spikes)
+
+    def _fire_step(self, membrane: Tensor, threshold: Any, spikes: Tensor, step: int) -> None:
+        code = self.runtime.code
+        if step == 1:
+            code.saturate(membrane, threshold)
+        level = code.level(threshold, step)  # in the unary code the same tensor, whose signs tell the parity
+        self.fire(membrane, -level if code.radix > 1 and step < code.steps else level, spikes)
 
 
 def _filled(value: Potential, like: Tensor) -> Tensor:
