@@ -61,7 +61,7 @@ QUICK = [
     ("benchmark training --device nowhere", "the device 'nowhere' is unknown"),
     ("benchmark training --roundz 3", "did you mean --rounds?"),
     ("import-checkpoint a.pth b.ckpt --num-heads 0", "0 is below 1"),
-    ("import-checkpoint a.pth b.ckpt --weight-bits 9", "9 is not from 2 to 8"),
+    ("import-checkpoint a.pth b.ckpt --weight-bits 9", "9 is not from 0 to 8"),
     ("demo digits --max-images 0", "0 is below 1"),
     ("demo scenes folder --scenes 0 1 1", "0 is below 1"),
     ("demo scenes folder --seed -1", "-1 is negative"),

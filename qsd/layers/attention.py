@@ -232,7 +232,7 @@ class NReluSelfAttention(nn.Module):
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """``[B, heads * d, H, W]`` to ``[B, heads, d, N]``."""
-    return x.reshape(x.shape[0], heads, x.shape[1] // heads, -1)
+    return x.reshape(x.shape[0], heads, x.shape[1] // heads, x.shape[2:].numel())
 
 
 def _transposed(x: Tensor) -> Tensor:

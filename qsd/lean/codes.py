@@ -184,6 +184,9 @@ def fire(
     highest = x.new_full((), 2 ** (bits - 1))
     is_one = not isinstance(amplitude, Tensor) and amplitude == 1
     slack = tie_slack(x, time_steps, threshold) if x.dtype == torch.float64 else 0.0
+    # Without calls for the usual rule, because each call takes time.
+    other = rule.half_even or x.dtype in HALF_TYPES
+    bounds = _bounds(x, time_steps) if rule.closed else (0, time_steps)
     parts: list[Tensor] | None = []
     buffer = x.new_empty(min(count, block))  # one for all blocks: fresh memory is slow on a CPU
     for part, counts in zip(source.split(block), target.split(block)):
@@ -192,9 +195,10 @@ def fire(
             torch.mul(part, time_steps, out=drive)
         else:
             torch.div(part, threshold, out=drive)
-        _round(drive, counts, rule.half_even, slack).clamp_(0, time_steps)
+        rounded = _round(drive, counts, rule.half_even) if other else torch.add(drive, 0.5 + slack, out=counts).floor_()
+        rounded.clamp_(0, time_steps)
         if parts is not None and count:
-            packed = _pack_(drive, counts, _bounds(drive, time_steps, rule.closed), highest, bits)
+            packed = _pack_(drive, counts, bounds, highest, bits)
             parts = None if packed is None else [*parts, packed]
         if not is_one:
             counts.mul_(amplitude)
@@ -203,19 +207,13 @@ def fire(
     return output, layout, None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _round(drive: Tensor, counts: Tensor, half_even: bool, slack: float) -> Tensor:
-    """Write the drive, rounded to whole numbers as `qsd.rounding.round_counts` does, into the memory of the counts."""
-    if half_even:
-        return torch.round(drive, out=counts)
-    if drive.dtype in HALF_TYPES:
-        return counts.copy_(drive.float().add_(0.5).floor_())
-    return torch.add(drive, 0.5 + slack, out=counts).floor_()
+def _round(drive: Tensor, counts: Tensor, half_even: bool) -> Tensor:
+    """Write the drive, with halves to even or in half precision, into the memory of the counts, see `qsd.rounding`."""
+    return torch.round(drive, out=counts) if half_even else counts.copy_(drive.float().add_(0.5).floor_())
 
 
-def _bounds(drive: Tensor, time_steps: int, closed: bool) -> tuple[float, float]:
-    """The numbers between which, strictly, the gradient passes."""
-    if not closed:
-        return 0, time_steps
+def _bounds(drive: Tensor, time_steps: int) -> tuple[float, float]:
+    """The numbers between which, strictly, the gradient passes in a closed window."""
     # The least normal number stands for the next float below zero: processors may take smaller ones for zero.
     kind = np.float64 if drive.dtype == torch.float64 else np.float32
     return -float(np.finfo(kind).tiny), float(np.nextafter(kind(time_steps), kind(np.inf)))
