@@ -1,5 +1,6 @@
 """Pictures of where a network fires for one image: the part of ``qsd analyze`` with ``--image``."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def _load(path: str, options: Namespace) -> tuple[SpikingNetwork, Tensor, str]:
     data: Any = data_from_arguments(options)
     if getattr(data, "mean", None) is None:
         data.setup("validate")  # Some data sets measure their statistics.
-    facts = read_image_notes(image_notes(data), Path(path))
+    notes = json.loads(json.dumps(image_notes(data)))  # As a packed file would hold them.
+    facts = read_image_notes(notes, path)
     trained, name = load_trained(path)
     found = load_image(options.image, getattr(data, "exif_orientation", "upright"))
     if isinstance(found, BadImage):

@@ -29,6 +29,19 @@ def test_operations_and_neurons_are_the_paper_s(name, giga_macs, products, neuro
     assert profile["neurons"] == pytest.approx(neurons, rel=0.005)
     assert profile["direct_epoch_macs"] == 4 * profile["epoch_macs"]
     assert profile["epoch_macs"] == 3 * (profile["macs"] + profile["product_macs"]) * 1_281_167
+    metrics = profile["neurobench"]
+    assert metrics["synaptic_operations"]["Dense"] == 4 * (profile["macs"] + profile["product_macs"])
+    assert metrics["footprint"] == profile["packed_bytes"]
+    assert metrics["activation_sparsity"] is None
+
+
+def test_neurobench_s_metrics_are_measured_on_request():
+    sizes = {"embed_dims": 8, "depth": 1, "num_heads": 2, "num_classes": 1}
+    metrics = profiler.profile("csdformer_4_256", 16, sizes, epoch_images=10, spikes=True).neurobench
+    assert 0 < metrics["activation_sparsity"] < 1
+    operations = metrics["synaptic_operations"]
+    assert 0 < operations["Effective_ACs"] < operations["Dense"]
+    assert operations["Effective_MACs"] == 9 * 3 * 256
 
 
 def test_a_profile_that_can_be_counted_by_hand():

@@ -12,6 +12,7 @@ from qsd import QsdError, measure_energy, to_spike_driven
 from qsd.energy import Memory, Prices, preset_prices, read_prices
 from qsd.layers import MatrixProduct, QuantConv2d, QuantLinear, SpikeProduct
 from qsd.neurons import SpikeNeuron
+from qsd.report import ConversionOptions
 from tests.helpers.networks import dense_network
 
 KINDS = ("weights_read", "membranes_read", "membranes_written", "activations_read", "activations_written")
@@ -209,7 +210,7 @@ def test_prices_are_read_from_a_file_and_mistakes_are_one_line(tmp_path):
             read_prices(path)
         assert len(str(error.value).splitlines()) == 1
     with pytest.raises(QsdError, match="does not exist"):
-        read_prices(tmp_path / "none.yaml")
+        ConversionOptions(prices=str(tmp_path / "none.yaml"))
 
 
 class Convolutional(nn.Module):

@@ -119,6 +119,13 @@ def test_audit_energy_and_sizes_are_those_of_their_functions(recorded, data):
     assert record.sizes.packed_bytes == qsd.model_size(spiking).packed_bytes
 
 
+def test_operations_and_bits_are_written_as_csv(recorded, tmp_path):
+    report.write_csv(recorded[1], tmp_path / "layers.csv")
+    lines = (tmp_path / "layers.csv").read_text().splitlines()
+    assert len(lines) == 1 + 8 * len(recorded[1].energy.layers)
+    assert lines[0].startswith("layer,kind,network,dataflow,rate,additions,macs,weights_read_bits,")
+
+
 def test_metrics_are_numbers_by_name(recorded):
     metrics = report.metrics(recorded[1])
     assert all(name.startswith("spiking/") and isinstance(value, float) for name, value in metrics.items())
