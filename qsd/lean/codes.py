@@ -182,9 +182,7 @@ def fire(
     block = BLOCK * torch.get_num_threads() if x.is_cpu else max(2, 2 * count)
     bits = 4 if time_steps <= 7 else 8
     highest = x.new_full((), 2 ** (bits - 1))
-    is_one = not isinstance(amplitude, Tensor) and amplitude == 1
     slack = tie_slack(x, time_steps, threshold) if x.dtype == torch.float64 else 0.0
-    # Without calls for the usual rule, because each call takes time.
     other = rule.half_even or x.dtype in HALF_TYPES
     bounds = _bounds(x, time_steps) if rule.closed else (0, time_steps)
     parts: list[Tensor] | None = []
@@ -200,7 +198,7 @@ def fire(
         if parts is not None and count:
             packed = _pack_(drive, counts, bounds, highest, bits)
             parts = None if packed is None else [*parts, packed]
-        if not is_one:
+        if isinstance(amplitude, Tensor) or amplitude != 1:
             counts.mul_(amplitude)
     copy = amplitude.detach().clone() if isinstance(amplitude, Tensor) else amplitude
     layout = Layout(bits, count, block, x.dtype, copy)
