@@ -135,7 +135,9 @@ def parser_message(message: str, options: Iterable[str], classes: Iterable[type]
     """
     known = {option for option in options if option.startswith("--")}
     # jsonargparse tells a wrong argument of a class in several sentences, among them these two.
-    key, rejected = re.search(r'key "([\w.]+)"', message), re.search(r"Option '([\w.]+)' is not accepted", message)
+    # Old versions show the rejected argument alone.
+    key = re.search(r'key "([\w.]+)"', message)
+    rejected = re.search(r"(?:Option |NestedArg\(key=)'([\w.]+)'", message)
     if key and rejected:
         parameters = {name for kind in classes for base in kind.__mro__ for name in _parameters(base)}
         known |= {f"--{key[1]}.{name}" for name in parameters}
