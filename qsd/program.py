@@ -137,11 +137,11 @@ def parser_message(message: str, options: Iterable[str], classes: Iterable[type]
     # jsonargparse tells a wrong argument of a class in several sentences, among them these two.
     # Old versions show the rejected argument alone.
     key = re.search(r'key "([\w.]+)"', message)
-    rejected = re.search(r"(?:Option |NestedArg\(key=)'([\w.]+)'", message)
+    rejected = re.search(r"Option '([\w.]+)' is not accepted|NestedArg\(key='([\w.]+)'", message)
     if key and rejected:
         parameters = {name for kind in classes for base in kind.__mro__ for name in _parameters(base)}
         known |= {f"--{key[1]}.{name}" for name in parameters}
-        message = f"unrecognized arguments: --{key[1]}.{rejected[1]}"
+        message = f"unrecognized arguments: --{key[1]}.{rejected[1] or rejected[2]}"
     for word in re.findall(r"--[\w.+-]+", message):
         near = difflib.get_close_matches(word.rstrip("+."), known, n=1, cutoff=0.7)
         if near and word not in known:
