@@ -8,7 +8,6 @@ import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from qsd.errors import QsdError
 from qsd.files import replace_content
@@ -51,8 +50,5 @@ def write_whole_files(trainer: Trainer) -> None:
     Args:
         trainer: A trainer that has not written anything.
     """
-    way = trainer.strategy.checkpoint_io
-    if type(way) is TorchCheckpointIO:
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeFileCheckpointIO()
-    elif isinstance(way, _WrappingCheckpointIO) and type(way.checkpoint_io) is TorchCheckpointIO:
-        way.checkpoint_io = WholeFileCheckpointIO()

@@ -166,8 +166,8 @@ def test_the_large_network_is_spike_driven_but_for_its_first_head_and_merges_int
     audit_spike_driven(to_spike_driven(mended), images.double()).check()
 
 
-@pytest.mark.parametrize("rounding", ["half_up", "half_even"])
-@pytest.mark.parametrize("time_steps", sample([1, 4], [1, 2, 4, 8]))
+@pytest.mark.parametrize("rounding", sample(["half_even"], ["half_up", "half_even"]))
+@pytest.mark.parametrize("time_steps", sample([4], [1, 2, 4, 8]))
 def test_both_networks_convert_without_a_changed_count_at_odd_sizes(time_steps, rounding):
     # With 4 channels to a head, products lie exactly between two counts.
     for name, options in (("tiny", {"embed_dims": (8, 8, 16, 16)}), ("83m", {})):
@@ -179,8 +179,8 @@ def test_both_networks_convert_without_a_changed_count_at_odd_sizes(time_steps, 
 
 
 def test_images_in_a_row_fire_counts_that_are_rounded_to_even():
-    model = dense_network("e_spikeformer_tiny", embed_dims=(8, 8, 16, 16), rounding="half_even")
-    images, ties = torch.randn(2, 3, 64, 64, dtype=torch.float64), []
+    model = dense_network("e_spikeformer_tiny", embed_dims=(8, 8, 16, 16), depth=2, time_steps=2, rounding="half_even")
+    images, ties = torch.randn(2, 3, 48, 48, dtype=torch.float64), []
     stream = to_spike_driven(model).stream([images[:1], images[1:]])
     for name, module in model.named_modules():
         if name.endswith("attn_neuron"):

@@ -22,9 +22,9 @@ from qsd.layers import QuantConv2d, TokenMean, conv_norm
 from qsd.models.packed_file import read_packed
 from qsd.neurons import SpikeNeuron
 from qsd.spiking import compare_counts, measure_lost_spikes
-from qsd.spiking.codes import build_code
+from qsd.spiking.codes import CODES, build_code
 from qsd.spiking.conversion import convert
-from qsd.spiking.layers import DelayedNeuron
+from qsd.spiking.layers import DelayedNeuron, HalfEvenNeuron
 from qsd.spiking.runtime import Runtime
 from qsd.spiking.steps import pool_increment, product_increment
 from tests.helpers import sample
@@ -113,6 +113,18 @@ def test_a_saturated_neuron_keeps_its_last_digit_though_the_largest_count_of_thr
             currents[0] = 100.0
             spikes = integrate(currents, threshold, largest, steps - 1)
             assert spikes.flatten().tolist() == digits_on_paper(largest, steps)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_halves_that_round_to_even_counts_do_so_in_either_code(code):
+    for largest in (1, 4, 7, 10):
+        trained, membranes = SpikeNeuron(largest, 2.0, rounding="half_even"), torch.arange(-8.0, 4 * largest + 9)
+        runtime = Runtime(largest, code)
+        neuron = HalfEvenNeuron(trained, "n", runtime.code.steps - 1, runtime)
+        currents = torch.cat([torch.zeros(runtime.code.steps - 1, len(membranes)), membranes[None]])
+        with runtime.running("step"):
+            spikes = neuron(currents.flatten()).view(currents.shape)
+        assert torch.equal(runtime.code.counts(spikes).float(), (membranes / 2).round().clamp(0, largest))
 
 
 def test_the_next_digit_of_the_largest_count_is_the_growth_of_the_largest_number():
