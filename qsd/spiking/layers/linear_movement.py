@@ -129,7 +129,7 @@ def _parts(
     for i, factor in enumerate(factors):
         peak = math.inf if network == "float_twin" else factor.peak(peak)
         sums = bits_for(peak, True)
-        if spiking and i == 0 and not inputs.image:
+        if spiking and i == 0 and not (inputs.image or inputs.analog):
             parts.append(_of_spikes(inputs, operations, factor, operations.additions[network], sums))
         else:
             events, macs = images * factor.inputs, images * factor.macs
@@ -196,7 +196,7 @@ def _words(inputs: LayerInputs, operations: Operations, factors: Sequence[Factor
     """The merged kernel in the model of Lemaire et al. (2022)."""
     (factor, *_), words, spikes = factors, Words(), operations.spikes
     capacity = factor.weights + factor.channels
-    if inputs.image:
+    if inputs.image or inputs.analog:
         images = inputs.images
         macs = images * factor.macs
         words.macs, words.additions = macs, images * factor.outputs
