@@ -1,4 +1,12 @@
-"""Converted networks as files of the Neuromorphic Intermediate Representation (NIR), for chips and simulators."""
+"""Converted networks as files of the Neuromorphic Intermediate Representation (NIR), for chips and simulators.
+
+Every step evaluates all nodes in order. Feed the image in the first T steps and nothing afterwards, and each input
+``clock.NEURON`` as the schedule says: its channel 0 gets the pulses, ``{step: value}``, everywhere; in step 1, its
+channel ``1 + k`` gets a 1 wherever ``start`` is k. After ``steps`` steps the membrane of ``sums`` holds the logits.
+The neurons must reset by subtraction of their threshold and let membranes become negative; NIR cannot say so, and
+backends differ. Early currents of residual connections charge a neuron at once, which changes no count, since
+delays are lossless.
+"""
 
 import json
 from collections.abc import Mapping
@@ -22,12 +30,7 @@ def to_nir(
 ) -> Path:
     """Write a converted network as a NIR graph (HDF5) with a schedule beside it (JSON).
 
-    Every step evaluates all nodes in order. Feed the image in the first T steps and nothing afterwards, and each input
-    ``clock.NEURON`` as the schedule says: its channel 0 gets the pulses, ``{step: value}``, everywhere; in step 1, its
-    channel ``1 + k`` gets a 1 wherever ``start`` is k. After ``steps`` steps the membrane of ``sums`` holds the logits.
-    The neurons must reset by subtraction of their threshold and let membranes become negative; NIR cannot say so, and
-    backends differ. Early currents of residual connections charge a neuron at once, which changes no count, since
-    delays are lossless.
+    The head of this module describes how the graph is run.
 
     Args:
         spiking: Network of the unary code with lossless delays, and without products of activations: attention is

@@ -111,16 +111,14 @@ def calibrate_delays(
         progress: Whether to show a progress bar.
 
     Raises:
-        QsdError: If the budget is no share, there are no images, or the network's code is binary, in which no neuron
-            can fire early.
+        QsdError: If the budget is no share, there are no images, or neurons of the network's code cannot fire early.
     """
     if not 0 <= max_accuracy_drop <= 1:
         raise QsdError(f"max_accuracy_drop={max_accuracy_drop} is no share of images from 0 to 1.")
-    for name in spiking.neurons():
+    names, lossless = list(spiking.neurons()), spiking.lossless_delay
+    for name in names:
         spiking.code.check_delay(name, 0)
     batches = list(image_batches(images, spiking, max_images))
-    lossless = spiking.lossless_delay
-    names = list(spiking.neurons())
     measured = _Measure(spiking, batches, dict.fromkeys(names, lossless))
     choices = [(name, delay) for name in names for delay in range(lossless)]
     all_lossless, accuracy = dict.fromkeys(names, lossless), measured.reference

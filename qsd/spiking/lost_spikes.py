@@ -121,19 +121,22 @@ def measure_lost_spikes(
         with _losing(spiking, share, generator) as lost:
             traces = [spiking.simulate(batch) for batch, _ in batches]
         logits = torch.cat([trace.logits for trace in traces])
-        classes = logits.argmax(-1)
-        error = (logits - expected).square().mean().sqrt() / expected.std().clamp(min=1e-12)
-        found.rows.append(
-            LossRow(
-                share=share,
-                lost=sum(lost) / number,
-                accuracy=float((classes == labels).double().mean()),
-                agreement=float((classes == expected.argmax(-1)).double().mean()),
-                logit_error=float(error),
-                count_error=_count_error(traces, lossless),
-            )
-        )
+        error = _count_error(traces, lossless)
+        found.rows.append(_row(share, sum(lost) / number, logits, expected, labels, error))
     return found
+
+
+def _row(share: float, lost: float, logits: Tensor, expected: Tensor, labels: Tensor, count_error: float) -> LossRow:
+    classes = logits.argmax(-1)
+    error = (logits - expected).square().mean().sqrt() / expected.std().clamp(min=1e-12)
+    return LossRow(
+        share=share,
+        lost=lost,
+        accuracy=float((classes == labels).double().mean()),
+        agreement=float((classes == expected.argmax(-1)).double().mean()),
+        logit_error=float(error),
+        count_error=count_error,
+    )
 
 
 @contextmanager
