@@ -346,8 +346,11 @@ def test_early_firing_is_refused_with_the_reason():
     with pytest.raises(QsdError, match=f"neuron head_neuron {message}"):
         to_spike_driven(small("csdformer_4_256"), delay={"head_neuron": 1}, code="binary")
     spiking = small_binary("csdformer_4_256")
-    for run in (spiking.simulate, spiking.stream, audit_spike_driven):
-        arguments = (spiking, IMAGES) if run is audit_spike_driven else (IMAGES,)
+    for run, arguments in (
+        (spiking.simulate, (IMAGES,)),
+        (spiking.stream, ([IMAGES],)),
+        (audit_spike_driven, (spiking, IMAGES)),
+    ):
         with pytest.raises(QsdError, match=message):
             run(*arguments, delay=0)
     with pytest.raises(QsdError, match=message):
