@@ -129,7 +129,7 @@ def test_the_directly_trained_baseline_fires_binary_spikes_over_time_and_has_gra
     ("arguments", "message"),
     [
         (["--model", "resnet18"], "model 'resnet18' is unknown or has no float twin"),
-        (["--rounds", "0"], "rounds=0 is not positive"),
+        (["--rounds", "0"], "argument --rounds: 0 is below 1"),
         (["--out", "missing"], "the folder missing does not exist"),
     ],
 )
