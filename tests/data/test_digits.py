@@ -1,5 +1,4 @@
 import hashlib
-import time
 
 import numpy as np
 import pytest
@@ -90,16 +89,9 @@ def test_three_channels():
         DigitsData(in_chans=2)
 
 
-def test_an_epoch_loads_quickly(digits):
-    list(digits.val_dataloader())
-    start = time.process_time()
-    list(digits.train_dataloader())
-    assert time.process_time() - start < 1  # about 0.25 s on one core of 2023
-
-
 @pytest.mark.parametrize(("argument", "value"), [("batch_size", 0), ("num_workers", -1), ("img_size", 0), ("seed", -1)])
 def test_arguments_out_of_range(argument, value):
-    with pytest.raises(QsdError, match=f"{argument}={value} is too small"):
+    with pytest.raises(QsdError, match=f"{argument}={value} is (too small|negative)"):
         DigitsData(**{argument: value})
     with pytest.raises(QsdError, match="img_size="):
         DigitsData(img_size=(32, 0))
