@@ -3,7 +3,6 @@
 import csv
 import logging
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,9 +129,7 @@ def test_odd_names_of_classes_and_files_train_validate_and_predict(tmp_path, mon
 def test_a_name_that_begins_like_a_formula_stays_the_path_of_its_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     writer = PredictionWriter(str(tmp_path / "p.csv"))
-    trainer = SimpleNamespace(
-        log_dir=str(tmp_path), default_root_dir=".", global_rank=0, datamodule=None, loggers=[], is_global_zero=True
-    )
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     writer.on_predict_start(trainer, None)
     batch = {"name": ["=cmd.png"], "probabilities": torch.tensor([[0.25, 0.75]])}
     writer.write_on_batch_end(trainer, None, batch, None, None, 0, 0)
