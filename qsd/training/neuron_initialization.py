@@ -14,10 +14,11 @@ def has_contrast(images: Iterable[Tensor]) -> bool:
     """Whether a batch tells anything of the inputs of neurons: all of it is finite, and not every image has one colour.
 
     Args:
-        images: Images ``[C, H, W]``.
+        images: Images ``[C, H, W]``, or vectors of features.
     """
     tensors = list(images)
-    contrast = torch.stack([(image.amax((-2, -1)) > image.amin((-2, -1))).any() for image in tensors])
+    colours = [image.flatten(1) if image.dim() > 1 else image[None] for image in tensors]
+    contrast = torch.stack([(colour.amax(1) > colour.amin(1)).any() for colour in colours])
     return bool(contrast.any() & torch.stack([image.isfinite().all() for image in tensors]).all())
 
 
