@@ -5,11 +5,11 @@ This module lies beside the package because importing ``qsd`` imports PyTorch, w
 """
 
 import difflib
+import runpy
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import NoReturn
 
@@ -44,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     command = next((word for word in arguments if word != "--traceback"), "")
     if command == "--version":
-        print(f"qsd {version('qsd')}")
+        print(f"qsd {_version()}")
     elif command in ("-h", "--help"):
         print(_help())
     elif command in TRAINING or command.split("=")[0] in ("--config", "--print_config"):
@@ -80,6 +80,13 @@ def run_lightning() -> NoReturn:
     if sys.argv[1:] and sys.argv[1] not in ours and find_spec("lightning_sdk") is not None:
         sys.exit(import_module("lightning_sdk.cli.entrypoint").main_cli())
     run()
+
+
+def _version() -> str:
+    """The version, read from the package without importing it."""
+    package = find_spec("qsd")
+    folder = package.submodule_search_locations[0] if package and package.submodule_search_locations else ""
+    return str(runpy.run_path(f"{folder}/_version.py")["__version__"])
 
 
 def _help() -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qsd.commands import analyze as analyze_command
-from tests.helpers import ROOT
+from tests.helpers import ROOT, long
 
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2, "strides": [2, 2, 1, 2, 1]}  # of both networks
 SHORT = [
@@ -28,6 +28,7 @@ def runs(tmp_path_factory, tool):
     return folder / "runs"
 
 
+@long
 def test_one_command_trains_the_teacher_and_then_the_student(runs, tool, monkeypatch, capsys):
     teacher = torch.load(runs / "digits_teacher/version_0/checkpoints/best.ckpt", weights_only=True)
     student = torch.load(runs / "digits_distill/version_0/checkpoints/best.ckpt", weights_only=True)
