@@ -47,6 +47,7 @@ def test_one_command_trains_the_teacher_and_then_the_student(runs, tool, monkeyp
     assert "configuration configs/abacus.yaml does not exist" in capsys.readouterr().err
 
 
+@long
 def test_attention_is_analysed_on_the_images_of_the_training(runs, tool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     analyze = analyze_command.main
