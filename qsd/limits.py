@@ -100,15 +100,7 @@ def whole(least: int | None = None, most: int | None = None) -> Callable[[Any], 
         least: Smallest value that is allowed.
         most: Largest value that is allowed.
     """
-
-    def parse(text: Any) -> int:
-        try:
-            value = int(text)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise BadValue(f"{text!r} is no whole number") from error
-        return _in_range(value, text, least, most)
-
-    return parse
+    return _type(int, "whole number", least, most)
 
 
 def number(least: float | None = None, most: float | None = None) -> Callable[[Any], float]:
@@ -118,22 +110,21 @@ def number(least: float | None = None, most: float | None = None) -> Callable[[A
         least: Smallest value that is allowed.
         most: Largest value that is allowed.
     """
+    return _type(float, "number", least, most)
 
-    def parse(text: Any) -> float:
+
+def _type(kind: type, noun: str, least: float | None, most: float | None) -> Callable[[Any], Any]:
+    def parse(text: Any) -> Any:
         try:
-            value = float(text)
-        except (TypeError, ValueError) as error:
-            raise BadValue(f"{text!r} is no number") from error
-        return _in_range(value, text, least, most)
+            value = kind(text)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise BadValue(f"{text!r} is no {noun}") from error
+        reason = problem(value, least, most)
+        if reason is not None:
+            raise BadValue(f"{text} {reason}")
+        return value
 
     return parse
-
-
-def _in_range(value: Any, text: Any, least: float | None, most: float | None) -> Any:
-    reason = problem(value, least, most)
-    if reason is not None:
-        raise BadValue(f"{text} {reason}")
-    return value
 
 
 def json_object(text: str) -> dict[str, Any]:
