@@ -18,6 +18,7 @@ from qsd.functional import drop_path
 from qsd.layers import Mlp, NReluSelfAttention, SpikeMaxPool2d, TokenMean, TokenMeanLinear, conv_norm, recompute
 from qsd.layers.attention import ScoreKind
 from qsd.models.base import ImageClassifier
+from qsd.models.staged import drop_path_rates
 from qsd.neurons import build_neuron, neuron_kinds
 
 # A kind of neuron with a learned step (see `qsd.neurons.register_neuron`), or ``"relu"`` for the float network.
@@ -151,7 +152,7 @@ class CsdFormer(ImageClassifier):
             conv_norm(in_chans, widths[0], 3, bits=weight_bits),
             *(PooledConv(widths[i], widths[i + 1], strides[i], kinds) for i in range(4)),
         )
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
             CsdBlock(embed_dims, num_heads, mlp_ratio, attention, rate, kinds) for rate in rates
         )
