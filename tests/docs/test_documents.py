@@ -154,7 +154,7 @@ def test_trainings(command, workplace, tree, finished, monkeypatch):
     bring_run(command, finished)
     shorten_conversions(monkeypatch)
     if "cifar" in command:
-        monkeypatch.setattr("qsd.data.CifarData.load_part", _noise)
+        monkeypatch.setattr("qsd.data.TorchvisionData.load_part", _noise)
         torch.save(timm.create_model("qsd_15m", num_classes=5, **SIZES).state_dict(), "CHECKPOINT")
         command = command.replace("--data.download true", "")  # no network in a test
     if "teacher CHECKPOINT" in command:
