@@ -174,6 +174,8 @@ class QsdCLI(LightningCLI):
         runs.write_whole_files(trainer)
         if is_first:
             self._claims += runs.claim_for_loggers(trainer.loggers)
+        seed = self._get(self.config_init, "seed_everything", default=None)
+        trainer.callbacks.append(runs.WriteRunRecord(seed if type(seed) is int else None))  # type: ignore[attr-defined]
         if self.subcommand == "fit":
             trainer.callbacks.append(self._stop)  # type: ignore[attr-defined]
         return trainer
