@@ -87,15 +87,7 @@ def save_pretrained(
         raise QsdError("the network cannot be built again by its name; register it with timm and build it by its name.")
     facts = None if notes is None else read_image_notes(notes, "the notes")
     config = _config(inner, registered, facts)
-    card = _CARD_TEXT.format(
-        licence=licence,
-        title=f"{registered['name']}{f' on {data}' if data else ''}",
-        version=__version__,
-        architecture=registered["name"],
-        weights=_weights(inner),
-        facts="\n".join(_facts(model_size(inner), metrics or {}, data, record)),
-        images=_images(facts),
-    )
+    card = _card(inner, registered["name"], facts, metrics or {}, data, licence, record)
     with replacing_together(folder) as partial:
         save_packed(inner, partial / _WEIGHTS, dict(notes or {}))
         (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -129,6 +121,27 @@ def _config(model: Any, registered: Mapping[str, Any], facts: ImageNotes | None)
     if facts is not None and facts.class_names is not None:
         config["label_names"] = facts.class_names
     return config
+
+
+def _card(
+    model: Any,
+    name: str,
+    facts: ImageNotes | None,
+    metrics: Mapping[str, float],
+    data: str | None,
+    licence: str,
+    record: "Record | None",
+) -> str:
+    """The text of the model card."""
+    return _CARD_TEXT.format(
+        licence=licence,
+        title=f"{name} on {data}" if data else name,
+        version=__version__,
+        architecture=name,
+        weights=_weights(model),
+        facts="\n".join(_facts(model_size(model), metrics, data, record)),
+        images=_images(facts),
+    )
 
 
 def _weights(model: Any) -> str:

@@ -5,7 +5,7 @@ record. A training that was resumed has several runs, which are named in their o
 and nothing else.
 
 Examples:
-  qsd results --keep fashion_mnist runs/fashion_mnist/version_0 runs/fashion_mnist/version_1
+  qsd results --keep digits runs/digits/version_0 runs/digits/version_1
   qsd results
   qsd results --page docs/results.md
 """
