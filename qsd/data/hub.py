@@ -28,6 +28,7 @@ class HubImages:
         label_key: Column of their classes.
         split: Name of the split, for messages.
         exif_orientation: The rule of `qsd.data.load_image`.
+        class_names: Classes of the training split, where labels are texts; ``None`` for those of this split.
 
     Attributes:
         class_names: Names of the classes, by label.
@@ -44,6 +45,7 @@ class HubImages:
         label_key: str,
         split: str,
         exif_orientation: ExifOrientation = "upright",
+        class_names: list[str] | None = None,
     ) -> None:
         import datasets
 
@@ -54,7 +56,7 @@ class HubImages:
                 columns = ", ".join(map(shown, dataset.column_names))
                 raise QsdError(f"the split {split} has no column {key!r}; choose --data.{name} from {columns}.")
         values = dataset.select_columns([label_key]).with_format("numpy")[:][label_key]
-        self.class_names, self.labels = _classes(np.asarray(values), dataset.features[label_key], split)
+        self.class_names, self.labels = _classes(np.asarray(values), dataset.features[label_key], split, class_names)
         if isinstance(dataset.features[image_key], datasets.Image):
             dataset = dataset.cast_column(image_key, datasets.Image(decode=False))
         self._images = dataset.select_columns([image_key])
@@ -135,11 +137,17 @@ def hub_splits(name: str, root: Path | None, download: bool) -> Sequence[str]:
         raise QsdError(f"{name} cannot be found: {' '.join(str(error).split())[:300]}{fetched}.") from error
 
 
-def _classes(values: np.ndarray[Any, Any], feature: Any, split: str) -> tuple[list[str], np.ndarray[Any, Any]]:
+def _classes(
+    values: np.ndarray[Any, Any], feature: Any, split: str, known: list[str] | None
+) -> tuple[list[str], np.ndarray[Any, Any]]:
+    """Names of the classes, and the label of each image."""
     names = getattr(feature, "names", None)
-    if names is None and values.dtype.kind in "UO":
-        texts, labels = np.unique(values.astype(str), return_inverse=True)
-        return texts.tolist(), labels
+    if names is None and values.ndim == 1 and values.dtype.kind in "UO":
+        texts, inverse = np.unique(values.astype(str), return_inverse=True)
+        names = known or texts.tolist()
+        if unknown := [text for text in texts.tolist() if text not in names]:
+            raise QsdError(f"the split {split} has the class {shown(unknown[0])}, which the training split lacks.")
+        return names, np.array([names.index(text) for text in texts.tolist()])[inverse]
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise QsdError(f"the labels of the split {split} are neither whole numbers nor texts; see --data.label_key.")
     count = len(names) if names is not None else int(values.max()) + 1

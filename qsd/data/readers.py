@@ -100,13 +100,9 @@ class ReaderData(PhotographData):
 
     def prepare_data(self) -> None:
         """Fetch what is missing, if asked to, and index shards, in one process for all."""
-        if self.reader == "hfds":
-            if self._name and self._download:
-                load_split(self._name, self.root, self._split("train"), download=True)
-            return
         for part in ("train", "val"):
             try:
-                self._indices(self._split(part))
+                self._read_split(self._split(part))
             except QsdError:
                 continue  # the stage that needs this part tells why it cannot be read
 
@@ -162,7 +158,8 @@ class ReaderData(PhotographData):
 
     def _read_hub(self, split: str) -> HubImages:
         dataset = load_split(self._name, self.root, split, self._download)
-        images = HubImages(dataset, self._image_key, self._label_key or "label", split, self.exif_orientation)
+        keys = (self._image_key, self._label_key or "label")
+        images = HubImages(dataset, *keys, split, self.exif_orientation, self._class_names)
         if self._class_names is None:
             self._class_names = self._listed_names(len(images.class_names)) or images.class_names
         return images

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from qsd.data import ReaderData
+from qsd.data import ReaderData, TrainSampler
 from qsd.data.shard_files import find_shards
 from qsd.errors import QsdError
 from tests.helpers.distributed import Record, run_processes
@@ -260,3 +260,29 @@ def test_mistakes_are_one_line(stores, tmp_path):
     (tmp_path / "saved" / "train" / "state.json").write_text('{"_data_files": [{"filename": "../../x.arrow"}]}')
     with pytest.raises(QsdError, match="names a file outside of its folder"):
         ReaderData("hfds/", str(tmp_path / "saved"), **SMALL).load_part("train")
+
+
+def test_parquet_files_of_other_programs_with_texts_as_labels(tmp_path):
+    for split, labels in (("train", ["b", "a", "c"]), ("val", ["c", "b"])):
+        columns = {"picture": [picture(number) for number in range(len(labels))], "kind": labels}
+        datasets.Dataset.from_dict(columns).to_pandas().to_parquet(tmp_path / f"{split}.parquet")
+    module = ReaderData("hfds/", str(tmp_path), image_key="picture", label_key="kind", **SMALL)
+    module.setup("fit")
+    assert module.class_names == ["a", "b", "c"]
+    assert [module.load_part(part).labels.tolist() for part in ("train", "val")] == [[1, 0, 2], [2, 1]]
+    assert module.load_part("val").load(1).getpixel((0, 0)) == (1, 254, 7)
+
+
+def test_what_equal_steps_leave_out_or_repeat_is_said(caplog):
+    caplog.set_level(logging.INFO)
+    for length, processes, says in (
+        (9, 4, "1 of 9 training images are left out of each epoch"),
+        (2, 3, "1 of 2 training images are repeated in each epoch"),
+        (8, 4, None),
+        (9, 1, None),
+    ):
+        caplog.clear()
+        for rank in range(processes):
+            TrainSampler(range(length), 0, processes, rank)
+        assert caplog.text.count("training images") == (says is not None)
+        assert (says or "") in caplog.text
