@@ -92,7 +92,12 @@ def fetch_from_hub(file: HubFile, cache: str | Path | None = None) -> Path:
         QsdError: If the file does not exist, or the hub cannot be reached.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     where = f"{HUB}{file.repository}/{file.name}"
     try:
@@ -100,11 +105,18 @@ def fetch_from_hub(file: HubFile, cache: str | Path | None = None) -> Path:
         return Path(
             hf_hub_download(file.repository, file.name, revision=file.revision, cache_dir=cache, endpoint=endpoint)
         )
+    except LocalEntryNotFoundError as error:  # no network, or offline mode: the hub may have it
+        raise _not_fetched(where, error) from error
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
         raise HubFileMissing(f"{where} does not exist, or is not open to you.") from error
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise QsdError(f"{where} cannot be fetched: {reason}; check the address and the network.") from error
+        raise _not_fetched(where, error) from error
+
+
+def _not_fetched(address: str, error: Exception) -> QsdError:
+    return QsdError(
+        f"{address} cannot be fetched: {' '.join(str(error).split())[:200]}; check the address and the network."
+    )
 
 
 class HubFileMissing(QsdError):
@@ -139,7 +151,7 @@ def fetch_url(address: str, cache: str | Path | None = None) -> Path:
     except (OSError, ValueError, urllib.error.URLError) as error:  # OSError: no network, a full disk
         if isinstance(error, QsdError):
             raise
-        raise QsdError(f"{address} cannot be fetched: {' '.join(str(error).split())[:200]}.") from error
+        raise _not_fetched(address, error) from error
     return target
 
 
