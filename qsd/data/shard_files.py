@@ -25,6 +25,8 @@ def find_shards(root: Path, split: str) -> list[Path]:
     Raises:
         QsdError: If a name leads out of the folder, or a file that is listed or numbered is missing.
     """
+    if ":" in split:
+        raise _no_file(split, root)
     listed = _listed(root, split)
     if listed is not None or any(sign in split for sign in "{*") or split.endswith(".tar"):
         names = listed if listed is not None else _expanded(split)
@@ -42,10 +44,14 @@ def _files(root: Path, name: str) -> list[Path]:
     """The files of one name, which must lie in the folder."""
     path = Path(name)
     if ":" in name or path.is_absolute() or ".." in path.parts:
-        raise QsdError(f"{shown(name)} is no file in {shown(root)}; commands and addresses of shards are not opened.")
+        raise _no_file(name, root)
     if "*" in name:
         return sorted(root.glob(name))
     return [regular_file(root / path, "tar file")]
+
+
+def _no_file(name: str, root: Path) -> QsdError:
+    return QsdError(f"{shown(name)} is no file in {shown(root)}; commands and addresses of shards are not opened.")
 
 
 def _listed(root: Path, split: str) -> list[str] | None:

@@ -26,6 +26,9 @@ def crop_transform(
     Returns:
         From an RGB or grey image to float32 ``[C, H, W]``.
     """
+    if channels is None:
+        options = {"input_size": (3, *img_size), "is_training": True, "re_mode": "pixel", **options}
+        return _checked_transform(interpolation, **options)
     crop, policy, normalize = _training_parts(img_size, interpolation, channels, **options)
     return transforms.Compose([crop, *policy, normalize])
 

@@ -158,7 +158,7 @@ def fetch_url(address: str, cache: str | Path | None = None) -> Path:
 def _check_length(answer: Any, size: int) -> None:
     expected = answer.headers.get("Content-Length")
     if expected is not None and expected.isdigit() and int(expected) != size:
-        raise OSError(f"{size} of {expected} bytes arrived")
+        raise ValueError(f"{size} of {expected} bytes arrived")
 
 
 def _check_scheme(address: str) -> None:

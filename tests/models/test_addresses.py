@@ -31,7 +31,8 @@ class Hub(BaseHTTPRequestHandler):
         self.answer()
 
     def do_GET(self):
-        self.asked.append(self.path)
+        if "/api/" not in self.path:
+            self.asked.append(self.path)
         self.wfile.write(self.answer())
 
     def answer(self):
