@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -14,9 +14,6 @@ from qsd.image_notes import ImageNotes, read_image_notes
 from qsd.layers.wrappers import unwrapped
 from qsd.models.compact import CompactModel
 from qsd.packing import ModelSize, model_size, save_packed
-
-if TYPE_CHECKING:  # the report imports what draws its figures
-    from qsd.report.record import Record
 
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
 # Where weights come from is no property of the weights in a folder.
@@ -60,7 +57,7 @@ def save_pretrained(
     metrics: Mapping[str, float] | None = None,
     data: str | None = None,
     licence: str = "mit",
-    record: "Record | None" = None,
+    record: Any = None,
 ) -> None:
     """Write the weights of a trained network as a folder that timm and the Hugging Face hub read.
 
@@ -75,7 +72,7 @@ def save_pretrained(
         metrics: Figures for the card by name, such as ``{"test accuracy": 0.94}``.
         data: The data set that it was trained on, in words.
         licence: The licence of the weights, by its name on the hub.
-        record: The record of its conversion, whose figures the card states.
+        record: The record of its conversion, a `qsd.report.Record`, whose figures the card states.
 
     Raises:
         QsdError: If the network is not registered with timm, was changed after it was built, or the folder cannot be
@@ -85,7 +82,7 @@ def save_pretrained(
     registered = CompactModel.of(inner).registered
     if registered is None:
         raise QsdError("the network cannot be built again by its name; register it with timm and build it by its name.")
-    facts = None if notes is None else read_image_notes(notes, "the notes")
+    facts = None if notes is None else read_image_notes(json.loads(json.dumps(notes)), "the notes")
     config = _config(inner, registered, facts)
     card = _card(inner, registered["name"], facts, metrics or {}, data, licence, record)
     with replacing_together(folder) as partial:
@@ -130,7 +127,7 @@ def _card(
     metrics: Mapping[str, float],
     data: str | None,
     licence: str,
-    record: "Record | None",
+    record: Any,
 ) -> str:
     """The text of the model card."""
     return _CARD_TEXT.format(
@@ -149,7 +146,7 @@ def _weights(model: Any) -> str:
     return bits if model.time_steps is None else f"{bits}, T = {model.time_steps} time steps"
 
 
-def _facts(size: ModelSize, metrics: Mapping[str, float], data: str | None, record: "Record | None") -> list[str]:
+def _facts(size: ModelSize, metrics: Mapping[str, float], data: str | None, record: Any) -> list[str]:
     """Rows of the card's table."""
     rows = [("parameters", f"{size.parameters:,}"), ("packed weights", f"{size.packed_bytes / 1e3:.0f} kB")]
     rows += [("trained on", data)] if data else []

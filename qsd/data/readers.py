@@ -77,8 +77,6 @@ class ReaderData(PhotographData):
             raise QsdError(f"name={name!r} needs --data.root, the folder of the data set.")
         check_number("val_size", val_size, 0)
         self.name, self.root = name, None if root is None else Path(root)
-        if self.root is not None and not self._name and not self.root.is_dir():
-            raise QsdError(f"root {shown(self.root)} is not a folder; give the one that holds the data set.")
         self._splits: dict[Part, str | None] = {"train": train_split, "val": val_split, "test": test_split}
         self._val_size = val_size
         self._image_key, self._label_key = image_key, label_key
@@ -141,6 +139,7 @@ class ReaderData(PhotographData):
             known = hub_splits(self._name, self.root, self._download)
             found = next((name for name in candidates if name in known), None)
         else:
+            self._check_root()
             assert self.root is not None
             exists = has_split if self.reader == "hfds" else lambda root, name: bool(find_shards(root, name))
             found = next((name for name in candidates if exists(self.root, name)), None)
@@ -151,8 +150,13 @@ class ReaderData(PhotographData):
             )
         return found
 
+    def _check_root(self) -> None:
+        if not self._name and not (self.root is not None and self.root.is_dir()):
+            raise QsdError(f"root {shown(self.root)} is not a folder; give the one that holds the data set.")
+
     def _read_split(self, split: str) -> ImageSource:
         if split not in self._read:
+            self._check_root()
             self._read[split] = self._read_hub(split) if self.reader == "hfds" else self._read_shards(split)
         return self._read[split]
 
