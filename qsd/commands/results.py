@@ -167,10 +167,11 @@ def fill(page: Path, entries: Sequence[Entry]) -> None:
     for table in sorted({entry.table for entry in entries}):
         start, end = f"<!-- results {table} -->", "<!-- end -->"
         place = re.compile(f"{re.escape(start)}.*?{end}", re.DOTALL)
-        if place.search(text) is None:
+        found = place.search(text)
+        if found is None:
             raise QsdError(f"{page} has no place for the table {table}; write {start} and {end} into it.")
         content = markdown([entry for entry in entries if entry.table == table], page.parent)
-        text = place.sub(lambda _, new=f"{start}\n{content}\n{end}": new, text)
+        text = f"{text[: found.start()]}{start}\n{content}\n{end}{text[found.end() :]}"
     replace_content(page, text.encode())
 
 

@@ -134,7 +134,7 @@ class WriteRunRecord(Callback):
         if not isinstance(network, torch.nn.Module) or "model" not in hyper_parameters:
             return  # a task of the user's own
         steps = step_names(network)
-        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if _monitors(c)), None)
+        best = next((path for c in trainer.checkpoint_callbacks if (path := _best_path(c))), None)
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         record = RunRecord(
@@ -193,8 +193,9 @@ def _seen_from(folder: Path, path: Any) -> str | None:
     return os.path.relpath(path, folder) if path else None
 
 
-def _monitors(callback: Any) -> bool:
-    return isinstance(callback, ModelCheckpoint) and callback.monitor is not None
+def _best_path(callback: Any) -> str | None:
+    monitors = isinstance(callback, ModelCheckpoint) and callback.monitor is not None
+    return callback.best_model_path if monitors else None
 
 
 def _data_name(trainer: Trainer) -> str:

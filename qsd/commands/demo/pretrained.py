@@ -33,7 +33,8 @@ def show(max_images: int | None) -> int:
         raise QsdError(f"the weights {_NAME} are missing; install the package again.")
     model = timm.create_model(_NAME, pretrained=True).eval()
     spiking = to_spike_driven(model).float()
-    data = DigitsData(tuple(weights.images.img_size), batch_size=100)
+    height, width = weights.images.img_size
+    data = DigitsData((height, width), batch_size=100)
     batches = [(images, labels) for images, labels in data.whole_part("test") if isinstance(labels, Tensor)]
     images, labels = (torch.cat(parts)[:max_images] for parts in zip(*batches))
     classes = torch.cat([spiking.evaluate(batch).argmax(1) for batch in images.split(100)])
