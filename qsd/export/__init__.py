@@ -1,7 +1,9 @@
-"""Converted networks for other programs: ONNX files, in floats or in integers, and NIR graphs."""
+"""Converted networks for other programs: ONNX files, in floats or in integers, NIR graphs, folders of integers, C."""
 
+from qsd.export.c_program import write_c
 from qsd.export.formats import FORMATS, ExportOptions, Format
 from qsd.export.graph import LayerCall
+from qsd.export.integer_dump import read_integers, write_integers
 from qsd.export.integers import IntegerGraph, writes
 from qsd.export.nir import to_nir
 from qsd.export.nir_graph import NirGraph, Signal, writes_nir
@@ -16,9 +18,12 @@ __all__ = [
     "LayerCall",
     "NirGraph",
     "Signal",
+    "read_integers",
     "read_note",
     "to_nir",
     "to_onnx",
+    "write_c",
+    "write_integers",
     "write_note",
     "writes",
     "writes_nir",

@@ -7,9 +7,9 @@ import numpy as np
 from qsd.export.graph import LayerCall
 from qsd.export.grids import Grid
 from qsd.export.integer_sums import add_currents
-from qsd.export.integer_weights import IntegerWeights, chain_weights, evaluated_convolutions
 from qsd.export.integers import IntegerGraph, writes
 from qsd.export.requantization import Requantization
+from qsd.integer.weights import IntegerWeights, chain_weights, evaluated_convolutions
 from qsd.spiking.layers import (
     Convolution,
     DelayedNeuron,
@@ -82,7 +82,7 @@ def _add_float_chain(chain: SpikingChain, x: str, output: str, graph: IntegerGra
     factors = evaluated_convolutions(chain)
     for key, factor in factors.items():
         weights, label = chain_weights(chain, key, graph.spiking), f"{chain.name}.{key}"
-        whole = graph.constant(f"{label}.weight", weights.integers, np.int8)
+        whole = graph.weights(f"{label}.weight", weights.integers)
         unit = graph.constant(f"{label}.unit", weights.scale, np.float32)
         floats = graph.add("DequantizeLinear", [whole, unit], f"{label}.floats", axis=0)
         bias = graph.constant(f"{label}.bias", weights.bias, np.float32)
@@ -149,7 +149,7 @@ def _add_convolution(
         x,
         graph.constant(f"{label}.input_scale", 1, np.float32),
         graph.constant(f"{label}.input_zero", zero_in, np.uint8),
-        graph.constant(f"{label}.weight", numbers.weight, np.int8),
+        graph.weights(f"{label}.weight", numbers.weight),
         graph.constant(f"{label}.multiplier", numbers.multiplier, np.float32),
         graph.constant(f"{label}.weight_zero", np.zeros(len(numbers.bias)), np.int8),
         graph.constant(f"{label}.output_scale", 1, np.float32),
@@ -189,7 +189,7 @@ def _pooled_dense(layer: SpikingPooledDense, call: LayerCall, graph: IntegerGrap
 def _add_dense(layer: SpikingDense, x: str, counts: bool, output: str, graph: IntegerGraph) -> None:
     """A fully connected layer on counts or on floats, from weights of 8 bits."""
     name, weights = layer.name, IntegerWeights.of(layer, f"{layer.name}.weight", layer.name, graph.spiking)
-    whole = graph.constant(f"{name}.weight", weights.integers.T, np.int8)
+    whole = graph.weights(f"{name}.weight", weights.integers.T)
     unit = graph.constant(f"{name}.unit", weights.scale, np.float32)
     if counts:
         total = graph.floats(graph.add("MatMulInteger", [x, whole], f"{name}.sum"), f"{name}.float")

@@ -9,7 +9,7 @@ import torch
 import qsd
 from qsd.export import to_onnx
 from qsd.export.grids import calibrate
-from qsd.export.integer_weights import IntegerWeights
+from qsd.integer.weights import IntegerWeights
 from qsd.export.requantization import Requantization
 from tests.helpers import sample
 from tests.helpers.exporting import CSD, ESF, QSD, run_onnx, spiking_network
