@@ -66,8 +66,8 @@ def step(layer, arrays, steps, *inputs):
     if kind == "pixels":
         return np.concatenate([[[row[image] for row, image in zip(arrays[name + "/table"], x)]], silent])
     if kind == "rescale":
-        product = shift(x.sum(0), layer["shift_before"]) * by_channel(arrays[name + "/multiplier"], x[0])
-        return np.concatenate([silent, [shift(product, layer["shift_after"])]])
+        product = x.sum(0) * by_channel(arrays[name + "/multiplier"], x[0])
+        return np.concatenate([silent, [shift(product, layer["shift"])]])
     if kind == "total":
         sums = x.sum((2, 3), keepdims=True)
         sums[0] += by_channel(arrays[name + "/bias"], sums[0]) if layer["biased"] else 0

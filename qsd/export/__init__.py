@@ -9,6 +9,7 @@ from qsd.export.nir import to_nir
 from qsd.export.nir_graph import NirGraph, Signal, writes_nir
 from qsd.export.notes import read_note, write_note
 from qsd.export.onnx import to_onnx
+from qsd.export.qonnx import write_qonnx
 
 __all__ = [
     "FORMATS",
@@ -25,6 +26,7 @@ __all__ = [
     "write_c",
     "write_integers",
     "write_note",
+    "write_qonnx",
     "writes",
     "writes_nir",
 ]

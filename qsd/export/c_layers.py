@@ -132,10 +132,9 @@ def _rescale(layer: Any, number: int, mode: Mode) -> list[str]:
         lines.append(f"qsd_sum_steps({mode.at(source)}, {mode.steps}, {size}, {complete});")
     else:
         complete = mode.at(source)
-    shifts = f"{layer.shift_before}, {layer.shift_after}"
     return [
         *lines,
-        f"qsd_rescale(multiplier{number}, {shifts}, {_plane(layer)}, {complete}, {mode.at(layer.name, last)});",
+        f"qsd_rescale(multiplier{number}, {layer.shift}, {_plane(layer)}, {complete}, {mode.at(layer.name, last)});",
     ]
 
 

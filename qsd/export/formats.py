@@ -12,6 +12,7 @@ from qsd.export.c_program import write_c
 from qsd.export.integer_dump import write_integers
 from qsd.export.nir import to_nir
 from qsd.export.onnx import to_onnx
+from qsd.export.qonnx import write_qonnx
 from qsd.integer import IntegerNetwork, to_integer
 from qsd.packing import save_packed
 from qsd.spiking import SpikingNetwork
@@ -101,6 +102,10 @@ def _write_c(spiking: SpikingNetwork, path: Path, options: ExportOptions) -> Non
     write_c(_integer_network(spiking, options), path)
 
 
+def _write_qonnx(spiking: SpikingNetwork, path: Path, options: ExportOptions) -> None:
+    write_qonnx(_integer_network(spiking, options), path)
+
+
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", _write_onnx, "ONNX with floats"),
     "onnx-int8": Format(".int8.onnx", _write_integer_onnx, "ONNX with integer convolutions on spike counts"),
@@ -114,5 +119,8 @@ FORMATS: dict[str, Format] = {
         exact=True,
     ),
     "c": Format(".c", _write_c, "integers as one C99 file", "cc -std=c99 -O2 {path}", exact=True),
+    "qonnx": Format(
+        ".qonnx.onnx", _write_qonnx, "QONNX of a network without attention", "FINN or hls4ml: {path}", exact=True
+    ),
     "nir": Format(".nir", _write_nir, "NIR graph of a part without attention", "the schedule {path}.json", parts=True),
 }

@@ -1,6 +1,5 @@
-/* Layers of an integer network. Sums, products and shifts fit into 32 bits: their ranges are proved where the file is
- * written. Spikes and counts are bytes, everything else is int32_t. In steps a value of T steps lies in memory one step
- * after another. */
+/* Layers of an integer network. Sums fit into 32 bits: their ranges are proved where the file is written. Spikes and
+ * counts are bytes, everything else is int32_t. In steps a value of T steps lies in memory one step after another. */
 
 #if defined(__GNUC__)
 #define QSD_UNUSED __attribute__((unused))
@@ -24,7 +23,7 @@ typedef struct {
 } qsd_neuron;
 
 /* A right shift that rounds down, also of negative numbers. */
-QSD_UNUSED static int32_t qsd_shift(int32_t value, int places)
+QSD_UNUSED static int64_t qsd_shift(int64_t value, int places)
 {
     return value >= 0 ? value >> places : -1 - ((-1 - value) >> places);
 }
@@ -110,14 +109,13 @@ QSD_UNUSED static void qsd_look_up(const int32_t *table, int channels, int posit
             y[c * positions + i] = table[c * 256 + x[c * positions + i]];
 }
 
-QSD_UNUSED static void qsd_rescale(const int32_t *multiplier, int before, int after, int channels, int positions,
-                                   const int32_t *x, int32_t *y)
+QSD_UNUSED static void qsd_rescale(const int32_t *multiplier, int shift, int channels, int positions, const int32_t *x,
+                                   int32_t *y)
 {
-    int32_t half_before = before ? (int32_t)1 << (before - 1) : 0, half_after = after ? (int32_t)1 << (after - 1) : 0;
+    int64_t half = shift ? (int64_t)1 << (shift - 1) : 0;
     for (int c = 0; c < channels; ++c)
-        for (int i = 0; i < positions; ++i)
-            y[c * positions + i] =
-                qsd_shift(qsd_shift(x[c * positions + i] + half_before, before) * multiplier[c] + half_after, after);
+        for (int i = c * positions; i < (c + 1) * positions; ++i)
+            y[i] = (int32_t)qsd_shift((int64_t)x[i] * multiplier[c] + half, shift);
 }
 
 QSD_UNUSED static void qsd_sum_steps(const int32_t *x, int steps, int size, int32_t *y)

@@ -5,7 +5,6 @@ QONNX writes integers as floats of known widths. Neurons are its ``MultiThreshol
 """
 
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +149,12 @@ def _max_pool(graph: _Graph, layer: Any) -> None:
 
 
 def _reshape(graph: _Graph, layer: Any) -> None:
-    assert prod(layer.shape) == graph.network.layer(layer.inputs[0]).size
-    graph.add(
-        "Reshape", [*layer.inputs, graph.constant(f"{layer.name}.shape", [0, *layer.shape], np.int64)], layer.name
-    )
+    shape = graph.constant(f"{layer.name}.shape", [0, *layer.shape], np.int64)
+    graph.add("Reshape", [*layer.inputs, shape], layer.name)
+
+
+def _permute(graph: _Graph, layer: Any) -> None:
+    graph.add("Transpose", layer.inputs, layer.name, perm=[0, *[axis + 1 for axis in layer.axes]])
 
 
 _NODES: dict[str, Callable[[_Graph, Any], Any]] = {
@@ -164,7 +165,5 @@ _NODES: dict[str, Callable[[_Graph, Any], Any]] = {
     "neuron": _neuron,
     "max_pool": _max_pool,
     "reshape": _reshape,
-    "permute": lambda graph, layer: graph.add(
-        "Transpose", layer.inputs, layer.name, perm=[0, *[a + 1 for a in layer.axes]]
-    ),
+    "permute": _permute,
 }

@@ -105,21 +105,22 @@ class Builder:
         self.layers.append(kind(name=signal.name, inputs=names, **facts, **more))
         return signal
 
-    def check_width(self, name: str, low: int, high: int) -> int:
+    def check_width(self, name: str, low: int, high: int, largest: int = LARGEST_WIDTH) -> int:
         """The width of a range.
 
         Args:
             name: Name of the layer, for the message.
             low: Least value.
             high: Largest value.
+            largest: Bits of the signed integers that have to hold the range.
 
         Raises:
-            QsdError: If the range does not fit into signed integers of 32 bits.
+            QsdError: If they do not.
         """
         needed = width(min(low, -1), high)
-        if needed > LARGEST_WIDTH:
+        if needed > largest:
             raise TooWide(
-                f"layer {name}: integers from {low} to {high} need {needed} bits, and at most {LARGEST_WIDTH} are "
+                f"layer {name}: integers from {low} to {high} need {needed} bits, and at most {largest} are "
                 "allowed; use fewer fractional_bits or inner_bits, or weights of fewer bits."
             )
         return width(low, high)

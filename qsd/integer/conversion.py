@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import qsd.integer.activations  # noqa: F401 - registers converters
 from qsd.errors import QsdError
 from qsd.integer import description
 from qsd.integer.builder import Builder, TooWide
+from qsd.integer.convolutions import first_scale
 from qsd.integer.network import Array, IntegerNetwork, differences
 from qsd.integer.pixels import Bytes, PixelGrid
 from qsd.integer.signals import Integers, Signal
@@ -21,7 +23,9 @@ from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.counts import count_spikes
 
 IMAGE = "image"
-_TRIED_BITS = (8, 10, 12, 14, 16, 18, 20)
+_TRIED_BITS = (8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28)
+# With so few bits no sum leaves the range of 32.
+_FEW_BITS = 4
 _SEARCHED_IMAGES = 64
 
 
@@ -45,8 +49,9 @@ def to_integer(
         spiking: Network with quantized weights and lossless delays, of the unary code.
         images: Normalised images ``[B, C, H, W]``, or a data loader. They set the size of images, and on up to 64 of
             them the fractional bits are searched.
-        fractional_bits: Bits behind the point of running sums, in thresholds; ``None`` for the fewest (8 to 20) with
-            which all counts on the images are those of the network in float64, or as many as possible are.
+        fractional_bits: Bits behind the point of running sums, in thresholds; a channel whose range leaves room for
+            fewer in 32 bits has fewer. ``None`` for the fewest (8 to 28) with which all counts on the images are those
+            of the network in float64, or as many as possible are.
         inner_bits: Width of the values between the convolutions of a chain that is not merged, 4 to 24.
         mean: Mean by channel of the normalisation of the images, so that bytes are those of the image file; ``None``
             for bytes over the range of the images.
@@ -124,12 +129,14 @@ def _changed(network: IntegerNetwork, pixels: Bytes, expected: dict[str, Array])
 
 
 def _build(exact: SpikingNetwork, flow: Flow, grid: PixelGrid, fractional_bits: int, inner_bits: int) -> IntegerNetwork:
-    """The integer network of these widths."""
-    builder = Builder(exact, Streams.of(flow, fractional_bits), inner_bits)
-    signals = {0: _image(flow, grid, builder)}
-    for call in flow.calls:
-        signals[call.output] = builder.convert(call, [signals[value] for value in call.inputs])
-    output = signals[flow.output]
+    """The integer network of these widths. A first one, of few bits, tells the ranges of running sums."""
+    scale_of = partial(first_scale, spiking=exact, image_unit=grid.table()[1])
+    few = min(fractional_bits, _FEW_BITS)
+    streams = Streams.of(flow, few, scale_of)
+    signals = _convert(flow, grid, Builder(exact, streams, inner_bits))
+    room = streams.room(flow, signals, few)
+    builder = Builder(exact, Streams.of(flow, fractional_bits, scale_of, room), inner_bits)
+    output = _convert(flow, grid, builder)[flow.output]
     if output.content != "currents" or np.ptp(output.unit) or output.offset.any():
         raise QsdError(
             f"the network ends with {output.name}, which is no classifier of spikes; give it a head of ours."
@@ -147,11 +154,18 @@ def _build(exact: SpikingNetwork, flow: Flow, grid: PixelGrid, fractional_bits: 
     return IntegerNetwork(facts, builder.arrays, grid, builder.bounds)
 
 
+def _convert(flow: Flow, grid: PixelGrid, builder: Builder) -> dict[int, Signal]:
+    """Add the layers of all calls; the signals by number of a value."""
+    signals = {0: _image(flow, grid, builder)}
+    for call in flow.calls:
+        signals[call.output] = builder.convert(call, [signals[value] for value in call.inputs])
+    return signals
+
+
 def _image(flow: Flow, grid: PixelGrid, builder: Builder) -> Signal:
-    table, unit, error = grid.table()
+    table, unit, offset, error = grid.table()
     low, high = np.minimum(table.min(1), 0), np.maximum(table.max(1), 0)
-    zero = np.zeros(1)
-    signal = Signal(IMAGE, flow.image, "image", low, high, np.full(1, unit), zero, error, multiplied=True)
+    signal = Signal(IMAGE, flow.image, "image", low, high, unit, offset, error, multiplied=True)
     builder.add(description.Pixels, signal, [])
     builder.keep(IMAGE, "table", table)
     return signal

@@ -7,11 +7,12 @@ import numpy as np
 from qsd.errors import QsdError
 from qsd.integer import description
 from qsd.integer.builder import Builder, converts
-from qsd.integer.description import LARGEST_WEIGHT
+from qsd.integer.description import LARGEST_PRODUCT, LARGEST_WEIGHT
 from qsd.integer.scaling import Rescaling, Table
 from qsd.integer.signals import Floats, Integers, Signal
 from qsd.integer.tracing import Call
 from qsd.integer.weights import TrainedIntegers, evaluated_convolutions, weight_name
+from qsd.spiking import SpikingNetwork
 from qsd.spiking.layers import Convolution, SpikingChain, SpikingDense, SpikingPooledDense
 from qsd.spiking.layers.geometry import Geometry, Pair
 
@@ -22,9 +23,8 @@ _ONE: Pair = (1, 1)
 def _chain(call: Call, signals: list[Signal], builder: Builder) -> Signal:
     """A chain of convolutions.
 
-    Where its input is spikes and its output enters a running sum, a single convolution reads its weights from a table
-    in the unit of the sum. A convolution after another one, and that of the image, are rescaled: products that are no
-    sums of spikes.
+    Where its output enters a running sum, a single convolution reads its weights from a table in the unit of the sum. A
+    chain that ends with another convolution is rescaled: its values are multiplied.
     """
     chain: SpikingChain = call.layer
     (signal,) = signals
@@ -32,13 +32,13 @@ def _chain(call: Call, signals: list[Signal], builder: Builder) -> Signal:
     factors = evaluated_convolutions(chain)
     unit, frame = builder.streams.units.get(call.output), 0
     for number, (key, factor) in enumerate(factors.items()):
-        last, spikes = number == len(factors) - 1, signal.content == "counts"
+        last = number == len(factors) - 1
         name = chain.name if last else f"{chain.name}.{key}"
         trained = TrainedIntegers.of(factor, weight_name(chain, key, builder.spiking), chain.name, builder.spiking)
         if number and not _depthwise(factor.geometry, signal) and np.ptp(signal.unit):
             signal = _common_unit(signal, builder)
         geometry = _framed(factor, frame, signal, name)
-        if last and unit is not None and not spikes:
+        if number and last and unit is not None:
             signal = convolved(f"{name}.sum", geometry, trained, signal, None, builder)
             signal = rescaled(name, signal, unit, builder)
         else:
@@ -49,10 +49,25 @@ def _chain(call: Call, signals: list[Signal], builder: Builder) -> Signal:
     return signal
 
 
+def first_scale(call: Call, spiking: SpikingNetwork, image_unit: Floats) -> Floats | None:
+    """The value of one unit of a convolution's integer sums by channel; ``None`` for other calls and for chains.
+
+    Args:
+        call: A call of the traced network.
+        spiking: The network.
+        image_unit: Value of one unit of the image.
+    """
+    if type(call.layer) is not SpikingChain or len(factors := evaluated_convolutions(call.layer)) > 1:
+        return None
+    (key, factor), chain = next(iter(factors.items())), call.layer
+    trained = TrainedIntegers.of(factor, weight_name(chain, key, spiking), chain.name, spiking)
+    return trained.scale * (image_unit if call.inputs == (0,) else 1.0)
+
+
 def _framed(factor: Convolution, frame: int, signal: Signal, name: str) -> Geometry:
     """The shape of a convolution whose input has a frame of its response to zeros, which is a border of zero sums."""
     (top, bottom), (left, right) = factor.padding
-    if any((top, bottom, left, right)) and signal.offset.any():
+    if any((top, bottom, left, right)) and signal.offset.any() and signal.content != "image":
         raise QsdError(
             f"layer {name} sees a border of zeros beside values with a bias, which is no integer; convert the network "
             "with merged_bits, or put a norm with a frame before the layer."
@@ -74,41 +89,40 @@ def _depthwise(geometry: Geometry, signal: Signal) -> bool:
 def _common_unit(signal: Signal, builder: Builder) -> Signal:
     """Inner values in one unit for all channels, in which the largest of them has the width of inner values."""
     largest = float((np.abs(signal.unit) * np.maximum(-signal.low, signal.high)).max())
-    unit = max(largest, 1e-30) / (2 ** (builder.inner_bits - 1) - 2)
+    unit = np.full(1, max(largest, 1e-30) / (2 ** (builder.inner_bits - 1) - 2))
     return rescaled(f"{signal.name}.inner", signal, unit, builder)
 
 
-def rescaled(name: str, signal: Signal, unit: float, builder: Builder) -> Signal:
+def rescaled(name: str, signal: Signal, unit: Floats, builder: Builder) -> Signal:
     """A signal in another unit, by a product and two shifts.
 
     Args:
         name: Name of the new layer.
         signal: The signal.
-        unit: The new unit of all channels.
+        unit: The new unit, by channel or one for all.
         builder: The network in construction.
     """
     factor = signal.by_channel(signal.unit / unit)
     low, high = (np.array(signal.by_channel(values)) for values in (signal.low, signal.high))
-    numbers = Rescaling.of(factor, low, high)
+    numbers = Rescaling.of(factor)
     ends = [numbers.apply(low), numbers.apply(high)]
     products = [numbers.products(low), numbers.products(high)]
-    product_bits = builder.check_width(name, int(np.min(products)), int(np.max(products)))
+    product_bits = builder.check_width(name, int(np.min(products)), int(np.max(products)), LARGEST_PRODUCT)
     new = replace(
         signal,
         name=name,
         low=np.minimum(*ends),
         high=np.maximum(*ends),
-        unit=np.full(len(factor), unit),
+        unit=signal.by_channel(unit),
         error=signal.error + unit * numbers.error(factor, low, high),
     )
-    shifts = {"shift_before": numbers.before, "shift_after": numbers.after, "product_bits": product_bits}
-    builder.add(description.Rescale, new, [signal], **shifts)
+    builder.add(description.Rescale, new, [signal], shift=numbers.shift, product_bits=product_bits)
     builder.keep(name, "multiplier", numbers.multiplier)
     return new
 
 
 def convolved(
-    name: str, geometry: Geometry, trained: TrainedIntegers, signal: Signal, unit: float | None, builder: Builder
+    name: str, geometry: Geometry, trained: TrainedIntegers, signal: Signal, unit: Floats | None, builder: Builder
 ) -> Signal:
     """One convolution, with a table of weights in a unit, or with the weights as they are if that is ``None``.
 
@@ -117,7 +131,7 @@ def convolved(
         geometry: Shape of the convolution.
         trained: Weights and bias.
         signal: Its input.
-        unit: Unit of its output.
+        unit: Unit of its output, by channel or one for all.
         builder: The network in construction.
     """
     weight, low, high = trained.integers, signal.by_channel(signal.low), signal.by_channel(signal.high)
@@ -127,11 +141,12 @@ def convolved(
     constant = _by_tap(real, geometry, signal.by_channel(signal.offset))
     table = None if unit is None else Table.of(scale / unit, trained.bits)
     entries = weight if table is None else table.entries(weight)
-    scale_out = scale if unit is None else np.full(len(scale), unit)
-    # Errors of the entries, and errors of the input that weights pass on.
+    scale_out = scale if unit is None else np.broadcast_to(unit, scale.shape)
+    # Errors of the entries, and errors of the input that weights pass on. A border of zeros lacks the offset.
     misses = np.abs(entries * _column(scale_out) - weight * _column(scale))
     error = _by_tap(misses, geometry, np.maximum(-low, high).astype(np.float64))
-    passed = _by_tap(np.abs(real), geometry, signal.by_channel(signal.error))
+    border = np.abs(signal.offset) if any(side.padding != (0, 0) for side in geometry.sides) else 0.0
+    passed = _by_tap(np.abs(real), geometry, signal.by_channel(signal.error + border))
     least, most = _range(entries, geometry, low, high)
     new = Signal(
         name,

@@ -16,6 +16,7 @@ VERSION = 1
 PIXEL_LEVELS = 256
 LARGEST_WIDTH = 32  # Bits of a signal.
 LARGEST_WEIGHT = 8  # Bits of a weight.
+LARGEST_PRODUCT = 56  # Bits of a product of two integers, where data are multiplied at all.
 
 Bits = Annotated[int, Field(ge=1, le=LARGEST_WIDTH)]
 Shift = Annotated[int, Field(ge=0, le=LARGEST_WIDTH)]
@@ -98,21 +99,19 @@ class Convolution(Layer):
 
 
 class Rescale(Layer):
-    """Each integer a of channel c becomes ``(((a + h) >> b) m[c] + g) >> d``, with the array ``multiplier`` m.
+    """Each integer a of channel c becomes ``(a m[c] + 2**(d - 1)) >> d``, with the array ``multiplier`` m.
 
-    b is ``shift_before`` and d ``shift_after``; h and g are half of ``2**b`` and ``2**d``, or 0 if the shift is 0. The
-    layer takes the complete sum of a window: in steps it gives its result in the last step.
+    d is ``shift``; if it is 0, there is no addend. The layer takes the complete sum of a window: in steps it gives its
+    result in the last step.
 
     Attributes:
-        shift_before: Places of the first shift.
-        shift_after: Places of the second shift.
-        product_bits: Width of the product before the second shift.
+        shift: Places of the shift.
+        product_bits: Width of the product before the shift, which may be wider than a signal.
     """
 
     kind: Literal["rescale"] = "rescale"
-    shift_before: Shift
-    shift_after: Shift
-    product_bits: Bits
+    shift: Shift
+    product_bits: Annotated[int, Field(ge=1, le=LARGEST_PRODUCT)]
 
 
 class Add(Layer):

@@ -76,19 +76,20 @@ class PixelGrid:
         mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (self.mean, self.std))
         return (torch.from_numpy(pixels).double() / _LARGEST_LEVEL - mean) / std
 
-    def table(self) -> tuple[Integers, float, Floats]:
-        """The integers of all bytes ``[C, 256]``, the value of one unit, and the largest error by channel.
+    def table(self) -> tuple[Integers, Floats, Floats, Floats]:
+        """The integers of all bytes ``[C, 256]``, the value of one unit, and offset and largest error by channel.
 
-        Zero stands for zero, because borders are padded with it. If no power of two up to ``2**8`` makes all levels
-        integers, they are rounded.
+        Zero stands for zero as nearly as possible, because borders are padded with it: levels have the fewest bits
+        behind the point, at most 8, with which the mean is a level. Otherwise an offset makes up for the difference.
         """
         mean, std = np.array(self.mean)[:, None], np.array(self.std)[:, None]
-        levels = np.arange(PIXEL_LEVELS) - _LARGEST_LEVEL * mean
-        exact = levels * (std.max() / std)
+        exact = (np.arange(PIXEL_LEVELS) - _LARGEST_LEVEL * mean) * (std.max() / std)
         for bits in range(_MOST_FRACTIONAL_BITS + 1):
             table = np.rint(exact * 2**bits)
-            error = np.abs(table / 2**bits - exact).max(1)
-            if error.max() < _EXACT:
+            missed = exact - table / 2**bits
+            if np.abs(missed).max() < _EXACT:
                 break
+        offset = missed.mean(1)
         unit = float(1 / (_LARGEST_LEVEL * std.max()))
-        return table.astype(np.int64), unit / 2**bits, error * unit
+        error = np.abs(missed - offset[:, None]).max(1)
+        return table.astype(np.int64), np.full(1, unit / 2**bits), offset * unit, error * unit

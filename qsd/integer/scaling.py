@@ -6,9 +6,8 @@ import numpy as np
 
 from qsd.integer.signals import Floats, Integers
 
-# The first shift of a rescaling leaves this many bits, so that a multiplier of about 14 bits has room beside them.
-_OPERAND_BITS = 17
-_LARGEST_PRODUCT = 2**31 - 1
+_LARGEST_ENTRY = 2**30
+_LARGEST_MULTIPLIER = 2**23 - 1
 _LARGEST_SHIFT = 30
 
 
@@ -42,7 +41,7 @@ class Table:
             bits: Width of the weights.
         """
         largest = float(np.abs(factor).max(initial=0.0)) * 2 ** (bits - 1)
-        room = _LARGEST_PRODUCT / 2 / largest if largest else 1.0
+        room = _LARGEST_ENTRY / largest if largest else 1.0
         shift = int(np.clip(np.floor(np.log2(max(room, 1.0))), 0, _LARGEST_SHIFT))
         return cls(np.rint(factor * 2.0**shift).astype(np.int64), shift)
 
@@ -67,43 +66,34 @@ class Table:
 
 @dataclass(frozen=True)
 class Rescaling:
-    """``(((a + half) >> before) m[c] + half) >> after``.
+    """``(a m[c] + half) >> shift``.
 
     Attributes:
-        multiplier: m by channel.
-        before: Places of the first shift.
-        after: Places of the second shift.
+        multiplier: m by channel, of at most 24 bits.
+        shift: Places of the shift.
     """
 
     multiplier: Integers
-    before: int
-    after: int
+    shift: int
 
     @classmethod
-    def of(cls, factor: Floats, low: Integers, high: Integers) -> "Rescaling":
-        """The finest rescaling whose product fits into 32 bits.
+    def of(cls, factor: Floats) -> "Rescaling":
+        """The rescaling whose multipliers are nearest to real factors.
 
         Args:
             factor: Real factor by channel.
-            low: Least value by channel.
-            high: Largest value by channel.
         """
-        largest = int(max(-low.min(), high.max(), 1))
-        before = max(largest.bit_length() - _OPERAND_BITS, 0)
-        operand = (largest + half(before)) >> before
-        steepest = max(float(np.abs(factor).max(initial=0.0)) * 2.0**before, 2.0**-60)
-        # Half of the room is left for the addend of the second shift.
-        after = int(np.clip(np.floor(np.log2(_LARGEST_PRODUCT / 2 / operand / steepest)), 0, _LARGEST_SHIFT))
-        return cls(np.rint(factor * 2.0 ** (before + after)).astype(np.int64), before, after)
+        steepest = max(float(np.abs(factor).max(initial=0.0)), 2.0**-_LARGEST_SHIFT)
+        shift = int(np.clip(np.floor(np.log2(_LARGEST_MULTIPLIER / steepest)), 0, _LARGEST_SHIFT))
+        return cls(np.rint(factor * 2.0**shift).astype(np.int64), shift)
 
     def products(self, values: Integers) -> Integers:
-        """The products before the second shift.
+        """The products before the shift.
 
         Args:
             values: ``[C, ...]``.
         """
-        multiplier = self.multiplier.reshape(-1, *[1] * (values.ndim - 1))
-        return ((values + half(self.before)) >> self.before) * multiplier + half(self.after)
+        return values * self.multiplier.reshape(-1, *[1] * (values.ndim - 1)) + half(self.shift)
 
     def apply(self, values: Integers) -> Integers:
         """The rescaled integers.
@@ -111,7 +101,7 @@ class Rescaling:
         Args:
             values: ``[C, ...]``.
         """
-        return self.products(values) >> self.after
+        return self.products(values) >> self.shift
 
     def error(self, factor: Floats, low: Integers, high: Integers) -> Floats:
         """Largest distance between the result and ``factor * a`` by channel, in units of the result.
@@ -121,6 +111,5 @@ class Rescaling:
             low: Least value by channel.
             high: Largest value by channel.
         """
-        largest = np.maximum(-low, high)
-        of_multiplier = np.abs(self.multiplier * 2.0 ** -(self.before + self.after) - factor) * largest
-        return of_multiplier + np.abs(factor) * half(self.before) + (0.5 if self.after else 0.0)
+        of_multiplier = np.abs(self.multiplier * 2.0**-self.shift - factor) * np.maximum(-low, high)
+        return of_multiplier + (0.5 if self.shift else 0.0)

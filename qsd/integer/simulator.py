@@ -108,7 +108,7 @@ def _checked(layer: d.Layer, output: Array) -> Array:
 def _operands(layer: d.AnyLayer, arrays: Arrays, inputs: list[Array]) -> tuple[int, int] | None:
     """Widths of the operands of a multiplication of data in steps, ``None`` if an operand of each product is a bit."""
     if layer.kind == "rescale":
-        return layer.product_bits, d.width(*_ends(arrays[f"{layer.name}/multiplier"]))
+        return d.width(*_ends(inputs[0].sum(0))), d.width(*_ends(arrays[f"{layer.name}/multiplier"]))
     if layer.kind == "convolution" and not _binary(inputs[0]):
         return d.width(*_ends(inputs[0])), layer.entry_bits
     if layer.kind == "product" and not (_binary(inputs[0]) and _binary(inputs[1])):
@@ -170,8 +170,7 @@ def _convolution(layer: d.Convolution, run: _Run, x: Array) -> Array:
 
 def _rescale(layer: d.Rescale, run: _Run, x: Array) -> Array:
     multiplier = run.array(layer, "multiplier").reshape(-1, *[1] * (x.ndim - 2))
-    before, after = layer.shift_before, layer.shift_after
-    return (((x + half(before)) >> before) * multiplier + half(after)) >> after
+    return (x * multiplier + half(layer.shift)) >> layer.shift
 
 
 def _bias(layer: d.Total, run: _Run) -> Array | int:

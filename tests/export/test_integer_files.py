@@ -8,9 +8,13 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import qsd
-from qsd.export import read_integers, write_c, write_integers
+from qsd.export import read_integers, write_c, write_integers, write_qonnx
+from qsd.layers import SpikeMaxPool2d, TokenMeanLinear, conv_norm
+from qsd.neurons import SpikeNeuron
 from tests.helpers import ROOT, sample
 from tests.helpers.exporting import CSD, ESF, QSD, spiking_network
 
@@ -114,3 +118,52 @@ def test_the_c_program_gives_the_spikes_of_the_simulator(name, tmp_path):
     failed = subprocess.run([program, "wrong"], capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stderr.startswith("usage: ")
+
+
+def convolutional_network():
+    """Without attention: a first layer that a neuron reads, a max-pool and a sum of two branches."""
+    torch.manual_seed(0)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.neuron = conv_norm(1, 8, 3, 2), SpikeNeuron(4)
+            self.left, self.right = conv_norm(8, 8, 3), conv_norm(8, 8, 1)
+            self.after, self.pool = SpikeNeuron(4), SpikeMaxPool2d(2)
+            self.head = TokenMeanLinear(8, 3)
+
+        def forward(self, x):
+            spikes = self.neuron(self.stem(x))
+            return self.head(self.pool(self.after(self.left(spikes) + self.right(spikes))))
+
+    network = Network()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)  # Some channels are turned around.
+            nn.init.normal_(module.bias, 0, 0.3)
+    return network.double().eval()
+
+
+def test_qonnx_executes_a_convolutional_network_alike(tmp_path):
+    execution = pytest.importorskip("qonnx.core.onnx_exec")
+    wrapper = pytest.importorskip("qonnx.core.modelwrapper")
+    images = torch.randn(2, 1, 12, 12, dtype=torch.float64)
+    network = qsd.to_integer(qsd.to_spike_driven(convolutional_network()), images, fractional_bits=8)
+    write_qonnx(network, tmp_path / "a.onnx")
+    pixels = network.pixels(images)
+    signals = network.count(pixels).signals
+    model = wrapper.ModelWrapper(str(tmp_path / "a.onnx"))
+    context = execution.execute_onnx(model, {"image": signals["image"].astype(np.float32)}, True)
+    for neuron in network.neurons():
+        np.testing.assert_array_equal(context[neuron], signals[neuron])
+    np.testing.assert_array_equal(context[network.description.output], signals[network.description.output])
+
+
+def test_qonnx_says_why_it_cannot_express_a_network(tmp_path):
+    network, _ = integers("csdformer")
+    with pytest.raises(qsd.QsdError, match=r"layer blocks\.0\..* QONNX"):
+        write_qonnx(network, tmp_path / "a.onnx")
+    network, _ = integers("qsd")
+    with pytest.raises(qsd.QsdError, match=r"layer .* QONNX"):
+        write_qonnx(network, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())

@@ -9,8 +9,8 @@ import torch
 import qsd
 from qsd.export import to_onnx
 from qsd.export.grids import calibrate
-from qsd.integer.weights import IntegerWeights
 from qsd.export.requantization import Requantization
+from qsd.integer.weights import IntegerWeights
 from tests.helpers import sample
 from tests.helpers.exporting import CSD, ESF, QSD, run_onnx, spiking_network
 
