@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class Streams:
         for values in members:
             bits = np.full(1, fractional_bits)
             if room is not None:
-                bits = np.minimum.reduce([bits, *(room[value] for value in values)])
+                bits = reduce(np.minimum, (room[value] for value in values), bits)
             if flow.output in values:
                 units |= dict.fromkeys(values, np.full(1, _base(flow, values) * 2.0 ** -bits.min()))
                 continue
@@ -86,7 +87,7 @@ class Streams:
         for values in self.groups:
             means = [call.output for value in values for call in flow.users(value) if call.name in _MEANS]
             read = [signals[value] for value in (*values, *means)]
-            largest = np.maximum.reduce([np.maximum(-x.by_channel(x.low), x.by_channel(x.high)) for x in read])
+            largest = reduce(np.maximum, (np.maximum(-x.by_channel(x.low), x.by_channel(x.high)) for x in read))
             needed = np.ceil(np.log2(np.maximum(largest, 1) + 1)).astype(np.int64)
             rooms |= dict.fromkeys(values, fractional_bits + _MAGNITUDE_BITS - needed)
         return rooms
