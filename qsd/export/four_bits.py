@@ -30,11 +30,12 @@ class FourBits:
             weight: Weights of any shape.
         """
         integers, factors = weight, []
-        for axis in range(weight.ndim):
-            factor = _common_factor(integers, axis)
-            if (factor != 1).any():
-                factors.append(factor)
-                integers = integers // factor
+        for factor_of in (_common_power, _sign):
+            for axis in range(weight.ndim):
+                factor = factor_of(integers, axis)
+                if (factor != 1).any():
+                    factors.append(factor)
+                    integers = integers // factor
         if weight.size < _FEWEST or integers.min() < _LEAST or integers.max() > _MOST:
             return None
         return cls(integers, factors)
@@ -46,15 +47,21 @@ class FourBits:
         return bytes((halves[:, 0] | halves[:, 1] << 4).astype(np.uint8).tobytes())
 
 
-def _common_factor(integers: Integers, axis: int) -> Integers:
-    """By entry of an axis the largest power of two that divides all integers there, negative to make an 8 a -8.
-
-    Entries that need no more than 4 bits keep their integers.
-    """
+def _ends(integers: Integers, axis: int) -> tuple[Integers, Integers, tuple[int, ...]]:
+    """By entry of an axis the least and the largest integer there, and the other axes."""
     others = tuple(other for other in range(integers.ndim) if other != axis)
-    low, high = integers.min(axis=others, keepdims=True), integers.max(axis=others, keepdims=True)
-    bits = np.bitwise_or.reduce(integers, axis=others, keepdims=True)
-    divisor = np.where(bits == 0, 1, bits & -bits)
-    divisor = np.where((low >= _LEAST) & (high <= _MOST), 1, divisor)
-    turned = (high // divisor == -_LEAST) & (low // divisor >= -_MOST)
-    return np.where(turned, -divisor, divisor)
+    return integers.min(axis=others, keepdims=True), integers.max(axis=others, keepdims=True), others
+
+
+def _common_power(integers: Integers, axis: int) -> Integers:
+    """By entry of an axis the largest power of two that divides all integers there, 1 where 4 bits hold them."""
+    low, high, others = _ends(integers, axis)
+    digits = np.bitwise_or.reduce(integers, axis=others, keepdims=True)
+    power = np.where(digits == 0, 1, digits & -digits)
+    return np.where((low >= _LEAST) & (high <= _MOST), 1, power)
+
+
+def _sign(integers: Integers, axis: int) -> Integers:
+    """By entry of an axis -1 where the largest integer is 8, which is -8 turned around."""
+    low, high, _ = _ends(integers, axis)
+    return np.where((high == -_LEAST) & (low >= -_MOST), -1, 1)

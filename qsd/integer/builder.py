@@ -47,6 +47,7 @@ class Builder:
         spiking: The network of spikes, in float64.
         streams: The units of running sums of several branches.
         inner_bits: Width of values between the convolutions of a chain.
+        trial: Whether nothing but the ranges is wanted, of any width.
         layers: The layers up to now.
         arrays: Their arrays, by ``layer/array``.
         bounds: By neuron the largest distance between its membrane and the one of the network with floats for equal
@@ -56,6 +57,7 @@ class Builder:
     spiking: SpikingNetwork
     streams: Streams
     inner_bits: int
+    trial: bool = False
     layers: list[AnyLayer] = field(default_factory=list)
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
@@ -98,6 +100,8 @@ class Builder:
         Raises:
             QsdError: If the range of the signal needs more than 32 bits.
         """
+        if self.trial:
+            return signal
         low, high = int(signal.low.min()), int(signal.high.max())
         bits = self.check_width(signal.name, low, high)
         facts = {"shape": list(signal.shape), "low": low, "high": high, "bits": bits, "signed": low < 0}
@@ -118,7 +122,7 @@ class Builder:
             QsdError: If they do not.
         """
         needed = width(min(low, -1), high)
-        if needed > largest:
+        if needed > largest and not self.trial:
             raise TooWide(
                 f"layer {name}: integers from {low} to {high} need {needed} bits, and at most {largest} are "
                 "allowed; use fewer fractional_bits or inner_bits, or weights of fewer bits."

@@ -24,8 +24,7 @@ from qsd.spiking.counts import count_spikes
 
 IMAGE = "image"
 _TRIED_BITS = (8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28)
-# With so few bits no sum leaves the range of 32.
-_FEW_BITS = 4
+_TRIAL_BITS = 16
 _SEARCHED_IMAGES = 64
 
 
@@ -129,12 +128,11 @@ def _changed(network: IntegerNetwork, pixels: Bytes, expected: dict[str, Array])
 
 
 def _build(exact: SpikingNetwork, flow: Flow, grid: PixelGrid, fractional_bits: int, inner_bits: int) -> IntegerNetwork:
-    """The integer network of these widths. A first one, of few bits, tells the ranges of running sums."""
+    """The integer network of these widths. A trial tells the ranges of running sums."""
     scale_of = partial(first_scale, spiking=exact, image_unit=grid.table()[1])
-    few = min(fractional_bits, _FEW_BITS)
-    streams = Streams.of(flow, few, scale_of)
-    signals = _convert(flow, grid, Builder(exact, streams, inner_bits))
-    room = streams.room(flow, signals, few)
+    streams = Streams.of(flow, _TRIAL_BITS, scale_of)
+    signals = _convert(flow, grid, Builder(exact, streams, inner_bits, trial=True))
+    room = streams.room(flow, signals, _TRIAL_BITS)
     builder = Builder(exact, Streams.of(flow, fractional_bits, scale_of, room), inner_bits)
     output = _convert(flow, grid, builder)[flow.output]
     if output.content != "currents" or np.ptp(output.unit) or output.offset.any():

@@ -142,10 +142,10 @@ def convolved(
     table = None if unit is None else Table.of(scale / unit, trained.bits)
     entries = weight if table is None else table.entries(weight)
     scale_out = scale if unit is None else np.broadcast_to(unit, scale.shape)
-    # Errors of the entries, and errors of the input that weights pass on. A border of zeros lacks the offset.
+    # Errors of the entries, and errors of the input that weights pass on. The border of an image lacks the offset.
     misses = np.abs(entries * _column(scale_out) - weight * _column(scale))
     error = _by_tap(misses, geometry, np.maximum(-low, high).astype(np.float64))
-    border = np.abs(signal.offset) if any(side.padding != (0, 0) for side in geometry.sides) else 0.0
+    border = np.abs(signal.offset) if signal.content == "image" else 0.0
     passed = _by_tap(np.abs(real), geometry, signal.by_channel(signal.error + border))
     least, most = _range(entries, geometry, low, high)
     new = Signal(

@@ -14,7 +14,7 @@ from qsd.integer.signals import Floats, Integers
 
 Bytes = NDArray[np.uint8]
 _LARGEST_LEVEL = PIXEL_LEVELS - 1
-_MOST_FRACTIONAL_BITS = 8
+_LARGEST_FACTOR = 256
 _EXACT = 1e-6  # In pixel levels.
 
 
@@ -79,17 +79,19 @@ class PixelGrid:
     def table(self) -> tuple[Integers, Floats, Floats, Floats]:
         """The integers of all bytes ``[C, 256]``, the value of one unit, and offset and largest error by channel.
 
-        Zero stands for zero as nearly as possible, because borders are padded with it: levels have the fewest bits
-        behind the point, at most 8, with which the mean is a level. Otherwise an offset makes up for the difference.
+        Zero stands for zero as nearly as possible, because borders are padded with it: a level is A integers, with the
+        A from 1 to 256 for which the levels of the means are nearest to integers. An offset makes up for the rest.
         """
         mean, std = np.array(self.mean)[:, None], np.array(self.std)[:, None]
         exact = (np.arange(PIXEL_LEVELS) - _LARGEST_LEVEL * mean) * (std.max() / std)
-        for bits in range(_MOST_FRACTIONAL_BITS + 1):
-            table = np.rint(exact * 2**bits)
-            missed = exact - table / 2**bits
-            if np.abs(missed).max() < _EXACT:
-                break
-        offset = missed.mean(1)
-        unit = float(1 / (_LARGEST_LEVEL * std.max()))
+        factors = np.arange(1, _LARGEST_FACTOR + 1)
+        misses = (
+            np.abs(exact * factors[:, None, None] - np.rint(exact * factors[:, None, None])) / factors[:, None, None]
+        )
+        worst = misses.max((1, 2))
+        factor = int(factors[np.argmax(worst <= max(worst.min(), _EXACT))])
+        table = np.rint(exact * factor)
+        missed = exact - table / factor
+        offset, unit = missed.mean(1), float(1 / (_LARGEST_LEVEL * std.max()))
         error = np.abs(missed - offset[:, None]).max(1)
-        return table.astype(np.int64), np.full(1, unit / 2**bits), offset * unit, error * unit
+        return table.astype(np.int64), np.full(1, unit / factor), offset * unit, error * unit

@@ -132,8 +132,7 @@ def small_network(*middle, bits=4):
 def test_mistakes_are_one_line_with_the_name_of_the_layer():
     images = torch.randn(2, 1, 8, 8)
     depthwise, pointwise = QuantConv2d(4, 4, 3, groups=4, weight_bits=8), QuantConv2d(4, 4, 1, weight_bits=8)
-    nn.init.constant_(pointwise.weight, 0.5)
-    qsd.layers.initialize_steps(pointwise)
+    nn.init.constant_(pointwise.weight, 1e3)  # The largest integer of the grid.
     wide = small_network(LinearChain(depthwise=depthwise, pointwise=pointwise), SpikeNeuron(4))
     spiking = qsd.to_spike_driven(small_network().double())
     network = qsd.to_integer(spiking, images, 8)
