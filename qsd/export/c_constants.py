@@ -113,8 +113,8 @@ def _permute(layer: Any, number: int, network: Description, _arrays: Arrays) -> 
     before = _input(layer, network)
     strides = [prod(before.shape[axis + 1 :]) for axis in layer.axes]
     missing = [1] * (_AXES - len(layer.shape))
-    sizes, strides = np.array([*missing, *layer.shape]), np.array([*missing, *strides])
-    return [_array("int", f"size{number}", sizes), _array("int", f"stride{number}", strides)]
+    numbers = {"size": [*missing, *layer.shape], "stride": [*missing, *strides]}
+    return [_array("int", f"{name}{number}", np.array(values)) for name, values in numbers.items()]
 
 
 _CONSTANTS: dict[str, Callable[[Any, int, Description, Arrays], list[str]]] = {

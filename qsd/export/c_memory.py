@@ -65,7 +65,8 @@ class Memory:
 
     def _last_uses(self) -> dict[str, int]:
         """By signal the number of the last layer that reads it or another view of its memory."""
-        last, roots = {}, {}
+        last: dict[str, int] = {}
+        roots: dict[str, str] = {}
         for number, layer in enumerate(self.network.layers):
             root = roots[layer.inputs[0]] if layer.kind == "reshape" else layer.name
             roots[layer.name] = root

@@ -29,7 +29,7 @@ class ExportOptions:
         notes: Facts to store in the file, as JSON, such as class names and normalisation.
         round_inner: Chains of convolutions whose inner values become integers, see `to_onnx`.
         fractional_bits: Bits behind the point of running sums in integer networks, see `qsd.to_integer`.
-        inner_bits: Width of values between the convolutions of a chain in integer networks, see `qsd.to_integer`.
+        inner_bits: Largest width of values between the convolutions of a chain, see `qsd.to_integer`.
         vectors: Number of images whose spikes are test vectors.
     """
 
@@ -37,7 +37,7 @@ class ExportOptions:
     notes: Mapping[str, Any] = field(default_factory=dict)
     round_inner: Merge = "all"
     fractional_bits: int | None = None
-    inner_bits: int = 16
+    inner_bits: int = 24
     vectors: int = 4
 
 

@@ -1,10 +1,10 @@
 """Integer networks without attention as QONNX graphs, which FINN and hls4ml read.
 
 QONNX writes integers as floats of known widths. Neurons are its ``MultiThreshold`` operations, and weights pass a
-``Quant`` operation that states their width. The input of a graph is the integers of the table of pixels.
+``Quant`` operation that states their width. The input of a graph is the integers of the table of pixels, of one image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class _Graph:
         self.onnx, self.network = onnx, network
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
+        self.inner: list[Any] = []
 
     def model(self) -> Any:
         """The ONNX ``ModelProto``."""
@@ -75,8 +76,11 @@ class _Graph:
             _NODES[layer.kind](self, layer)
         first, last = description.layers[0], self.network.layer(description.output)
         floats = self.onnx.TensorProto.FLOAT
-        ends = [helper.make_tensor_value_info(end.name, floats, ["batch", *end.shape]) for end in (first, last)]
-        graph = helper.make_graph(self.nodes, "qsd", ends[:1], ends[1:], self.constants)
+        shapes = {layer.name: [1, *layer.shape] for layer in description.layers}
+        known = {name: helper.make_tensor_value_info(name, floats, shape) for name, shape in shapes.items()}
+        ends = [known.pop(layer.name) for layer in (first, last)]
+        inner = [*known.values(), *self.inner]
+        graph = helper.make_graph(self.nodes, "qsd", ends[:1], ends[1:], self.constants, value_info=inner)
         imports = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_DOMAIN, 1)]
         model = helper.make_model(graph, opset_imports=imports, ir_version=_IR_VERSION, producer_name="qsd")
         model.producer_version = __version__
@@ -96,6 +100,10 @@ class _Graph:
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
+    def note(self, name: str, shape: Sequence[int]) -> None:
+        """State the shape of a value that is no signal of the network."""
+        self.inner.append(self.onnx.helper.make_tensor_value_info(name, self.onnx.TensorProto.FLOAT, list(shape)))
+
 
 def _pads(layer: Any) -> list[int]:
     top, bottom, left, right = layer.padding
@@ -112,6 +120,7 @@ def _convolution(graph: _Graph, layer: Any) -> None:
     ]
     options = {"signed": 1, "narrow": 0, "rounding_mode": "ROUND", "domain": _DOMAIN}
     quantized = graph.add("Quant", [whole, *width], f"{name}.quantized", **options)
+    graph.note(quantized, weight.shape)
     graph.add(
         "Conv",
         [layer.inputs[0], quantized],
@@ -131,6 +140,7 @@ def _total(graph: _Graph, layer: Any) -> None:
     if layer.biased:
         bias = graph.constant(f"{layer.name}.bias", graph.array(layer, "bias").reshape(1, -1, 1, 1))
         graph.add("Add", [output, bias], layer.name)
+        graph.note(output, (1, *layer.shape))
 
 
 def _neuron(graph: _Graph, layer: Any) -> None:
@@ -139,6 +149,7 @@ def _neuron(graph: _Graph, layer: Any) -> None:
         shape = (1, -1, *[1] * (len(layer.shape) - 1))
         sign = graph.constant(f"{layer.name}.direction", graph.array(layer, "direction").reshape(shape))
         membrane = graph.add("Mul", [membrane, sign], f"{layer.name}.membrane")
+        graph.note(membrane, (1, *layer.shape))
     thresholds = graph.constant(f"{layer.name}.thresholds", graph.array(layer, "thresholds"))
     graph.add("MultiThreshold", [membrane, thresholds], layer.name, out_dtype=f"UINT{layer.bits}", domain=_DOMAIN)
 

@@ -90,15 +90,15 @@ def _add(call: Call, signals: list[Signal], builder: Builder) -> Signal:
     left, right = signals
     if any(x.content != "currents" for x in signals) or left.shape != right.shape:
         raise QsdError(f"{left.name} and {right.name} are added, but are no currents of one shape.")
-    units = [signal.by_channel(signal.unit) for signal in signals]
-    if not np.allclose(*units, rtol=1e-12, atol=0):
+    unit, other = (signal.by_channel(signal.unit) for signal in signals)
+    if not np.allclose(unit, other, rtol=1e-12, atol=0):
         raise QsdError(f"{left.name} and {right.name} are added, but have different units; put a neuron between.")
     sums = {
         key: left.by_channel(getattr(left, key)) + right.by_channel(getattr(right, key))
         for key in ("low", "high", "offset", "error")
     }
     multiplied = left.multiplied or right.multiplied
-    new = replace(left, name=name, unit=units[0], multiplied=multiplied, **sums)
+    new = replace(left, name=name, unit=unit, multiplied=multiplied, **sums)
     return builder.add(description.Add, new, [left, right])
 
 

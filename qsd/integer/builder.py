@@ -46,7 +46,7 @@ class Builder:
     Attributes:
         spiking: The network of spikes, in float64.
         streams: The units of running sums of several branches.
-        inner_bits: Width of values between the convolutions of a chain.
+        inner_bits: Largest width of values between the convolutions of a chain.
         trial: Whether nothing but the ranges is wanted, of any width.
         layers: The layers up to now.
         arrays: Their arrays, by ``layer/array``.
@@ -125,7 +125,7 @@ class Builder:
         if needed > largest and not self.trial:
             raise TooWide(
                 f"layer {name}: integers from {low} to {high} need {needed} bits, and at most {largest} are "
-                "allowed; use fewer fractional_bits or inner_bits, or weights of fewer bits."
+                "allowed; use fewer fractional_bits or weights of fewer bits."
             )
         return width(low, high)
 

@@ -33,7 +33,7 @@ def to_integer(
     spiking: SpikingNetwork,
     images: Images,
     fractional_bits: int | None = None,
-    inner_bits: int = 16,
+    inner_bits: int = 24,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> IntegerNetwork:
@@ -51,7 +51,8 @@ def to_integer(
         fractional_bits: Bits behind the point of running sums, in thresholds; a channel whose range leaves room for
             fewer in 32 bits has fewer. ``None`` for the fewest (8 to 28) with which all counts on the images are those
             of the network in float64, or as many as possible are.
-        inner_bits: Width of the values between the convolutions of a chain that is not merged, 4 to 24.
+        inner_bits: Largest width of the values between the convolutions of a chain that is not merged, 4 to 24. They
+            are narrower where the sums behind them would else need more than 32 bits.
         mean: Mean by channel of the normalisation of the images, so that bytes are those of the image file; ``None``
             for bytes over the range of the images.
         std: Standard deviation by channel of the same normalisation.

@@ -7,7 +7,7 @@ import numpy as np
 from qsd.errors import QsdError
 from qsd.integer import description
 from qsd.integer.builder import Builder, converts
-from qsd.integer.description import LARGEST_PRODUCT, LARGEST_WEIGHT
+from qsd.integer.description import LARGEST_PRODUCT, LARGEST_WEIGHT, LARGEST_WIDTH
 from qsd.integer.scaling import Rescaling, Table
 from qsd.integer.signals import Floats, Integers, Signal
 from qsd.integer.tracing import Call
@@ -17,6 +17,7 @@ from qsd.spiking.layers import Convolution, SpikingChain, SpikingDense, SpikingP
 from qsd.spiking.layers.geometry import Geometry, Pair
 
 _ONE: Pair = (1, 1)
+_TINY = 1e-30  # In place of a range of zero.
 
 
 @converts(SpikingChain)
@@ -36,7 +37,7 @@ def _chain(call: Call, signals: list[Signal], builder: Builder) -> Signal:
         name = chain.name if last else f"{chain.name}.{key}"
         trained = TrainedIntegers.of(factor, weight_name(chain, key, builder.spiking), chain.name, builder.spiking)
         if number and not _depthwise(factor.geometry, signal) and np.ptp(signal.unit):
-            signal = _common_unit(signal, builder)
+            signal = _common_unit(signal, trained, builder)
         geometry = _framed(factor, frame, signal, name)
         if number and last and unit is not None:
             signal = convolved(f"{name}.sum", geometry, trained, signal, None, builder)
@@ -86,10 +87,13 @@ def _depthwise(geometry: Geometry, signal: Signal) -> bool:
     return geometry.groups == signal.shape[0] == geometry.channels
 
 
-def _common_unit(signal: Signal, builder: Builder) -> Signal:
-    """Inner values in one unit for all channels, in which the largest of them has the width of inner values."""
+def _common_unit(signal: Signal, after: TrainedIntegers, builder: Builder) -> Signal:
+    """Inner values in one unit for all channels, as wide as allowed and as the sums behind them leave room for."""
+    rows = np.abs(after.integers.reshape(len(after.integers), -1)).sum(1)
+    room = LARGEST_WIDTH - int(rows.max(initial=1)).bit_length() - 1
     largest = float((np.abs(signal.unit) * np.maximum(-signal.low, signal.high)).max())
-    unit = np.full(1, max(largest, 1e-30) / (2 ** (builder.inner_bits - 1) - 2))
+    levels = 2.0 ** (min(builder.inner_bits, room) - 1) - 2
+    unit = np.full(1, max(largest, _TINY) / max(levels, 1))
     return rescaled(f"{signal.name}.inner", signal, unit, builder)
 
 
@@ -170,7 +174,7 @@ def _by_tap(weight: Integers | Floats, geometry: Geometry, values: Integers | Fl
     """The products of weights ``[C_out, C / groups, k_h, k_w]`` and of a value by input channel."""
     groups = values.reshape(geometry.groups, -1)
     per_output = groups.repeat(geometry.channels // geometry.groups, 0)
-    return weight * per_output[:, :, None, None]
+    return np.asarray(weight * per_output[:, :, None, None], np.float64)
 
 
 def _range(entries: Integers, geometry: Geometry, low: Integers, high: Integers) -> tuple[Integers, Integers]:

@@ -214,7 +214,7 @@ class Description(Schema):
         version: Version of this form.
         time_steps: T, the largest count and the number of steps of a window.
         fractional_bits: Bits behind the point of the running sums of several branches, in units of a threshold.
-        inner_bits: Width to which values between the convolutions of a chain are rounded.
+        inner_bits: Largest width of the values between the convolutions of a chain.
         mean: Mean by channel of the normalisation that the table of pixels contains.
         std: Standard deviation by channel of the same normalisation.
         output: Name of the signal whose largest value names the class.

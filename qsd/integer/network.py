@@ -266,8 +266,8 @@ class IntegerNetwork:
                         float_correct + int((theirs == known).sum()),
                     )
         found = {name: number for name, number in first.items() if number}
-        answers = (correct, float_correct) if labelled else (None, None)
-        return IntegerComparison(total, changed, class_changed, *answers, found)
+        answers = {"correct": correct if labelled else None, "float_correct": float_correct if labelled else None}
+        return IntegerComparison(total, changed, class_changed, **answers, first=found)
 
     def _checked(self, pixels: Bytes) -> Bytes:
         shape = list(self.image_shape)

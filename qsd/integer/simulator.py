@@ -179,7 +179,7 @@ def _bias(layer: d.Total, run: _Run) -> Array | int:
 
 def _neuron(layer: d.Neuron, run: _Run, x: Array) -> Array:
     membrane, thresholds = _directed(layer, run, x), _thresholds(layer, run, x)
-    return sum((membrane >= threshold).astype(np.int64) for threshold in thresholds)
+    return np.sum([membrane >= threshold for threshold in thresholds], axis=0, dtype=np.int64)
 
 
 def _directed(layer: d.Neuron, run: _Run, x: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 
@@ -60,11 +59,11 @@ class Streams:
             if call.layer is None and call.name in _ADDITIONS:
                 for value in call.inputs:
                     groups.join(call.output, value)
-        members, units = groups.members(), {}
+        members, units = groups.members(), dict[int, Floats]()
         for values in members:
-            bits = np.full(1, fractional_bits)
-            if room is not None:
-                bits = reduce(np.minimum, (room[value] for value in values), bits)
+            bits: Integers = np.full(1, fractional_bits)
+            for value in values if room is not None else ():
+                bits = np.minimum(bits, room[value])
             if flow.output in values:
                 units |= dict.fromkeys(values, np.full(1, _base(flow, values) * 2.0 ** -bits.min()))
                 continue
@@ -83,11 +82,11 @@ class Streams:
             signals: Signals by number of a value, of a network that was built with ``fractional_bits`` everywhere.
             fractional_bits: Those bits.
         """
-        rooms = {}
+        rooms: dict[int, Integers] = {}
         for values in self.groups:
             means = [call.output for value in values for call in flow.users(value) if call.name in _MEANS]
             read = [signals[value] for value in (*values, *means)]
-            largest = reduce(np.maximum, (np.maximum(-x.by_channel(x.low), x.by_channel(x.high)) for x in read))
+            largest = np.max([np.maximum(-x.by_channel(x.low), x.by_channel(x.high)) for x in read], axis=0)
             needed = np.ceil(np.log2(np.maximum(largest, 1) + 1)).astype(np.int64)
             rooms |= dict.fromkeys(values, fractional_bits + _MAGNITUDE_BITS - needed)
         return rooms

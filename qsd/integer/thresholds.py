@@ -41,7 +41,7 @@ def integer_thresholds(neuron: DelayedNeuron, signal: Signal, scale: tuple[Any, 
     # The least sum lies in [least, most]; at first the sum beyond the range is among them.
     least, most = (np.repeat(bound[:, None], neuron.time_steps, 1) for bound in (low, high + 1))
     while (least < most).any():
-        middle = (least + most) >> 1
+        middle = (least + most) // 2
         drive = (unit * direction)[:, None] * middle + offset[:, None]
         counts = neuron.spike_counts(torch.from_numpy(drive), *scale).numpy()
         reached = counts >= wanted

@@ -131,15 +131,16 @@ def small_network(*middle, bits=4):
 
 def test_mistakes_are_one_line_with_the_name_of_the_layer():
     images = torch.randn(2, 1, 8, 8)
-    depthwise, pointwise = QuantConv2d(4, 4, 3, groups=4, weight_bits=8), QuantConv2d(4, 4, 1, weight_bits=8)
-    nn.init.constant_(pointwise.weight, 1e3)  # The largest integer of the grid.
-    wide = small_network(LinearChain(depthwise=depthwise, pointwise=pointwise), SpikeNeuron(4))
+    depthwise = [QuantConv2d(4, 4, 7, padding=3, groups=4, weight_bits=8) for _ in range(3)]
+    for layer in depthwise:
+        nn.init.constant_(layer.weight, 1e3)  # The largest integer of the grid.
+    wide = small_network(LinearChain(**{f"conv{i}": layer for i, layer in enumerate(depthwise)}), SpikeNeuron(4))
     spiking = qsd.to_spike_driven(small_network().double())
     network = qsd.to_integer(spiking, images, 8)
     with pytest.raises(qsd.QsdError, match=r"layer image takes bytes of the shape \[B, 1, 8, 8\], and got uint8"):
         network(np.zeros((1, 1, 9, 9), np.uint8))
-    with pytest.raises(qsd.QsdError, match=r"layer 2: integers from .* need 3\d bits, and at most 32"):
-        qsd.to_integer(qsd.to_spike_driven(wide.double()), images, inner_bits=24)
+    with pytest.raises(qsd.QsdError, match=r"layer 2: integers from .* need 4\d bits, and at most 32"):
+        qsd.to_integer(qsd.to_spike_driven(wide.double(), merge="none"), images)
     with pytest.raises(qsd.QsdError, match="inner_bits=2 is not from 4 to 24"):
         qsd.to_integer(spiking, images, inner_bits=2)
     for build, options, message in (
