@@ -144,6 +144,8 @@ def _add_convolution(
 ) -> str:
     """An integer convolution; the grids are those of its input and output, ``None`` for counts."""
     label, (zero_in, zero_out) = f"{chain.name}.{key}", (grid.zero_point if grid else 0 for grid in grids)
+    if graph.standard:
+        return _add_plain_convolution(chain, key, numbers, x, (zero_in, zero_out), output, graph)
     # ONNX multiplies by input scale times weight scale over output scale; the multiplier is that product.
     inputs = [
         x,
@@ -157,6 +159,30 @@ def _add_convolution(
         graph.constant(f"{label}.bias", numbers.bias, np.int32),
     ]
     return graph.add("QLinearConv", inputs, output, **_geometry(evaluated_convolutions(chain)[key]))
+
+
+def _add_plain_convolution(
+    chain: SpikingChain,
+    key: str,
+    numbers: Requantization,
+    x: str,
+    zeros: tuple[int, int],
+    output: str,
+    graph: IntegerGraph,
+) -> str:
+    """The same as QLinearConv in several operations: OpenVINO takes its scales for those of input channels."""
+    label, channels = f"{chain.name}.{key}", (-1, 1, 1)
+    weight = graph.weights(f"{label}.weight", numbers.weight)
+    zero = graph.constant(f"{label}.input_zero", zeros[0], np.uint8)
+    total = graph.add("ConvInteger", [x, weight, zero], f"{label}.map", **_geometry(evaluated_convolutions(chain)[key]))
+    bias = graph.constant(f"{label}.bias", numbers.bias.reshape(channels), np.int32)
+    total = graph.floats(graph.add("Add", [total, bias], f"{label}.sum"), f"{label}.float")
+    multiplier = graph.constant(f"{label}.multiplier", numbers.multiplier.reshape(channels), np.float32)
+    values = graph.add("Mul", [total, multiplier], f"{label}.scaled")
+    one = graph.constant(f"{label}.output_scale", 1, np.float32)
+    return graph.add(
+        "QuantizeLinear", [values, one, graph.constant(f"{label}.output_zero", zeros[1], np.uint8)], output
+    )
 
 
 def _geometry(factor: Convolution) -> dict[str, Any]:
