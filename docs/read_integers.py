@@ -9,8 +9,7 @@ import numpy as np
 
 def load(folder):
     """The description and the arrays, as signed integers."""
-    description = json.loads((Path(folder) / "network.json").read_text(encoding="utf-8"))
-    arrays = {}
+    description, arrays = json.loads((Path(folder) / "network.json").read_text(encoding="utf-8")), {}
     with np.load(Path(folder) / "arrays.npz") as stored:
         for name, entry in description["arrays"].items():
             values = stored[name].astype(np.int64)
@@ -73,6 +72,7 @@ def step(layer, arrays, steps, *inputs):
         sums[0] += by_channel(arrays[name + "/bias"], sums[0]) if layer["biased"] else 0
         return sums
     return {
+        "events": lambda: np.stack([x > t for t in range(steps)]).astype(np.int64),
         "convolution": lambda: np.stack([convolve(layer, arrays, image) for image in x]),
         "add": lambda: x + inputs[1],
         "neuron": lambda: fire(layer, arrays, x),

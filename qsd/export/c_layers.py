@@ -112,6 +112,12 @@ def _pixels(layer: Any, number: int, mode: Mode) -> list[str]:
     return [*zeros, f"qsd_look_up(table{number}, {_plane(layer)}, pixels, {mode.at(layer.name)});"]
 
 
+def _events(layer: Any, _number: int, mode: Mode) -> list[str]:
+    mode.active[layer.name] = list(range(mode.steps))
+    function = f"qsd_spread(pixels, {mode.steps}, " if mode.stepped else "qsd_copy(pixels, "
+    return [f"{function}{layer.size}, {mode.at(layer.name)});"]
+
+
 def _convolution(layer: Any, number: int, mode: Mode) -> list[str]:
     source = layer.inputs[0]
     kind = "integers"
@@ -231,6 +237,7 @@ def _permute(layer: Any, number: int, mode: Mode) -> list[str]:
 
 _STATEMENTS: dict[str, Callable[[Any, int, Mode], list[str]]] = {
     "pixels": _pixels,
+    "events": _events,
     "convolution": _convolution,
     "rescale": _rescale,
     "add": _add,

@@ -58,7 +58,7 @@ class Memory:
         kinds = {before.name: before for before in self.network.layers}
         while layer.kind in ("reshape", "permute"):
             layer = kinds[layer.inputs[0]]
-        return layer.kind in ("neuron", "max_pool")
+        return layer.kind in ("neuron", "max_pool", "events")
 
     def _item(self, name: str) -> int:
         return 1 if self._bytes[name] else 4

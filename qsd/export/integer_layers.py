@@ -180,9 +180,8 @@ def _add_plain_convolution(
     multiplier = graph.constant(f"{label}.multiplier", numbers.multiplier.reshape(channels), np.float32)
     values = graph.add("Mul", [total, multiplier], f"{label}.scaled")
     one = graph.constant(f"{label}.output_scale", 1, np.float32)
-    return graph.add(
-        "QuantizeLinear", [values, one, graph.constant(f"{label}.output_zero", zeros[1], np.uint8)], output
-    )
+    level = graph.constant(f"{label}.output_zero", zeros[1], np.uint8)
+    return graph.add("QuantizeLinear", [values, one, level], output)
 
 
 def _geometry(factor: Convolution) -> dict[str, Any]:

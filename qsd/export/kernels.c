@@ -109,6 +109,20 @@ QSD_UNUSED static void qsd_look_up(const int32_t *table, int channels, int posit
             y[c * positions + i] = table[c * 256 + x[c * positions + i]];
 }
 
+QSD_UNUSED static void qsd_copy(const uint8_t *x, int size, uint8_t *y)
+{
+    for (int i = 0; i < size; ++i)
+        y[i] = x[i];
+}
+
+/* Counts as spikes in the first steps. */
+QSD_UNUSED static void qsd_spread(const uint8_t *x, int steps, int size, uint8_t *y)
+{
+    for (int t = 0; t < steps; ++t)
+        for (int i = 0; i < size; ++i)
+            y[t * size + i] = x[i] > t;
+}
+
 QSD_UNUSED static void qsd_rescale(const int32_t *multiplier, int shift, int channels, int positions, const int32_t *x,
                                    int32_t *y)
 {

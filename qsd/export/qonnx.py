@@ -170,6 +170,7 @@ def _permute(graph: _Graph, layer: Any) -> None:
 
 _NODES: dict[str, Callable[[_Graph, Any], Any]] = {
     "pixels": lambda _graph, _layer: None,
+    "events": lambda _graph, _layer: None,
     "convolution": _convolution,
     "add": lambda graph, layer: graph.add("Add", layer.inputs, layer.name),
     "total": _total,

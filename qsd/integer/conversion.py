@@ -36,6 +36,7 @@ def to_integer(
     inner_bits: int = 24,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    events: bool = False,
 ) -> IntegerNetwork:
     """A network whose pixels, weights, membranes, thresholds and products are integers of stated widths.
 
@@ -56,6 +57,7 @@ def to_integer(
         mean: Mean by channel of the normalisation of the images, so that bytes are those of the image file; ``None``
             for bytes over the range of the images.
         std: Standard deviation by channel of the same normalisation.
+        events: Whether images are counts of events from 0 to T. They are spikes, so that no layer multiplies.
 
     Returns:
         The integer network, for images of this size.
@@ -68,7 +70,7 @@ def to_integer(
     exact = copy.deepcopy(spiking).cpu().double()
     batches = [batch for batch, _ in image_batches(images, exact, _SEARCHED_IMAGES)]
     examples = torch.cat([batch for batch in batches if batch.shape[1:] == batches[0].shape[1:]])
-    grid = PixelGrid.of(examples, mean, std)
+    grid = PixelGrid.of_events(examples) if events else PixelGrid.of(examples, mean, std)
     flow, pixels = trace(exact, examples[:1]), grid.pixels(examples)
     if fractional_bits is not None:
         return _build(exact, flow, grid, fractional_bits, inner_bits)
@@ -130,7 +132,8 @@ def _changed(network: IntegerNetwork, pixels: Bytes, expected: dict[str, Array])
 
 def _build(exact: SpikingNetwork, flow: Flow, grid: PixelGrid, fractional_bits: int, inner_bits: int) -> IntegerNetwork:
     """The integer network of these widths. A trial tells the ranges of running sums."""
-    scale_of = partial(first_scale, spiking=exact, image_unit=grid.table()[1])
+    image_unit = np.ones(1) if grid.events else grid.table()[1]
+    scale_of = partial(first_scale, spiking=exact, image_unit=image_unit)
     streams = Streams.of(flow, _TRIAL_BITS, scale_of)
     signals = _convert(flow, grid, Builder(exact, streams, inner_bits, trial=True))
     room = streams.room(flow, signals, _TRIAL_BITS)
@@ -162,6 +165,9 @@ def _convert(flow: Flow, grid: PixelGrid, builder: Builder) -> dict[int, Signal]
 
 
 def _image(flow: Flow, grid: PixelGrid, builder: Builder) -> Signal:
+    if grid.events:
+        counts = Signal.of_counts(IMAGE, flow.image, builder.time_steps)
+        return builder.add(description.Events, counts, [])
     table, unit, offset, error = grid.table()
     low, high = np.minimum(table.min(1), 0), np.maximum(table.max(1), 0)
     signal = Signal(IMAGE, flow.image, "image", low, high, unit, offset, error, multiplied=True)

@@ -70,6 +70,12 @@ class Pixels(Layer):
     kind: Literal["pixels"] = "pixels"
 
 
+class Events(Layer):
+    """The image as counts of events ``[C, H, W]`` from 0 to T; in steps a count n is a spike in the first n steps."""
+
+    kind: Literal["events"] = "events"
+
+
 class Convolution(Layer):
     """A convolution of ``[C, H, W]`` by ``weight`` ``[C_out, C / groups, k_h, k_w]``, on a border of zeros.
 

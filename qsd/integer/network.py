@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from qsd.errors import QsdError
-from qsd.integer.description import Description, Pixels
+from qsd.integer.description import Description, Events, Pixels
 from qsd.integer.pixels import Bytes, PixelGrid
 from qsd.integer.simulator import Values, run_counts, run_steps
 from qsd.spiking import SpikingNetwork
@@ -137,9 +137,9 @@ class IntegerNetwork:
         return tuple(self._image.shape)
 
     @property
-    def _image(self) -> Pixels:
+    def _image(self) -> Pixels | Events:
         first = self.description.layers[0]
-        assert isinstance(first, Pixels)
+        assert isinstance(first, Pixels | Events)
         return first
 
     def pixels(self, images: torch.Tensor) -> Bytes:
@@ -231,7 +231,8 @@ class IntegerNetwork:
         from_image: set[str] = set()
         rows = []
         for layer in self.description.layers:
-            image = layer.kind != "neuron" and (not layer.inputs or any(name in from_image for name in layer.inputs))
+            image = layer.kind == "pixels" or any(name in from_image for name in layer.inputs)
+            image = image and layer.kind != "neuron"
             if image:
                 from_image.add(layer.name)
             rows.append(AuditedLayer(layer.name, layer.kind, values.multiplications.get(layer.name), image))

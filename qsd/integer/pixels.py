@@ -25,10 +25,21 @@ class PixelGrid:
     Attributes:
         mean: By channel.
         std: By channel, positive.
+        events: Whether bytes are counts of events, which stand for themselves.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    events: bool = False
+
+    @classmethod
+    def of_events(cls, images: Tensor) -> "PixelGrid":
+        """The grid of counts of events.
+
+        Args:
+            images: ``[B, C, H, W]``.
+        """
+        return cls((0.0,) * images.shape[1], (1 / _LARGEST_LEVEL,) * images.shape[1], events=True)
 
     @classmethod
     def of(cls, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> "PixelGrid":

@@ -197,6 +197,7 @@ def _thresholds(layer: d.Neuron, run: _Run, x: Array) -> list[Array]:
 
 _COUNTS: dict[str, Callable[..., Array]] = {
     "pixels": _pixels,
+    "events": lambda _layer, _run, counts: counts.astype(np.int64),
     "convolution": _convolution,
     "rescale": _rescale,
     "add": lambda _layer, _run, x, y: x + y,
@@ -272,6 +273,7 @@ def _query_in_steps(_layer: d.Query, run: _Run, matrix: Array, spikes: Array) ->
 _STEPS: dict[str, Callable[..., Array]] = {
     **{kind: _each_step(kind) for kind in ("convolution", "add", "max_pool", "reshape", "permute")},
     "pixels": _pixels_in_steps,
+    "events": lambda _layer, run, counts: np.stack([counts > t for t in range(run.steps)]).astype(np.int64),
     "total": _total_in_steps,
     "rescale": _rescale_in_steps,
     "neuron": _neuron_in_steps,

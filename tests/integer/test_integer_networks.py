@@ -124,6 +124,21 @@ def test_bytes_of_an_image_keep_their_normalisation():
         qsd.to_integer(spiking, images, mean=(0.5,), std=(0.5,))
 
 
+def test_events_are_spikes_and_nothing_multiplies():
+    model = small_network(QuantConv2d(4, 4, 3, weight_bits=4), SpikeNeuron(4)).double()
+    events = torch.randint(0, 5, (3, 1, 8, 8), dtype=torch.float64)
+    spiking = qsd.to_spike_driven(model)
+    network = qsd.to_integer(spiking, events, events=True)
+    pixels = network.pixels(events)
+    np.testing.assert_array_equal(pixels, events.numpy())
+    steps = network.simulate(pixels)
+    assert not steps.multiplications
+    np.testing.assert_array_equal(network.output(steps), network(pixels))
+    assert network.compare(spiking, events).changed == 0
+    with pytest.raises(qsd.QsdError, match="layer image leaves its range from 0 to 4"):
+        network(pixels + np.uint8(4))
+
+
 def small_network(*middle, bits=4):
     first = QuantConv2d(1, 4, 3, padding=1, weight_bits=bits)
     return nn.Sequential(first, SpikeNeuron(4), *middle, TokenMeanLinear(4, 2, bits)).eval()
