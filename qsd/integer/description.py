@@ -207,7 +207,7 @@ class Permute(Layer):
 
 
 AnyLayer = Annotated[
-    Pixels | Convolution | Rescale | Add | Total | Neuron | MaxPool | Product | Query | Reshape | Permute,
+    Pixels | Events | Convolution | Rescale | Add | Total | Neuron | MaxPool | Product | Query | Reshape | Permute,
     Field(discriminator="kind"),
 ]
 
