@@ -162,7 +162,16 @@ def test_mistakes_are_one_line_with_the_name_of_the_layer():
         (lambda: small_network(bits=None), {}, "layer 0 has float weights"),
         (small_network, {"delay": 0}, "neuron 1 fires before its input is complete"),
         (small_network, {"code": "binary"}, "use code='unary'"),
-        (lambda: small_network(nn.Upsample(scale_factor=2)), {}, "operation upsample_nearest2d between layers has no"),
+        (
+            lambda: small_network(nn.Upsample(scale_factor=2)),
+            {},
+            "spikes of neuron 1 meet an operation that is no layer",
+        ),
+        (
+            lambda: small_network(QuantConv2d(4, 4, 1), nn.Upsample(scale_factor=2), SpikeNeuron(4)),
+            {},
+            "operation upsample_nearest2d between layers has no integers",
+        ),
     ):
         with pytest.raises(qsd.QsdError, match=message) as error:
             qsd.to_integer(qsd.to_spike_driven(build().double(), **options), images)
