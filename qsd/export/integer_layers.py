@@ -45,12 +45,37 @@ def _half_even_neuron(neuron: HalfEvenNeuron, call: LayerCall, graph: IntegerGra
 
 def _add_neuron(neuron: DelayedNeuron, threshold: np.float32, call: LayerCall, graph: IntegerGraph) -> None:
     name = neuron.name
+    if graph.standard:
+        _add_clip(neuron, _rounded(neuron, threshold, call.inputs[0], graph), call.output, graph)
+        return
     inputs = [
         call.inputs[0],
         graph.constant(f"{name}.threshold", threshold, np.float32),
         graph.constant(f"{name}.zero", 0, np.uint8),
     ]
     _add_clip(neuron, graph.add("QuantizeLinear", inputs, f"{name}.drive"), call.output, graph)
+
+
+def _rounded(neuron: DelayedNeuron, threshold: np.float32, x: str, graph: IntegerGraph) -> str:
+    """Currents over the threshold, rounded to bytes, by operations that all runtimes compute alike.
+
+    OpenVINO decides ties of QuantizeLinear otherwise.
+    """
+    name = neuron.name
+    value = graph.add("Div", [x, graph.constant(f"{name}.threshold", threshold, np.float32)], f"{name}.quotient")
+    if type(neuron) is HalfEvenNeuron:
+        value = graph.add("Round", [value], f"{name}.rounded")
+    else:
+        half = graph.constant(f"{name}.half", 0.5, np.float32)
+        value = graph.add("Floor", [graph.add("Add", [value, half], f"{name}.raised")], f"{name}.rounded")
+    return _add_bytes(value, name, f"{name}.drive", graph)
+
+
+def _add_bytes(value: str, label: str, output: str, graph: IntegerGraph) -> str:
+    """Whole floats as unsigned bytes, cut off at both ends."""
+    ends = [graph.constant(f"{label}.{key}", end, np.float32) for key, end in (("least", 0), ("most", 255))]
+    value = graph.add("Clip", [value, *ends], f"{label}.byte")
+    return graph.add("Cast", [value], output, to=graph.onnx.TensorProto.UINT8)
 
 
 def _add_clip(neuron: DelayedNeuron, drive: str, output: str, graph: IntegerGraph) -> None:
@@ -179,9 +204,9 @@ def _add_plain_convolution(
     total = graph.floats(graph.add("Add", [total, bias], f"{label}.sum"), f"{label}.float")
     multiplier = graph.constant(f"{label}.multiplier", numbers.multiplier.reshape(channels), np.float32)
     values = graph.add("Mul", [total, multiplier], f"{label}.scaled")
-    one = graph.constant(f"{label}.output_scale", 1, np.float32)
-    level = graph.constant(f"{label}.output_zero", zeros[1], np.uint8)
-    return graph.add("QuantizeLinear", [values, one, level], output)
+    level = graph.constant(f"{label}.output_zero", zeros[1], np.float32)
+    levels = graph.add("Add", [graph.add("Round", [values], f"{label}.rounded"), level], f"{label}.levels")
+    return _add_bytes(levels, label, output, graph)
 
 
 def _geometry(factor: Convolution) -> dict[str, Any]:
