@@ -206,6 +206,9 @@ def _check_categories(file: _File, content: dict[str, Any], use: Use) -> set[Any
         return set(ids)
     if isinstance(use.classes, str):
         raise QsdError(f"metainfo.classes={use.classes!r} is one text; give a tuple of names: ({use.classes!r},).")
+    twice = [name for i, name in enumerate(use.classes) if name in list(use.classes)[:i]]
+    if twice:
+        raise QsdError(f"metainfo.classes names {twice[0]!r} twice; give each class once.")
     missing = [name for name in use.classes if name not in names]
     if missing:
         raise QsdError(
@@ -244,6 +247,10 @@ def _check_boxes(
         if owner in places and kind in categories and not entry.get("ignore")
     ]
     counts["of other images or classes, or ignored"] = len(annotations) - len(read)
+    if annotations and not any(owner in places for owner in owners):
+        raise file.error(
+            part, 0, annotations, f"has image_id={shortened(owners[0])}; no image has it, nor any other one"
+        )
     entries, file.numbers = [annotations[i] for i in read], read
     values, area = _boxes_and_areas(file, entries)
     shape = shapes[[places[owners[i]] for i in read]].reshape(-1, 2)[:, ::-1]

@@ -30,7 +30,27 @@ _BUILT = ("model", "val_dataloader", "test_dataloader", "val_evaluator", "test_e
 # What OpenMMLab's models fetch, at construction, from files and addresses that their arguments name.
 _FETCHING_TYPES = {"BertModel", "CLIPTextEncoder", "VPD", "TIMMBackbone", "HuggingFace"}
 _FETCHING_KEYS = {"checkpoint", "checkpoint_path", "teacher_ckpt", "teacher_config", "lang_model_name", "diffusion_cfg"}
-_ENDINGS = (".pth", ".ckpt", ".pt", ".safetensors", ".bin", ".onnx", ".py", ".json", ".yaml", ".npy", ".pkl", ".txt")
+# Metrics write to places that their arguments name, and readers of images fetch from them.
+_PLACES = {
+    *("outfile_prefix", "output_dir", "outdir", "out_dir", "out_file_path", "collect_dir", "proposals_file"),
+    *("format_only", "backend_args", "file_client_args"),
+}
+_ENDINGS = (
+    ".pth",
+    ".ckpt",
+    ".pt",
+    ".safetensors",
+    ".bin",
+    ".onnx",
+    ".py",
+    ".json",
+    ".yaml",
+    ".npy",
+    ".npz",
+    ".pkl",
+    ".pickle",
+)
+_ENDINGS += (".txt", ".yml", ".csv")
 
 
 def _statistic(owner: Any, name: Any) -> Any:
@@ -160,7 +180,8 @@ def _checked(value: Any, where: str, known: set[str], path: str, of_model: bool)
         if of_model and isinstance(value, str) and _names_file(value):
             raise QsdError(f"the configuration in {path} has {where}={value[:80]!r}: files open no other files.")
         return value
-    part = {key: item for key, item in value.items() if not (of_model and key in ("init_cfg", "pretrained"))}
+    left_out = ("init_cfg", "pretrained") if of_model else _PLACES
+    part = {key: item for key, item in value.items() if key not in left_out or (not item and not of_model)}
     if "type" in part:
         part["type"] = _checked_type(part["type"], where, known, path)
         if of_model and part["type"].rsplit(".", 1)[-1] == "SpikeTransformerBackbone":
@@ -174,6 +195,9 @@ def _checked(value: Any, where: str, known: set[str], path: str, of_model: bool)
                 f"the configuration in {path} has {where}.{fetching[0] if fetching else f'type={kind}'}, which opens "
                 "other files; files open no other files."
             )
+    names = part.get("metainfo")
+    if isinstance(names, dict) and any(isinstance(item, str) for item in names.values()):
+        raise QsdError(f"the configuration in {path} has a text in {where}.metainfo, where OpenMMLab reads a file.")
     return {key: _checked(item, f"{where}.{key}", known, path, of_model) for key, item in part.items()}
 
 
@@ -183,8 +207,10 @@ def _checked_type(name: Any, where: str, known: set[str], path: str) -> str:
         raise QsdError(
             f"the configuration in {path} has {where}.type={str(name)[:80]!r}, which is not registered with OpenMMLab."
         )
+    if parts[-1].startswith("Dump"):
+        raise QsdError(f"the configuration in {path} has {where}.type={name!r}, which writes files; leave it out.")
     return parts[0] if len(parts) == 1 else f"{parts[0]}.{parts[-1]}"
 
 
 def _names_file(text: str) -> bool:
-    return "://" in text or text.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or text.lower().endswith(_ENDINGS)
+    return "/" in text or text.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or text.lower().endswith(_ENDINGS)

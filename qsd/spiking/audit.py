@@ -158,7 +158,7 @@ class Auditor:
 
     def __init__(self, spiking: SpikingNetwork, delay: Delay = None) -> None:
         self.spiking, self.delay = spiking, delay
-        self._found: dict[tuple[str, str], AuditedOperation] = {}
+        self._found: dict[tuple[str, str, bool], AuditedOperation] = {}
         self._watch = Watch(spiking, lambda operation: _look(operation, self._found))
 
     def run(self, images: Tensor) -> Any:
@@ -185,14 +185,16 @@ class Auditor:
 _ORDER: tuple[Status, ...] = ("unproven", "binary", "integer", "analog")
 
 
-def _look(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) -> None:
+def _look(operation: Operation, found: dict[tuple[str, str, bool], AuditedOperation]) -> None:
     if operation.kind == "reduction":
         return
     if operation.kind == "shift":
         _note_shift(operation, found)
         return
     name = operation.name if operation.layer is not None else f"{operation.name} ({operation.torch_name})"
-    entry = found.setdefault((name, operation.kind), AuditedOperation(name, operation.kind))
+    # A layer that sees images and currents has two entries: that of the images excuses no other.
+    key = (name, operation.kind, operation.image)
+    entry = found.setdefault(key, AuditedOperation(name, operation.kind))
     status, bits, note = _judge(operation)
     if operation.image:
         entry.stem, note = True, ""
@@ -204,7 +206,7 @@ def _look(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) 
         entry.bits = max(entry.bits or 0, bits)
 
 
-def _note_shift(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) -> None:
+def _note_shift(operation: Operation, found: dict[tuple[str, str, bool], AuditedOperation]) -> None:
     """Note a shift at the operation whose currents it shifts, the last one of its layer before it."""
     layer = operation.layer
     assert layer is not None
