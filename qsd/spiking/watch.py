@@ -99,7 +99,7 @@ class Watch(TorchDispatchMode):
             images: ``[B, C, H, W]``.
         """
         self._thread = threading.get_ident()
-        # A module may have kept a value of the run before. Weak references keep a storage's address from being used anew.
+        # A module may have kept a value of the run before. A weak reference keeps its storage's address from new use.
         self._activations = {x for x in self._activations if not x.expired()}
         self._images = {x for x in self._images if not x.expired()}
         self._activations.add(StorageWeakRef(images.untyped_storage()))

@@ -195,7 +195,7 @@ def test_data_and_metrics_of_a_checkpoint_neither_write_nor_fetch(content, tmp_p
     with pytest.raises(QsdError, match=r"the val data are at s3://bucket, which is not fetched"):
         load_part(config, "val")
     config.val_dataloader.dataset = {"type": "CityscapesDataset", "surprise": 3}
-    with pytest.raises(QsdError, match="the val data or their metrics cannot be built: .*surprise"):
+    with pytest.raises(QsdError, match=r"the val data or their metrics cannot be built: .*surprise"):
         load_part(config, "val")
 
 
