@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -106,7 +107,7 @@ class Audit:
         for o in self.operations:
             verdict = "stem" if o.stem else "spike-driven" if o.spike_driven else o.note or o.status
             bits = "" if o.bits is None else str(o.bits)
-            table.add_row(o.name, o.operation, o.status, bits, str(o.shift or ""), verdict)
+            table.add_row(escape(o.name), o.operation, o.status, bits, str(o.shift or ""), escape(verdict))
         return table
 
 
