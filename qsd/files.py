@@ -50,7 +50,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise QsdError(f"the folder {path.parent} does not exist; make it first.")
     partial: Path | None = None
     try:
-        _remove_abandoned(path.parent, f"{glob.escape(_hidden_name(path))}.*.part", _ABANDONED)
+        _remove_abandoned_parts(path)
         partial = _new_file(path)
         permissions = partial.stat().st_mode & 0o777
         with _locked(partial):
@@ -83,6 +83,7 @@ def replace_content(path: str | Path, content: bytes | memoryview) -> None:
         QsdError: If the file cannot be written; the target is then unchanged.
     """
     path = Path(path)
+    _remove_abandoned_parts(path)
     try:
         descriptor = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
     except (AttributeError, OSError):  # another system, or a disk that has only files with names
@@ -186,6 +187,10 @@ def _locked(path: Path) -> Iterator[bool]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _remove_abandoned_parts(target: Path) -> None:
+    _remove_abandoned(target.parent, f"{glob.escape(_hidden_name(target))}.*.part", _ABANDONED)
 
 
 def _remove_abandoned(folder: Path, pattern: str, age: float = 0.0) -> None:
