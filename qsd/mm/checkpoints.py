@@ -4,6 +4,7 @@ mmengine falls back to unrestricted unpickling where the restricted one refuses 
 that lie in checkpoints. Here every file passes `qsd.reading`, and a configuration is parsed as literals.
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import Registry, init_default_scope
 from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as checkpoint_module
 from torch import Tensor
 
 from qsd.errors import QsdError
@@ -98,9 +100,22 @@ def read_mm_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def install() -> None:
-    """Let mmengine read checkpoints of local files and of web addresses through `read_mm_checkpoint`."""
+    """Let mmengine read checkpoints of local files, and those that it fetches, through `read_mm_checkpoint`."""
     CheckpointLoader.register_scheme("", load_from_local, force=True)
     CheckpointLoader.register_scheme(("http://", "https://"), load_from_http, force=True)
+    # The names of models (``open-mmlab://resnet50``) lead to these functions of the module.
+    vars(checkpoint_module).update(load_from_http=load_from_http, _safe_torch_load=_load_file)
+
+
+def _load_file(file: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+    """In place of mmengine's function that falls back to unrestricted unpickling; storage servers give it buffers."""
+    del weights_only
+    if isinstance(file, str | Path):
+        return load_from_local(str(file), map_location)
+    with tempfile.NamedTemporaryFile(suffix=".pth") as copy:
+        copy.write(file.read())
+        copy.flush()
+        return load_from_local(copy.name, map_location)
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -179,6 +194,8 @@ def _checked(value: Any, where: str, known: set[str], path: str, of_model: bool)
     if not isinstance(value, dict):
         if of_model and isinstance(value, str) and _names_file(value):
             raise QsdError(f"the configuration in {path} has {where}={value[:80]!r}: files open no other files.")
+        if isinstance(value, str) and value.lower().endswith(_PICKLES):  # which OpenMMLab reads without a safe reader
+            raise QsdError(f"the configuration in {path} has {where}={value[:80]!r}: pickled data may run code.")
         return value
     left_out = ("init_cfg", "pretrained") if of_model else _PLACES
     part = {key: item for key, item in value.items() if key not in left_out or (not item and not of_model)}
@@ -207,8 +224,9 @@ def _checked_type(name: Any, where: str, known: set[str], path: str) -> str:
         raise QsdError(
             f"the configuration in {path} has {where}.type={str(name)[:80]!r}, which is not registered with OpenMMLab."
         )
-    if parts[-1].startswith("Dump"):
-        raise QsdError(f"the configuration in {path} has {where}.type={name!r}, which writes files; leave it out.")
+    if parts[-1].startswith("Dump") or parts[-1] in _UNPICKLING:
+        use = "writes files" if parts[-1].startswith("Dump") else "unpickles or fetches files"
+        raise QsdError(f"the configuration in {path} has {where}.type={name!r}, which {use}; leave it out.")
     return parts[0] if len(parts) == 1 else f"{parts[0]}.{parts[-1]}"
 
 
