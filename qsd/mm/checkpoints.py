@@ -37,22 +37,14 @@ _PLACES = {
     *("outfile_prefix", "output_dir", "outdir", "out_dir", "out_file_path", "collect_dir", "proposals_file"),
     *("format_only", "backend_args", "file_client_args"),
 }
-_ENDINGS = (
-    ".pth",
-    ".ckpt",
-    ".pt",
-    ".safetensors",
-    ".bin",
-    ".onnx",
-    ".py",
-    ".json",
-    ".yaml",
-    ".npy",
-    ".npz",
-    ".pkl",
-    ".pickle",
-)
-_ENDINGS += (".txt", ".yml", ".csv")
+# Data sets, transforms and metrics that unpickle files, or fetch them from addresses of their own.
+_UNPICKLING = {
+    *("RefCocoDataset", "OpenImagesDataset", "OpenImagesChallengeDataset", "CocoOccludedSeparatedMetric"),
+    *("LoadBiomedicalData", "LoadBiomedicalImageFromFile", "LoadBiomedicalAnnotation"),
+}
+_PICKLES = (".pkl", ".pickle")
+_ENDINGS = (".pth", ".ckpt", ".pt", ".safetensors", ".bin", ".onnx", ".py", ".json", ".yaml", ".yml", ".txt", ".csv")
+_ENDINGS += (".npy", ".npz", *_PICKLES)
 
 
 def _statistic(owner: Any, name: Any) -> Any:
