@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _LARGE = 100_000_000  # bytes of a file from which on a progress bar is shown
 _CHUNK = 20_000  # annotations whose outlines are checked at a time
 _IDS = frozenset({int, str})
+_FLAGS = frozenset({int, bool, float, type(None)})
+_LONGEST = 2**20  # pixels of an image's side
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ def check_annotations(path: str | Path, use: Use) -> dict[str, int]:
     sizes = {}
     for field in ("height", "width"):
         sizes[field] = file.column("images", images, field, NUMBERS)
-        if images and not all(value >= 1 for value in sizes[field]):  # NaN fails, too
-            index = next(i for i, value in enumerate(sizes[field]) if not value >= 1)
+        if images and not all(1 <= value <= _LONGEST for value in sizes[field]):  # NaN fails, too
+            index = next(i for i, value in enumerate(sizes[field]) if not 1 <= value <= _LONGEST)
             raise file.error("images", index, images, f"has {field}={shortened(sizes[field][index])}, which is no size")
     if use.folder is not None:
         check_images([os.path.join(use.folder, name) for name in names])
@@ -241,6 +243,10 @@ def _check_boxes(
     file.unique(part, annotations, "id", _IDS)
     owners = file.column(part, annotations, "image_id", _IDS)
     kinds = file.column(part, annotations, "category_id", _IDS)
+    for flag in ("iscrowd", "ignore"):  # OpenMMLab takes every text for true, "0" as well.
+        if not {type(entry.get(flag)) for entry in annotations} <= _FLAGS:
+            index = next(i for i, entry in enumerate(annotations) if type(entry.get(flag)) not in _FLAGS)
+            raise file.error(part, index, annotations, f"has {flag}={shortened(annotations[index][flag])}; give 0 or 1")
     read = [
         i
         for i, (owner, kind, entry) in enumerate(zip(owners, kinds, annotations))

@@ -137,6 +137,12 @@ def _annotation(**fields):
             lambda c: [a.update(image_id="7") for a in c["annotations"]],
             r"annotations\[0\] \(id 1\) has image_id='7'; no",
         ),
+        (_annotation(iscrowd="0"), r"annotations\[2\] \(id 3\) has iscrowd='0'; give 0 or 1"),
+        (_annotation(ignore=[]), r"annotations\[2\] \(id 3\) has ignore=\[\]; give 0 or 1"),
+        (
+            lambda c: c["images"][1].update(height=float("inf")),
+            r"images\[1\] \(id 9\) has height=inf, which is no size",
+        ),
         (lambda c: c["images"][0].update(id=[7]), r"has id=\[7\], where int or str belongs"),
     ],
 )
