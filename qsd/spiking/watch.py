@@ -89,6 +89,7 @@ class Watch(TorchDispatchMode):
         self._images: set[StorageWeakRef] = set()
         self._activations: set[StorageWeakRef] = set()
         self._exits = _Exits(self._leaves_torch)
+        self._entered = False
         self._thread = threading.get_ident()
 
     @contextmanager
@@ -98,7 +99,7 @@ class Watch(TorchDispatchMode):
         Args:
             images: ``[B, C, H, W]``.
         """
-        self._thread = threading.get_ident()
+        self._thread, self._entered = threading.get_ident(), False
         # A module may have kept a value of the run before. A weak reference keeps its storage's address from new use.
         self._activations = {x for x in self._activations if not x.expired()}
         self._images = {x for x in self._images if not x.expired()}
@@ -135,6 +136,7 @@ class Watch(TorchDispatchMode):
         if not self.is_watched():
             return
         self._stack.append(module)
+        self._entered = True
         if not isinstance(module, TimedLayer) or module.runtime.mode == "trace":
             return  # A network is traced on images of its own.
         if not all(self._is_activation(x) for x in inputs if isinstance(x, Tensor)):
@@ -169,8 +171,9 @@ class Watch(TorchDispatchMode):
         image = all(self.is_image(x) for x in activations)
         kind, operands, note = recognize(call)
         passed = image and kind in ("pool", "reduction", "other")
-        known = self._role() == "neuron" or (kind == "reduction" and not self._stack)  # The sum over the window.
-        if kind is not None and not known and not passed:
+        # Around the network, images are checked before it runs, and its output is summed over the window.
+        around = not self._stack and (kind == "reduction" or not self._entered)
+        if kind is not None and self._role() != "neuron" and not around and not passed:
             operands = tuple(plain(x) for x in operands)
             self.report(Operation(kind, name, *self._place(), operands, image, args, output, note))
         for x in tree_leaves(output):

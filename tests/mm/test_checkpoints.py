@@ -201,7 +201,7 @@ def test_data_and_metrics_of_a_checkpoint_neither_write_nor_fetch(content, tmp_p
     for added, message in (
         ("val_evaluator = dict(type='DumpResults', out_file_path='x.pkl')", "val_evaluator.type='DumpResults', which"),
         ("val_evaluator = [dict(type='mmdet.DumpProposals', output_dir='x')]", "DumpProposals', which writes files"),
-        ("val_dataloader = dict(dataset=dict(type='BaseDataset', ann_file='a.pkl'))", "pickled data may run code"),
+        ("val_dataloader = dict(dataset=dict(type='CocoDataset', ann_file='a.pkl'))", "pickled data may run code"),
         ("val_dataloader = dict(dataset=dict(proposal_file='a.pickle'))", "pickled data may run code"),
         ("val_dataloader = dict(dataset=dict(type='mmdet.RefCocoDataset'))", "unpickles or fetches files"),
         ("val_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadBiomedicalData')]))", "unpickles or fetches"),

@@ -210,7 +210,7 @@ def test_parts_of_other_types_are_named(trained, tmp_path, part, value, message)
         ("model_args", {"depth": 10**9}, "depth=1000000000"),
         ("model_args", {"depth": 10**5}, "rule out"),
         ("model_args", {"embed_dims": [2**23] * 4}, "rule out"),
-        ("num_classes", 10**8, r"of \d+ numbers, and holds \d+; it is damaged"),
+        ("num_classes", 10**8, "rule out"),
         ("model_args", {"depth": "many"}, r"cannot be|hyper_parameters of"),
         ("model_args", {"unknown": 1}, r"cannot be|hyper_parameters of"),
         ("num_classes", "ten", r"cannot be|hyper_parameters of"),
