@@ -114,6 +114,8 @@ def recognize(call: Call) -> Recognized:
     Args:
         call: The call.
     """
+    if any(x.layout != torch.strided for x in call.activations((call.arguments, call.options))):
+        return _other(call, f"{call.name} of sparse tensors, whose values are not followed")
     found = _recognize(call)
     note = _narrowing(call) if found.kind in (None, "reduction") else ""
     return _other(call, note) if note else found
@@ -150,9 +152,10 @@ def _recognize(call: Call) -> Recognized:
 
 def _other(call: Call, note: str = "") -> Recognized:
     operands = tuple(call.activations((call.arguments, call.options)))
-    spikes = all(is_binary(x) for x in operands)
-    reason = f"{call.name} is neither linear nor a neuron" if spikes else f"{call.name} of values that are no spikes"
-    return Recognized("other", operands, note or reason)
+    if not note:
+        spikes = all(is_binary(x) for x in operands)
+        note = f"{call.name} is neither linear nor a neuron" if spikes else f"{call.name} of values that are no spikes"
+    return Recognized("other", operands, note)
 
 
 def _weighted(call: Call, kind: Kind, operands: tuple[Tensor, Tensor]) -> Recognized:
@@ -253,7 +256,7 @@ def integer_bits(x: Tensor) -> int | None:
     Args:
         x: Any tensor.
     """
-    if x.is_floating_point() and not bool((x == torch.round(x)).all()):
+    if x.is_complex() or (x.is_floating_point() and not bool((x == torch.round(x)).all())):
         return None
     low, high = int(x.min()), int(x.max())
     bits = max(high.bit_length(), (-low).bit_length()) + (low < 0)

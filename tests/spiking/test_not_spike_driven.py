@@ -305,14 +305,17 @@ def test_a_layer_that_sees_images_and_currents_is_named():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer, self.neuron, self.head = QuantConv2d(3, 3, 3, padding=1), SpikeNeuron(4), QuantConv2d(3, 2, 1)
+            self.layer, self.other = QuantConv2d(3, 3, 3, padding=1), QuantConv2d(3, 3, 3, padding=1)
+            self.neuron, self.head = SpikeNeuron(4), QuantConv2d(3, 2, 1)
 
         def forward(self, x):
-            return self.head(self.neuron(self.layer(self.layer(x))))
+            return self.head(self.neuron(self.layer(x) + self.other(x)))
 
-    audit = audit_spike_driven(to_spike_driven(Twice().double().eval()), torch.randn(1, 3, 8, 8).double())
+    spiking = to_spike_driven(Twice().double().eval())
+    spiking.network.neuron.register_forward_pre_hook(lambda module, inputs: spiking.network.layer(0.1 * inputs[0]))
+    audit = audit_spike_driven(spiking, torch.randn(1, 3, 8, 8).double())
     assert [(o.name, o.stem, o.spike_driven) for o in audit.operations] == [
-        ("layer", True, False), ("layer", False, False), ("head", False, True),
+        ("layer", True, False), ("other", True, False), ("layer", False, False), ("head", False, True),
     ]  # fmt: skip
     with pytest.raises(QsdError, match=r"layer \(convolution\): its input is analog"):
         audit.check()
