@@ -67,12 +67,13 @@ class Layout(NamedTuple):
             _unpack_counts(codes, self.bits, out, amplitude)
         return flat
 
-    def masked(self, packed: Tensor, grad: Tensor) -> Tensor:
+    def masked(self, packed: Tensor, grad: Tensor, blocks_nan: bool = False) -> Tensor:
         """The gradient where the neuron lets it pass, else 0, in fresh memory.
 
         Args:
             packed: Codes, uint8.
             grad: ``[numel]``, in the order of memory.
+            blocks_nan: Whether a gradient of NaN is 0, too, where it does not pass, as plain learned neurons have it.
         """
         flat = torch.empty_like(grad)
         for out, codes, part in zip(flat.split(self.block), self._blocks(packed), grad.split(self.block)):
@@ -82,7 +83,10 @@ class Layout(NamedTuple):
                 half = len(codes)
                 out[:half] = torch.bitwise_right_shift(codes, 3).bitwise_and_(1)
                 out[half:] = torch.bitwise_right_shift(codes, 7)[: len(out) - half]
-            out.mul_(part)
+            if blocks_nan:
+                torch.ops.aten.hardtanh_backward.grad_input(part, out, 0.5, 1.5, grad_input=out)
+            else:
+                out.mul_(part)
         return flat
 
     def _blocks(self, packed: Tensor) -> tuple[Tensor, ...]:

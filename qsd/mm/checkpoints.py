@@ -43,8 +43,10 @@ _UNPICKLING = {
     *("LoadBiomedicalData", "LoadBiomedicalImageFromFile", "LoadBiomedicalAnnotation"),
 }
 _PICKLES = (".pkl", ".pickle")
-_ENDINGS = (".pth", ".ckpt", ".pt", ".safetensors", ".bin", ".onnx", ".py", ".json", ".yaml", ".yml", ".txt", ".csv")
-_ENDINGS += (".npy", ".npz", *_PICKLES)
+_ENDINGS = (
+    *(".pth", ".ckpt", ".pt", ".safetensors", ".bin", ".onnx", ".py", ".json", ".yaml", ".yml", ".txt", ".csv"),
+    *(".npy", ".npz", *_PICKLES),
+)
 
 
 def _statistic(owner: Any, name: Any) -> Any:

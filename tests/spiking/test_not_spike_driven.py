@@ -200,7 +200,7 @@ TRICKS |= {
     "numpy_beside": lambda s, c: 0 * s + torch.from_numpy((plain(c).numpy() > 0.1).astype(float)),
     "array_beside": lambda s, c: 0 * s + torch.from_numpy(np.sign(np.asarray(plain(c)))),
     "list_beside": lambda s, c: 0 * s + torch.tensor(c.tolist(), dtype=s.dtype),
-    "sparse": lambda s, c: c.to_sparse().to_dense() + s,
+    "sparse": lambda s, c: plain(c).to_sparse().to_dense() + s,
     "function_of_one_s_own": lambda s, c: Rectified.apply(c),
     "script": lambda s, c: scripted(plain(c)),
     "vectorised": lambda s, c: torch.func.vmap(torch.relu)(plain(c)),
