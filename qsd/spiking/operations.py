@@ -6,7 +6,7 @@ the values look: a softmax of zeros and ones is no synaptic operation, though it
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -79,7 +79,22 @@ class Call(NamedTuple):
         Args:
             value: Any argument, or all of them.
         """
-        return [x for x in tree_leaves(value) if isinstance(x, Tensor) and self.is_activation(x)]
+        return [x for x in tensors_in((value,)) if self.is_activation(x)]
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments or results of a torch operation, which may be lists.
+
+    Args:
+        values: The arguments; torch nests them in lists and tuples alone.
+    """
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
 
 
 class Recognized(NamedTuple):
@@ -105,7 +120,7 @@ def is_factory(call: Call) -> bool:
     Args:
         call: The call.
     """
-    return call.name in _FACTORIES and not call.activations((call.arguments[1:], call.options))
+    return call.name in _FACTORIES and not call.activations((call.arguments[1:], *call.options.values()))
 
 
 def recognize(call: Call) -> Recognized:
@@ -114,7 +129,7 @@ def recognize(call: Call) -> Recognized:
     Args:
         call: The call.
     """
-    if any(x.layout != torch.strided for x in call.activations((call.arguments, call.options))):
+    if any(x.layout != torch.strided for x in call.activations((call.arguments, *call.options.values()))):
         return _other(call, f"{call.name} of sparse tensors, whose values are not followed")
     found = _recognize(call)
     note = _narrowing(call) if found.kind in (None, "reduction") else ""
@@ -135,7 +150,7 @@ def _recognize(call: Call) -> Recognized:
     if name in _SELECTIONS:
         allowed = _SELECTIONS[name]
         fixed = [argument for i, argument in enumerate(arguments) if i not in allowed]
-        if call.activations((fixed, call.options)):
+        if call.activations((fixed, *call.options.values())):
             return _other(call, f"{name} selects by values that were computed from the images")
     if call.options.get("reduce") not in (None, "add"):
         return _other(call, f"{name} multiplies the values that meet")
@@ -151,7 +166,7 @@ def _recognize(call: Call) -> Recognized:
 
 
 def _other(call: Call, note: str = "") -> Recognized:
-    operands = tuple(call.activations((call.arguments, call.options)))
+    operands = tuple(call.activations((call.arguments, *call.options.values())))
     if not note:
         spikes = all(is_binary(x) for x in operands)
         note = f"{call.name} is neither linear nor a neuron" if spikes else f"{call.name} of values that are no spikes"
@@ -222,7 +237,7 @@ def _narrowing(call: Call) -> str:
     if result is None or call.name in _CASTS or call.name in _COMPARISONS:
         return ""
     dtype = result.dtype
-    for x in call.activations((call.arguments, call.options)):
+    for x in call.activations((call.arguments, *call.options.values())):
         if torch.promote_types(dtype, x.dtype) != dtype and not torch.equal(x.to(dtype).to(x.dtype), x):
             return f"{call.name} with a result of type {dtype} rounds".replace("torch.", "")
     return ""
@@ -231,7 +246,7 @@ def _narrowing(call: Call) -> str:
 def _comparison(call: Call) -> Recognized:
     """A comparison of spikes with a number that gives the same spikes, or the absence of each, passes them on."""
     x = call.arguments[0]
-    by_number = not call.activations((call.arguments[1:], call.options))
+    by_number = not call.activations((call.arguments[1:], *call.options.values()))
     if by_number and isinstance(x, Tensor) and is_binary(x):
         spikes = x != 0
         if torch.equal(call.output, spikes) or torch.equal(call.output, ~spikes):
