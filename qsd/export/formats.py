@@ -86,8 +86,8 @@ def _integer_network(spiking: SpikingNetwork, options: ExportOptions) -> Integer
     """The integer network, whose bytes are those of the image files if the normalisation is among the notes."""
     if options.images is None:
         raise QsdError("an integer network needs images, for their size and to search its widths; pass images=...")
-    normalisation = {key: options.notes.get(key) for key in ("mean", "std")}
-    return to_integer(spiking, options.images, options.fractional_bits, options.inner_bits, **normalisation)
+    mean, std = (options.notes.get(key) for key in ("mean", "std"))
+    return to_integer(spiking, options.images, options.fractional_bits, options.inner_bits, mean, std)
 
 
 def _write_integers(spiking: SpikingNetwork, path: Path, options: ExportOptions) -> None:

@@ -173,13 +173,13 @@ def _rescale(layer: d.Rescale, run: _Run, x: Array) -> Array:
     return (x * multiplier + half(layer.shift)) >> layer.shift
 
 
-def _bias(layer: d.Total, run: _Run) -> Array | int:
-    return run.array(layer, "bias").reshape(-1, 1, 1) if layer.biased else 0
+def _bias(layer: d.Total, run: _Run) -> Array:
+    return run.array(layer, "bias").reshape(-1, 1, 1) if layer.biased else np.zeros((1, 1, 1), np.int64)
 
 
 def _neuron(layer: d.Neuron, run: _Run, x: Array) -> Array:
     membrane, thresholds = _directed(layer, run, x), _thresholds(layer, run, x)
-    return np.sum([membrane >= threshold for threshold in thresholds], axis=0, dtype=np.int64)
+    return np.stack([membrane >= threshold for threshold in thresholds]).sum(0, dtype=np.int64)
 
 
 def _directed(layer: d.Neuron, run: _Run, x: Array) -> Array:

@@ -62,8 +62,8 @@ class Streams:
         members, units = groups.members(), dict[int, Floats]()
         for values in members:
             bits: Integers = np.full(1, fractional_bits)
-            for value in values if room is not None else ():
-                bits = np.minimum(bits, room[value])
+            for value in values:
+                bits = bits if room is None else np.minimum(bits, room[value])
             if flow.output in values:
                 units |= dict.fromkeys(values, np.full(1, _base(flow, values) * 2.0 ** -bits.min()))
                 continue
