@@ -4,6 +4,7 @@ from qsd.data.base import ImageData
 from qsd.data.cifar import CifarData
 from qsd.data.dataset import ImageArray, ImageDataset, ImageFiles
 from qsd.data.digits import DigitsData
+from qsd.data.events import DigitEvents, DvsData, EventData, EventFolderData
 from qsd.data.image_folder import ImageFolderData
 from qsd.data.loading import BadImagePolicy, ImageLoader, TrainLoader
 from qsd.data.sampling import EvalSampler, TrainSampler, stratified_split
@@ -13,8 +14,12 @@ __all__ = [
     "BadImage",
     "BadImagePolicy",
     "CifarData",
+    "DigitEvents",
     "DigitsData",
+    "DvsData",
     "EvalSampler",
+    "EventData",
+    "EventFolderData",
     "ImageArray",
     "ImageData",
     "ImageDataset",

@@ -6,16 +6,13 @@ from typing import Any, Literal
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from qsd.data.base import ImageData, Part
+from qsd.data.class_folders import ClassFolders
 from qsd.data.dataset import ImageFiles, Transform
-from qsd.data.files import ImageFinder, class_folders
 from qsd.data.transforms import crop_transform, eval_transform
 from qsd.errors import QsdError
 from qsd.image_notes import Interpolation
 from qsd.limits import check_number
-from qsd.reading.files import shown
 from qsd.reading.images import ExifOrientation
-
-_FOLDERS: dict[Part, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
 
 
 class ImageFolderData(ImageData):
@@ -85,7 +82,7 @@ class ImageFolderData(ImageData):
                 raise QsdError(f"{name}=({low}, {high}) is not a range of positive numbers; give the smaller first.")
         self.root = Path(root)
         self.mean, self.std = tuple(mean), tuple(std)
-        self._class_names: list[str] | None = None
+        self._folders = ClassFolders(self.root)
         self.interpolation = interpolation
         self.crop_pct = crop_pct
         self._augmentation_options: dict[str, Any] = {
@@ -100,9 +97,7 @@ class ImageFolderData(ImageData):
     @property
     def class_names(self) -> list[str]:
         """The name of every class folder, by label."""
-        if self._class_names is None:
-            self._class_names = self._find_classes()
-        return self._class_names
+        return self._folders.class_names
 
     def load_part(self, part: Part) -> ImageFiles:
         """List the files of one part.
@@ -110,34 +105,7 @@ class ImageFolderData(ImageData):
         Args:
             part: "train", "val" or "test".
         """
-        label = {name: index for index, name in enumerate(self.class_names)}
-        folder = self._folder(part) or (self._folder("val") if part == "test" else None)
-        if folder is None:
-            raise QsdError(f"{self.root} has no folder {part}; expected {part}/<class>/<image> in it.")
-        found = class_folders(folder)
-        if not found:
-            raise QsdError(f"{folder} has no class folders; expected {folder}/<class>/<image>.")
-        if unknown := [name for name in found if name not in label]:
-            raise QsdError(
-                f"{folder} has {_listed(unknown, 'class folder')} missing in {self.root / 'train'}; remove or rename."
-            )
-        paths: list[str] = []
-        labels: list[int] = []
-        empty: list[str] = []
-        finder = ImageFinder()
-        for name in found:
-            images = finder.find(folder / name)
-            paths += images
-            labels += [label[name]] * len(images)
-            if not images:
-                empty.append(name)
-        if empty:
-            finder.report(folder)  # which may tell why
-            raise QsdError(
-                f"{folder} has {_listed(empty, 'class folder')} without images; add some or remove the folder."
-            )
-        finder.report(folder)
-        return ImageFiles(paths, labels, self.exif_orientation)
+        return ImageFiles(*self._folders.list_part(part), self.exif_orientation)
 
     def train_transform(self) -> Transform:
         """See `ImageData`."""
@@ -147,26 +115,3 @@ class ImageFolderData(ImageData):
     def eval_transform(self) -> Transform:
         """See `ImageData`."""
         return eval_transform(self.img_size, self.interpolation, self.crop_pct, mean=self.mean, std=self.std)
-
-    def _folder(self, part: Part) -> Path | None:
-        return next((self.root / name for name in _FOLDERS[part] if (self.root / name).is_dir()), None)
-
-    def _find_classes(self) -> list[str]:
-        if not self.root.is_dir():
-            raise QsdError(f"root {self.root} is not a folder; give the one that holds train/<class> and val/<class>.")
-        train = self._folder("train")
-        folders = [train] if train else [folder for part in ("val", "test") if (folder := self._folder(part))]
-        if not folders:
-            found = sorted(entry.name for entry in self.root.iterdir())
-            holds = f"it holds {_listed(found, 'entry', 'entries')}" if found else "it is empty"
-            raise QsdError(
-                f"root {self.root} has no train or val; expected train/<class>/<image> and val/<class>/<image>, "
-                f"{holds}."
-            )
-        return sorted({name for folder in folders for name in class_folders(folder)})
-
-
-def _listed(names: list[str], singular: str, plural: str | None = None) -> str:
-    """Number, noun and first names, such as "2 class folders (cat, dog)"."""
-    noun = singular if len(names) == 1 else plural or singular + "s"
-    return f"{len(names)} {noun} ({', '.join(map(shown, names[:5]))}{', ...' if len(names) > 5 else ''})"

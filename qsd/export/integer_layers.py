@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from qsd.errors import QsdError
 from qsd.export.graph import LayerCall
 from qsd.export.grids import Grid
 from qsd.export.integer_sums import add_currents
@@ -16,6 +17,7 @@ from qsd.spiking.layers import (
     HalfEvenNeuron,
     SpikingChain,
     SpikingDense,
+    SpikingEvents,
     SpikingMaxPool,
     SpikingPooledDense,
     SpikingProduct,
@@ -43,8 +45,21 @@ def _half_even_neuron(neuron: HalfEvenNeuron, call: LayerCall, graph: IntegerGra
     _add_neuron(neuron, np.float32(call.threshold), call, graph)
 
 
+@writes(SpikingEvents)
+def _events(events: SpikingEvents, call: LayerCall, graph: IntegerGraph) -> None:
+    # Counts of events are whole numbers, so that it does not matter how halves are rounded.
+    one = graph.constant(f"{events.name}.threshold", 1.0, np.float32)
+    inputs = [call.inputs[0], one, graph.constant(f"{events.name}.zero", 0, np.uint8)]
+    _add_clip(events, graph.add("QuantizeLinear", inputs, f"{events.name}.drive"), call.output, graph)
+
+
 def _add_neuron(neuron: DelayedNeuron, threshold: np.float32, call: LayerCall, graph: IntegerGraph) -> None:
     name = neuron.name
+    if neuron.memory is not None:
+        raise QsdError(
+            f"neuron {name} keeps its membrane from frame to frame, which integer files do not hold; write floats "
+            "(integer=False)."
+        )
     inputs = [
         call.inputs[0],
         graph.constant(f"{name}.threshold", threshold, np.float32),
@@ -53,7 +68,7 @@ def _add_neuron(neuron: DelayedNeuron, threshold: np.float32, call: LayerCall, g
     _add_clip(neuron, graph.add("QuantizeLinear", inputs, f"{name}.drive"), call.output, graph)
 
 
-def _add_clip(neuron: DelayedNeuron, drive: str, output: str, graph: IntegerGraph) -> None:
+def _add_clip(neuron: DelayedNeuron | SpikingEvents, drive: str, output: str, graph: IntegerGraph) -> None:
     """At most T spikes; unsigned bytes are not negative anyway."""
     graph.add("Clip", [drive, "", graph.constant(f"{neuron.name}.time_steps", neuron.time_steps, np.uint8)], output)
 

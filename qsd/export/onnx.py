@@ -43,6 +43,10 @@ def to_onnx(
     The graph takes ``images`` ``[B, C, H, W]`` (float32, any B) and gives ``logits`` ``[B, classes]``. Its metadata
     have one entry, ``qsd``: JSON with ``kind``, ``time_steps``, ``image`` (``[C, H, W]``), ``inner`` and ``notes``.
 
+    The graph of a network over frames takes one frame, and the output for a recording is the mean of the logits of its
+    frames (where frames are channels, it takes ``[B, F, C, H, W]``). The membranes of neurons with a memory are further
+    inputs and outputs: ``state.NAME`` is zero for the first frame and ``next.NAME`` of the frame before for the others.
+
     The two kinds of files are described at the head of this module.
 
     Args:
@@ -71,7 +75,8 @@ def to_onnx(
         IntegerGraph(spiking, model, grids).write_out()
     model.producer_name, model.producer_version = "qsd", __version__
     kind = "integer" if integer else "float"
-    for key, value in write_note(kind, spiking.time_steps, example.shape[1:], grids, facts).items():
+    frames = example.shape[1] if example.dim() == 5 else None
+    for key, value in write_note(kind, spiking.time_steps, example.shape[-3:], grids, facts, frames).items():
         model.metadata_props.add(key=key, value=value)
     with replacing(path) as partial:
         partial.write_bytes(model.SerializeToString())

@@ -138,7 +138,7 @@ class Watch(TorchDispatchMode):
         for x in tree_leaves(output):
             if isinstance(x, Tensor):
                 self._activations.add(_storage(x))
-                if image and kind in (None, "pool", "reduction", "other"):
+                if image and self._role() != "neuron" and kind in (None, "pool", "reduction", "other"):
                     self._images.add(_storage(x))
         return output
 
