@@ -33,6 +33,8 @@ _FIELDS = {
     "t": ("t", "ts", "time", "timestamp", "timestamps"),
     "p": ("p", "pol", "polarity", "polarities"),
 }
+# Places of column, row and polarity in the addresses of ``.aedat`` files, and the mask of the first two.
+_ADDRESSES = {"dvs128": ((8, 1, 0), 0x7F), "ibm": ((17, 2, 1), 0x1FFF)}
 _MOST_EVENTS = 1 << 28
 _MOST_BYTES = 1 << 33  # of the arrays in a compressed file
 _GROUPS = ("", "events", "CD/events")  # where HDF5 files keep their events
@@ -280,9 +282,12 @@ def _needed(package: str) -> Iterator[None]:
 def _read_aedat(path: str, layout: EventFormat) -> tuple[Mapping[str, Array], str | None]:
     with _needed("tonic"):
         from tonic import io
-    read = io.read_dvs_ibm if layout == "ibm" else io.read_dvs_128
-    _, events = read(path)
-    return _named(events.dtype.names, lambda name: events[name]), "us"
+    # Not by `io.read_dvs_128`, which fails in tonic 1.7 on what its own reader of headers returns.
+    version, start, *_ = io.read_aedat_header_from_file(path)
+    events = io.get_aer_events_from_file(path, version, start)
+    address, (x, y, p), mask = events["address"].astype(np.int64), *_ADDRESSES["ibm" if layout == "ibm" else "dvs128"]
+    fields = {"x": address >> x & mask, "y": address >> y & mask, "p": address >> p & 1}
+    return {**fields, "t": events["timeStamp"]}, "us"
 
 
 def _read_aedat4(path: str, layout: EventFormat) -> tuple[Mapping[str, Array], str | None]:

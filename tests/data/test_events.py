@@ -10,9 +10,10 @@ import torch
 
 from qsd import QsdError
 from qsd.data import DigitEvents, DvsData, EventFolderData
-from qsd.data.events import Binning, Events, FrameAugmentation, load_events
+from qsd.data.events import Binning, FrameAugmentation, load_events
 from qsd.data.events.pixels import PixelModel, record
 from qsd.data.events.recordings import RecordingFiles
+from qsd.reading.events import sorted_events
 from qsd.reading.images import BadImage
 from tests.helpers import recordings
 
@@ -96,7 +97,7 @@ def test_harmful_and_damaged_recordings_are_refused_with_a_reason(tmp_path):
 def test_frames_count_the_events_of_each_bin():
     events = recordings.random_events(3000, 40, 30)
     for bin_ms in (None, 7.0):
-        frames = Binning(4, (15, 20), (30, 40), bin_ms)(Events(*(events[name].astype(float) for name in "xytp")))
+        frames = Binning(4, (15, 20), (30, 40), bin_ms)(sorted_events(*(events[name] for name in "xytp")))
         expected = np.zeros((4, 2, 15, 20))
         start, span = events["t"][0], events["t"][-1] - events["t"][0] + 1
         for x, y, t, p in events:
@@ -106,7 +107,7 @@ def test_frames_count_the_events_of_each_bin():
         assert np.array_equal(frames, expected)
     assert frames.sum() < 3000
     with pytest.raises(ValueError, match="outside of the sensor of 20x30"):
-        Binning(4, (15, 20), (30, 20))(Events(*(events[name].astype(float) for name in "xytp")))
+        Binning(4, (15, 20), (30, 20))(sorted_events(*(events[name] for name in "xytp")))
 
 
 def test_augmentation_is_the_same_for_all_frames_and_keeps_whole_counts():

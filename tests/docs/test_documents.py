@@ -64,7 +64,8 @@ TOOLS = {
     "distill": ([*SHORT, "--trainer.limit_test_batches=1"], "_distill.yaml"),
 }
 MAKE = {
-    "demo": "qsd demo", "demo-events": "qsd demo events", "demo-detection": "qsd demo detection", "demo-segmentation": "qsd demo segmentation",
+    "demo": "qsd demo", "demo-events": "qsd demo events", "demo-detection": "qsd demo detection",
+    "demo-segmentation": "qsd demo segmentation",
     "test": "pytest", "check": "pytest", "test-long": "QSD_TEST_LONG=1", "test-cuda": "test_cuda.py",
     "lint": "ruff check", "docs": "sphinx",
 }  # fmt: skip

@@ -101,16 +101,14 @@ def _record_digits(size: tuple[int, int], pixels: PixelModel) -> list[Events]:
     from sklearn.datasets import load_digits
 
     height, width = size
-    # Twice the resolution of the sensor, so that half a pixel of movement is seen.
-    fine = np.stack([_enlarged(digit / FULL_SCALE, 2 * height, 2 * width) for digit in load_digits().images])
+    digits = np.stack([_enlarged(digit / FULL_SCALE, height, width) for digit in load_digits().images])
 
     def picture(now: float) -> Array:
         saccade = min(int(now / SACCADE_MS), 2)
         share = now / SACCADE_MS - saccade
         start, end = np.array(_CORNERS[saccade]), np.array(_CORNERS[saccade + 1])
         right, down = start + share * (end - start)
-        moved = _moved(fine, down * fine.shape[1], right * fine.shape[2])
-        return moved.reshape(len(fine), height, 2, width, 2).mean((2, 4))
+        return _moved(digits, down * height, right * width)
 
     return record(picture, 3 * SACCADE_MS, pixels, np.random.default_rng(_SEED))
 
