@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-
 from torch import nn
 
 import qsd_launcher
@@ -25,7 +24,8 @@ SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2, "strides": [2, 
 FRAMES = {"frames": 2, "over_frames": "membrane"}
 SHORT = [
     "--model.model_args=" + json.dumps({**SIZES, **FRAMES}), "--data.num_workers=0", "--data.batch_size=4",
-    "--data.frames=2", "--data.img_size=16", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1",
+    "--data.frames=2", "--data.img_size=16", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
     "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
     "--trainer.precision=32",
 ]  # fmt: skip
