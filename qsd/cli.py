@@ -80,6 +80,8 @@ class QsdCLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._claims: list[runs.Claim] = []
         self._stop = runs.SaveOnStop()
+        first = next(iter(kwargs.get("args") or ()), None)
+        self._wanted = {first} if first in TRAINING else set(TRAINING)
         try:
             super().__init__(*args, **kwargs)
         finally:  # A mistake leaves no empty folder.
@@ -91,6 +93,12 @@ class QsdCLI(LightningCLI):
         """The methods of the trainer, with the arguments that the command line fills in itself."""
         skip = {"model", "dataloaders", "datamodule"}
         return {"fit": skip | {"train_dataloaders", "val_dataloaders"}, **dict.fromkeys(TRAINING[1:], skip)}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Build the parser of a subcommand that is going to run; each takes a few tenths of a second."""
+        if subcommand in self._wanted:
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make classification the default task."""

@@ -6,13 +6,12 @@ is no time axis: an activation is the number of spikes, ``0..T``, that the conve
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qsd.rounding import HALF_TYPES, round_counts, tie_slack
+from qsd.rounding import HALF_TYPES, neighbours, round_counts, tie_slack
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -163,9 +162,8 @@ def lsq_gradients(grad: Tensor, scaled: Tensor, integers: Tensor, q_min: int, q_
         q_max: Largest integer of the grid.
     """
     # Both ends of the grid pass the gradient; a hard tanh, which masks in one pass, would stop it there.
-    kind = np.float64 if scaled.dtype == torch.float64 else np.float32
-    below, above = np.nextafter(kind(q_min), kind(-np.inf)), np.nextafter(kind(q_max), kind(np.inf))
-    passed = torch.ops.aten.hardtanh_backward(grad, scaled, float(below), float(above))
+    below, above = neighbours(q_min, q_max, scaled.dtype == torch.float64)
+    passed = torch.ops.aten.hardtanh_backward(grad, scaled, below, above)
     by_element = integers.mul_(grad).addcmul_(passed, scaled, value=-1)
     factor = (scaled.numel() * q_max) ** -0.5
     return passed, by_element.sum(dim=tuple(range(1, grad.dim()))).mul_(factor)

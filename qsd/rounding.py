@@ -1,7 +1,9 @@
 """The rounding of membrane potentials to spike counts: ties, and types of few digits."""
 
+import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,3 +50,16 @@ def round_counts(drive: Tensor, time_steps: int, slack: float = 0.0, half_even: 
         # Compiled by PyTorch 2.11, a Function whose output was changed in place has no gradient.
         return (drive + (0.5 + slack)).floor().clamp(0, time_steps)
     return (drive + (0.5 + slack)).floor_().clamp_(0, time_steps)
+
+
+@functools.cache
+def neighbours(q_min: int, q_max: int, double: bool) -> tuple[float, float]:
+    """The floats below and above both ends of a grid of weights.
+
+    Args:
+        q_min: Smallest integer of the grid.
+        q_max: Largest integer of the grid.
+        double: Whether floats have 64 bits instead of 32.
+    """
+    kind = np.float64 if double else np.float32
+    return float(np.nextafter(kind(q_min), kind(-np.inf))), float(np.nextafter(kind(q_max), kind(np.inf)))

@@ -36,7 +36,7 @@ class CodeCounter:
             operations: Its operations in the network's own code.
         """
         for code in self.codes:
-            counted = operations if code is self.own else layer.operations(replace(inputs, code=code))
+            counted = operations if code is self.own else layer.operations(replace(inputs, code=code, brief=True))
             if counted is not None:
                 self._spikes[code.name] += counted.spikes
                 for key, number in counted.additions.items():

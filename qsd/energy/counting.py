@@ -17,6 +17,7 @@ from qsd.energy.signals import SignalWatch
 from qsd.energy.table import Energy, LayerEnergy
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.layers import LayerInputs, Operations, TimedLayer
+from qsd.spiking.layers.costs import Sums
 from qsd.spiking.layers.movement import Movement
 from qsd.spiking.network import SpikingNetwork
 from qsd.spiking.signals import plain
@@ -80,7 +81,7 @@ class OperationCounter:
         self.papers: dict[str, float] = {}  # rate x T x dense operations
         self.cells: dict[str, float] = {}  # neurons x steps that could have fired
         self.codes = CodeCounter(spiking)
-        self.accounts = Accounts()
+        self.accounts, self.sums = Accounts(), Sums()
         self.counts = NeuroBench.of_weights(spiking)
         chains = spiking.chains().values()
         self.merged = all(chain.merged is not None or len(chain.convolutions) == 1 for chain in chains)
@@ -138,7 +139,8 @@ class OperationCounter:
             image = self.watch.is_image(tensors[0])
             bits = self.spiking.trained.bits, self.spiking.merged_bits
             analog = not image and self._is_analog(layer, tensors[0])
-            given = LayerInputs(tensors, self.spiking.code, not self.lossless, image, signals, *bits, analog)
+            code, stepped = self.spiking.code, not self.lossless
+            given = LayerInputs(tensors, code, stepped, image, signals, *bits, analog, sums=self.sums)
             operations = layer.operations(given)
             if len(tensors[0]):  # A head of regions may get none.
                 self._move(layer, given, plain(output), operations)

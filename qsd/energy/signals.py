@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 
 from qsd.spiking.layers.movement import IMAGE, UNKNOWN, Signal
 from qsd.spiking.network import SpikingNetwork
@@ -55,21 +54,15 @@ class SignalWatch(Watch):
         """
         self._signals[_key(x)] = signal
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        keys = [_key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        known = [self._signals[key] for key in keys if key in self._signals]
-        output = super().__torch_dispatch__(func, types, args, kwargs)
-        if known:
-            name = func.overloadpacket.__name__.removesuffix("_")
-            signal = Signal.joined(known, added=name in _ADDITIONS)
-            outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-            if name in _SUMS and outputs and outputs[0].numel():
-                signal = signal.times(max(1.0, args[0].numel() / outputs[0].numel()))
-            for x in outputs:
-                self._signals[_key(x)] = signal
-        return output
+    def follow(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        known = [self._signals[key] for key in map(_key, inputs) if key in self._signals]
+        if not known:
+            return
+        signal = Signal.joined(known, added=name in _ADDITIONS)
+        if name in _SUMS and outputs and outputs[0].numel():
+            signal = signal.times(max(1.0, inputs[0].numel() / outputs[0].numel()))
+        for x in outputs:
+            self._signals[_key(x)] = signal
 
 
 def _key(x: Tensor) -> StorageWeakRef:

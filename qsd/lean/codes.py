@@ -9,6 +9,7 @@ dozen passes over each of them cost less than a few passes over a large tensor, 
 PyTorch not to matter.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -63,8 +64,10 @@ class Layout(NamedTuple):
 
     def _unpacked(self, packed: Tensor, amplitude: Scalar) -> Tensor:
         flat = torch.empty(self.numel, dtype=self.dtype, device=packed.device)
-        for out, codes in zip(flat.split(self.block), self._blocks(packed)):
-            _unpack_counts(codes, self.bits, out, amplitude)
+        for codes, out in self._blocks(packed, flat):
+            _unpack(codes, self.bits, out)
+            if isinstance(amplitude, Tensor) or amplitude != 1:
+                out.mul_(amplitude)
         return flat
 
     def masked(self, packed: Tensor, grad: Tensor) -> Tensor:
@@ -75,18 +78,16 @@ class Layout(NamedTuple):
             grad: ``[numel]``, in the order of memory.
         """
         flat = torch.empty_like(grad)
-        for out, codes, part in zip(flat.split(self.block), self._blocks(packed), grad.split(self.block)):
-            if self.bits == 8:
-                out.copy_(torch.bitwise_right_shift(codes, 7))
-            else:
-                half = len(codes)
-                out[:half] = torch.bitwise_right_shift(codes, 3).bitwise_and_(1)
-                out[half:] = torch.bitwise_right_shift(codes, 7)[: len(out) - half]
+        for codes, out, part in self._blocks(packed, flat, grad):
+            _unpack(codes, self.bits, out, flags=True)
             out.mul_(part)
         return flat
 
-    def _blocks(self, packed: Tensor) -> tuple[Tensor, ...]:
-        return packed.split(self.block * self.bits // 8)
+    def _blocks(self, packed: Tensor, *values: Tensor) -> Iterable[tuple[Tensor, ...]]:
+        """The blocks of codes and of tensors ``[numel]``; small networks have one each, where every call counts."""
+        if self.numel <= self.block:
+            return ((packed, *values),)
+        return zip(packed.split(self.block * self.bits // 8), *[x.split(self.block) for x in values])
 
     def matches(self, packed: Tensor, x: Tensor) -> bool:
         """Whether the memory of a tensor holds exactly the neuron's output, bit by bit.
@@ -104,24 +105,28 @@ class Layout(NamedTuple):
         kind = torch.int64 if self.numel * size % 8 == 0 else _INTEGERS[size]
         actual = x.as_strided((self.numel,), (1,), 0)
         buffer = torch.empty(min(self.numel, self.block), dtype=self.dtype, device=x.device)
-        for part, codes in zip(actual.split(self.block), packed.split(self.block * self.bits // 8)):
-            expected = buffer if len(part) == len(buffer) else buffer[: len(part)]
-            _unpack_counts(codes, self.bits, expected, self.amplitude)
+        for codes, part in self._blocks(packed, actual):
+            expected = buffer if part.numel() == buffer.numel() else buffer[: part.numel()]
+            _unpack(codes, self.bits, expected)
+            if isinstance(self.amplitude, Tensor) or self.amplitude != 1:
+                expected.mul_(self.amplitude)
             if not torch.equal(part.view(kind), expected.to(x.dtype).view(kind)):
                 return False
         return True
 
 
-def _unpack_counts(codes: Tensor, bits: int, out: Tensor, amplitude: Scalar) -> None:
-    """Write the counts of one block, times the amplitude, into a tensor."""
+def _unpack(codes: Tensor, bits: int, out: Tensor, flags: bool = False) -> None:
+    """Write the counts of one block, or whether the neuron's gradient passes, into a tensor of floats."""
+    place, mask = (bits - 1, 1) if flags else (0, 2 ** (bits - 1) - 1)
+    low = torch.bitwise_and(torch.bitwise_right_shift(codes, place) if flags else codes, mask)
     if bits == 8:
-        out.copy_(torch.bitwise_and(codes, 127))
-    else:
-        half = len(codes)
-        out[:half] = torch.bitwise_and(codes, 7)
-        out[half:] = torch.bitwise_right_shift(codes, 4).bitwise_and_(7)[: len(out) - half]
-    if isinstance(amplitude, Tensor) or amplitude != 1:
-        out.mul_(amplitude)
+        out.copy_(low)
+        return
+    high = torch.bitwise_right_shift(codes, place + 4)
+    rest = out.numel() - low.numel()  # The last high half of an odd block is void.
+    first, second = out.split_with_sizes((low.numel(), rest))
+    first.copy_(low)
+    second.copy_((high if flags else high.bitwise_and_(mask))[:rest])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -180,28 +185,28 @@ def fire(
     count = x.numel()
     source, target = x.as_strided((count,), (1,)), output.as_strided((count,), (1,))
     block = BLOCK * torch.get_num_threads() if x.is_cpu else max(2, 2 * count)
-    bits = 4 if time_steps <= 7 else 8
-    highest = x.new_full((), 2 ** (bits - 1))
+    bits, highest = (4, x.new_full((), 8)) if time_steps <= 7 else (8, x.new_full((), 128))
     slack = tie_slack(x, time_steps, threshold) if x.dtype == torch.float64 else 0.0
     other = rule.half_even or x.dtype in HALF_TYPES
     bounds = _bounds(x, time_steps) if rule.closed else (0, time_steps)
+    operation, factor = (torch.mul, time_steps) if threshold is None else (torch.div, threshold)
     parts: list[Tensor] | None = []
     buffer = x.new_empty(min(count, block))  # one for all blocks: fresh memory is slow on a CPU
-    for part, counts in zip(source.split(block), target.split(block)):
-        drive = buffer if len(part) == len(buffer) else buffer[: len(part)]
-        if threshold is None:
-            torch.mul(part, time_steps, out=drive)
-        else:
-            torch.div(part, threshold, out=drive)
+    blocks = ((source, target),) if count <= block else zip(source.split(block), target.split(block))
+    for part, counts in blocks:
+        drive = buffer if part.numel() == buffer.numel() else buffer[: part.numel()]
+        operation(part, factor, out=drive)
         rounded = _round(drive, counts, rule.half_even) if other else torch.add(drive, 0.5 + slack, out=counts).floor_()
         rounded.clamp_(0, time_steps)
         if parts is not None and count:
-            packed = _pack_(drive, counts, bounds, highest, bits)
+            # The highest bit is set strictly between the bounds: the derivative of a hard tanh, in one pass.
+            flags = torch.ops.aten.hardtanh_backward.grad_input(highest, drive, *bounds, grad_input=drive)
+            packed = _bytes_(flags.add_(counts), bits)
             parts = None if packed is None else [*parts, packed]
         if isinstance(amplitude, Tensor) or amplitude != 1:
             counts.mul_(amplitude)
-    copy = amplitude.detach().clone() if isinstance(amplitude, Tensor) else amplitude
-    layout = Layout(bits, count, block, x.dtype, copy)
+    amplitude = amplitude.detach().clone() if isinstance(amplitude, Tensor) else amplitude
+    layout = Layout(bits, count, block, x.dtype, amplitude)
     return output, layout, None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -217,28 +222,19 @@ def _bounds(drive: Tensor, time_steps: int) -> tuple[float, float]:
     return -float(np.finfo(kind).tiny), float(np.nextafter(kind(time_steps), kind(np.inf)))
 
 
-def _pack_(drive: Tensor, counts: Tensor, bounds: tuple[float, float], highest: Tensor, bits: int) -> Tensor | None:
-    """The codes of one block, computed in the memory of the drive; ``None`` if there are NaNs."""
-    # The highest bit is set strictly between the bounds: the derivative of a hard tanh, in one pass over floats.
+def _bytes_(values: Tensor, bits: int) -> Tensor | None:
+    """The codes of one block as bytes, computed in the memory of the floats; ``None`` if there are NaNs."""
     # Everything is computed on floats, because comparisons and operations on bytes are slow on a CPU.
-    flags = torch.ops.aten.hardtanh_backward.grad_input(highest, drive, *bounds, grad_input=drive)
-    packed = _join_(flags.add_(counts), bits)
-    if not packed.is_meta and not isinstance(packed, FakeTensor) and not packed.amax().item() >= 0:
+    if bits == 4:
+        count = values.numel() // 2
+        values, high = values.split_with_sizes((values.numel() - count, count))
+        values[:count].add_(high, alpha=16)
+    if not values.is_meta and not isinstance(values, FakeTensor) and not values.amax().item() >= 0:
         return None  # a NaN, which compares as false
-    return packed.to(torch.int32).to(torch.uint8)  # three times faster than in one step
+    return values.to(torch.int32).to(torch.uint8)  # three times faster than in one step
 
 
-def _join_(values: Tensor, bits: int) -> Tensor:
-    """The two halves of a block in one, in its memory, if codes have four bits."""
-    if bits == 8:
-        return values
-    halves = values.split((len(values) + 1) // 2)
-    if len(halves) == 2:
-        halves[0][: len(halves[1])].add_(halves[1], alpha=16)
-    return halves[0]
-
-
-def encode_counts(x: Tensor, layout: Layout) -> tuple[Layout, Tensor]:
+def encode_counts(x: Tensor, layout: Layout) -> tuple[Layout, Tensor] | None:
     """The codes of a tensor that consists of counts times an amplitude, such as the largest of some counts.
 
     Args:
@@ -246,11 +242,12 @@ def encode_counts(x: Tensor, layout: Layout) -> tuple[Layout, Tensor]:
         layout: Layout of the codes that the counts were taken from.
 
     Returns:
-        Layout and codes, uint8. The bits for the neuron's gradient are not set.
+        Layout and codes, uint8, or ``None`` if there are NaNs. The bits for the neuron's gradient are not set.
     """
-    count = x.numel()
     parts = []
     for part in flat(x).split(layout.block):
-        counts = torch.div(part, layout.amplitude).round_()
-        parts.append(_join_(counts, layout.bits).to(torch.int32).to(torch.uint8))
-    return layout._replace(numel=count), torch.cat(parts)
+        packed = _bytes_(torch.div(part, layout.amplitude).round_(), layout.bits)
+        if packed is None:
+            return None
+        parts.append(packed)
+    return layout._replace(numel=x.numel()), torch.cat(parts)

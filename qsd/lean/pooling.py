@@ -21,10 +21,11 @@ class _SpikeMaxPool(torch.autograd.Function):
         ctx.operand, saved = save_operand(x)
         ctx.pool = pool
         ctx.save_for_backward(saved)
-        pooled: Tensor = torch.ops.aten.max_pool2d_with_indices(x, *pool)[0]
+        pooled = _largest(x, pool)
         layout = ctx.operand.layout
-        if layout is not None:
-            note_codes(pooled, *encode_counts(pooled, layout))  # the largest of some counts is a count
+        codes = None if layout is None else encode_counts(pooled, layout)  # the largest of some counts is a count
+        if codes is not None:
+            note_codes(pooled, *codes)
         return pooled
 
     @staticmethod
@@ -33,6 +34,28 @@ class _SpikeMaxPool(torch.autograd.Function):
         x = ctx.operand.restore(*ctx.saved_tensors)
         indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.pool)[1]
         return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *ctx.pool, indices), None
+
+
+def _largest(x: Tensor, pool: Pool) -> Tensor:
+    """The result of a pool without its indices."""
+    if not (type(x) is Tensor and x.is_cpu and x.is_contiguous()):
+        return torch.ops.aten.max_pool2d_with_indices(x, *pool)[0]
+    # PyTorch's kernel for this layout goes value by value. Rows and columns one after the other take half the time.
+    *sides, _ = pool
+    sizes = torch.ops.aten.max_pool2d_with_indices(x.to("meta"), *pool)[0].shape
+    for axis, kernel, stride, padding, dilation in zip((2, 3), *sides):
+        length, shape = x.shape[axis], list(x.shape)
+        shape[axis] = size = sizes[axis]
+        largest = x.new_full(shape, -torch.inf)
+        for offset in range(-padding, kernel * dilation - padding, dilation):
+            # The outputs for which this tap of the kernel lies on the input.
+            first, end = max(0, -(offset // stride)), min(size, (length - 1 - offset) // stride + 1)
+            if first < end:
+                taken = x[(slice(None),) * axis + (slice(first * stride + offset, None, stride),)]
+                part = largest.narrow(axis, first, end - first)
+                torch.maximum(part, taken.narrow(axis, 0, end - first), out=part)
+        x = largest
+    return x
 
 
 def spike_max_pool(x: Tensor, pool: Pool) -> Tensor | None:

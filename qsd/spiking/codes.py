@@ -302,10 +302,12 @@ class BinaryCode(Code):
         return torch.stack([whole >> self.places(step) & 1 for step in range(1, self.steps + 1)]).to(counts.dtype)
 
     def ones(self, counts: Tensor) -> Tensor:
-        whole = counts.to(torch.uint8)  # T is at most 255, and bytes are many times faster than a table.
-        ones = whole & 1
+        # A number minus its halves, rounded down, again and again: the number of its ones (Legendre). T is at most
+        # 255, and bytes are many times faster than a table.
+        whole = counts.to(torch.uint8)
+        ones = whole.clone()
         for place in range(1, self.steps):
-            ones = ones + (whole >> place & 1)
+            ones -= whole >> place
         return ones.to(counts.dtype)
 
 

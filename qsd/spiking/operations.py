@@ -6,7 +6,7 @@ the values look: a softmax of zeros and ones is no synaptic operation, though it
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -78,7 +78,22 @@ class Call(NamedTuple):
         Args:
             value: Any argument, or all of them.
         """
-        return [x for x in tree_leaves(value) if isinstance(x, Tensor) and self.is_activation(x)]
+        return [x for x in tensors_in((value,)) if self.is_activation(x)]
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments or results of a torch operation, which may be lists.
+
+    Args:
+        values: The arguments; torch nests them in lists and tuples alone.
+    """
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
 
 
 class Recognized(NamedTuple):
@@ -104,7 +119,7 @@ def is_factory(call: Call) -> bool:
     Args:
         call: The call.
     """
-    return call.name in _FACTORIES and not call.activations((call.arguments[1:], call.options))
+    return call.name in _FACTORIES and not call.activations((call.arguments[1:], *call.options.values()))
 
 
 def recognize(call: Call) -> Recognized:
@@ -126,7 +141,7 @@ def recognize(call: Call) -> Recognized:
     if name in _SELECTIONS:
         allowed = _SELECTIONS[name]
         fixed = [argument for i, argument in enumerate(arguments) if i not in allowed]
-        if call.activations((fixed, call.options)):
+        if call.activations((fixed, *call.options.values())):
             return _other(call, f"{name} selects by values that were computed from the images")
     if name in _REDUCTIONS:
         return Recognized("reduction", (call.activations(arguments)[0],))
@@ -140,7 +155,7 @@ def recognize(call: Call) -> Recognized:
 
 
 def _other(call: Call, note: str = "") -> Recognized:
-    operands = tuple(call.activations((call.arguments, call.options)))
+    operands = tuple(call.activations((call.arguments, *call.options.values())))
     spikes = all(is_binary(x) for x in operands)
     reason = f"{call.name} is neither linear nor a neuron" if spikes else f"{call.name} of values that are no spikes"
     return Recognized("other", operands, note or reason)
@@ -203,7 +218,7 @@ def _cast(call: Call) -> Recognized:
 def _comparison(call: Call) -> Recognized:
     """A comparison of spikes with a number that gives the same spikes, or the absence of each, passes them on."""
     x = call.arguments[0]
-    by_number = not call.activations((call.arguments[1:], call.options))
+    by_number = not call.activations((call.arguments[1:], *call.options.values()))
     if by_number and isinstance(x, Tensor) and is_binary(x):
         spikes = x != 0
         if torch.equal(call.output, spikes) or torch.equal(call.output, ~spikes):

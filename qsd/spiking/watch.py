@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qsd.spiking.layers import Role, TimedLayer
 from qsd.spiking.network import SpikingNetwork
-from qsd.spiking.operations import Call, Kind, is_factory, recognize
+from qsd.spiking.operations import Call, Kind, is_factory, recognize, tensors_in
 from qsd.spiking.signals import plain
 
 
@@ -123,24 +122,41 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         options = kwargs or {}
         output = func(*args, **options)
-        activations = [x for x in tree_leaves((args, options)) if isinstance(x, Tensor) and self._is_activation(x)]
         name = func.overloadpacket.__name__
         name = name if name.startswith("__") else name.removesuffix("_")
+        inputs, outputs = tensors_in((*args, *options.values())), tensors_in((output,))
+        activations = [x for x in inputs if self._is_activation(x)]
         call = Call(name, func._overloadname, args, options, output, self._is_activation, self._role())
-        if not activations or is_factory(call):
-            return output
-        image = all(self.is_image(x) for x in activations)
-        kind, operands, note = recognize(call)
-        passed = image and kind in ("pool", "reduction", "other")
-        if kind is not None and self._stack and self._role() != "neuron" and not passed:
-            operands = tuple(plain(x) for x in operands)
-            self.report(Operation(kind, name, *self._place(), operands, image, args, output, note))
-        for x in tree_leaves(output):
-            if isinstance(x, Tensor):
+        if activations and not is_factory(call):
+            image = all(self.is_image(x) for x in activations)
+            kind = self._report(call, image)
+            for x in outputs:
                 self._activations.add(_storage(x))
                 if image and self._role() != "neuron" and kind in (None, "pool", "reduction", "other"):
                     self._images.add(_storage(x))
+        self.follow(name, inputs, outputs)
         return output
+
+    def _report(self, call: Call, image: bool) -> Kind | None:
+        """Report a call with activations if it is none of those that pass; its kind."""
+        if call.role == "neuron" and not image:
+            return None  # The operations of a neuron are its own.
+        kind, operands, note = recognize(call)
+        passed = call.role == "neuron" or (image and kind in ("pool", "reduction", "other"))
+        if kind is not None and self._stack and not passed:
+            operands = tuple(plain(x) for x in operands)
+            place = self._place()
+            self.report(Operation(kind, call.name, *place, operands, image, call.arguments, call.output, note))
+        return kind
+
+    def follow(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Called after every operation, for what a subclass wants to know of its tensors.
+
+        Args:
+            name: The operation's name in torch.
+            inputs: All tensors among its arguments.
+            outputs: All tensors of its result.
+        """
 
     def _layer(self) -> TimedLayer | None:
         """The innermost layer of the engine."""

@@ -3,6 +3,7 @@
 import copy
 import weakref
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -124,6 +125,18 @@ def test_gradients_through_a_max_pool_are_the_same_bits(neuron):
     pool, images = SpikeMaxPool2d(3, 2, padding=1), torch.randn(2, 4, 9, 7)
     assert_same(nn.Sequential(neuron, pool), images * (1 if neuron.threshold < 2 else 100))
     assert_same(nn.Sequential(neuron, pool, QuantConv2d(4, 3, 1)), images)
+
+
+def test_a_max_pool_of_spikes_is_that_of_torch_for_every_geometry():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        kernel, stride, dilation = (random.integers(1, most, 2, endpoint=True).tolist() for most in (5, 4, 3))
+        padding, ceil = [int(random.integers(0, side // 2 + 1)) for side in kernel], bool(random.integers(2))
+        span = max((side - 1) * tap + 1 for side, tap in zip(kernel, dilation))
+        x = torch.randint(0, 5, (2, 3, *random.integers(span, span + 9, 2).tolist())).float()
+        expected = F.max_pool2d(x, kernel, stride, padding, dilation, ceil)
+        got = SpikeMaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil)(SpikeNeuron(4, 1.0)(x.requires_grad_()))
+        assert torch.equal(got, expected), (kernel, stride, padding, dilation, ceil, x.shape)
 
 
 def test_a_max_pool_follows_a_learned_step():

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from qsd.spiking.codes import Code
 from qsd.spiking.layers.movement import UNKNOWN, Signal
@@ -38,14 +39,38 @@ def exact_sum(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
     return x.sum(axes, dtype=torch.float64)
 
 
-def nonzero_sum(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
-    """Number of values that are not zero, in float64.
+class Sums:
+    """Sums over a tensor, remembered as long as the tensor lives and is not changed.
 
-    Args:
-        x: Spike counts ``[B, ...]``.
-        axes: The axes to sum over, from the first on; ``None`` for all.
+    A neuron asks for the sums of its spikes, in every code, and so does each layer behind it.
     """
-    return exact_sum(torch.ne(x, 0, out=torch.empty_like(x)), axes)
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[UntypedStorage, dict[tuple[object, ...], Tensor]] = WeakKeyDictionary()
+
+    def get(self, x: Tensor, kind: str, axes: tuple[int, ...], values: Callable[[], Tensor]) -> Tensor:
+        """Sums of values of a tensor, in float64.
+
+        Args:
+            x: The tensor ``[B, ...]``.
+            kind: Name of the values.
+            axes: The axes to sum over, from the first on.
+            values: Computes the values, in the shape of the tensor.
+        """
+        if x.dim() > 2 and len(axes) == x.dim():
+            return self.get(x, kind, (0, 1), values).sum()  # The sums by position are asked for as well.
+        if x.is_inference():  # Changes of such a tensor are not counted.
+            return exact_sum(values(), axes)
+        known = self._known.setdefault(x.untyped_storage(), {})
+        key = (kind, axes, x.shape, x.stride(), x.storage_offset(), x.dtype, x._version)
+        if key not in known:
+            known[key] = exact_sum(values(), axes)
+        return known[key]
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    """1 where a value is not zero, in the type of the tensor: a sum of floats is many times faster than of booleans."""
+    return torch.ne(x, 0, out=torch.empty_like(x))
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,8 @@ class LayerInputs:
         weight_bits: Width of the trained network's quantized weights, by name.
         merged_bits: Width of merged kernels; ``None`` for floats.
         analog: Whether the inputs are currents, neither images nor spikes.
+        brief: Whether spikes and additions alone are asked for.
+        sums: Sums that are known already.
     """
 
     tensors: tuple[Tensor, ...]
@@ -71,6 +98,8 @@ class LayerInputs:
     weight_bits: Mapping[str, int] = field(default_factory=dict)
     merged_bits: int | None = None
     analog: bool = False
+    brief: bool = False
+    sums: Sums = field(default_factory=Sums, repr=False, compare=False)
 
     @property
     def time_steps(self) -> int:
@@ -129,6 +158,27 @@ class LayerInputs:
             x: One of the tensors.
         """
         return x if self.stepped or self.image else self.code.ones(x)
+
+    def spike_sum(self, x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
+        """The number of spikes, in float64.
+
+        Args:
+            x: One of the tensors, or the output.
+            axes: The axes to sum over, from the first on; ``None`` for all.
+        """
+        kind = "values" if self.stepped or self.image else self.code.name
+        return self.sums.get(x, kind, tuple(range(x.dim())) if axes is None else axes, lambda: self.spikes(x))
+
+    def nonzero_sum(self, x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
+        """The number of sums over the window that are not zero, in float64.
+
+        Args:
+            x: One of the tensors, or the output.
+            axes: The axes to sum over, from the first on; ``None`` for all.
+        """
+        kind = "window" if self.stepped and not self.image else "nonzero"
+        axes = tuple(range(x.dim())) if axes is None else axes
+        return self.sums.get(x, kind, axes, lambda: _nonzero(self.counts(x)))
 
     def cells(self, x: Tensor) -> float:
         """Neurons times time steps: the most spikes that could come in.
@@ -197,8 +247,7 @@ def synaptic_operations(
     reach = {key: fan_out(key).double() for key in BY_NETWORK}
     # Summed over images and channels first, so that the fan-out is multiplied to one small map.
     axes = tuple(range(max(1, x.dim() - max(reached.dim() for reached in reach.values()))))
-    spikes = exact_sum(inputs.spikes(x), axes)
-    nonzero = nonzero_sum(inputs.counts(x), axes)
+    spikes, nonzero = inputs.spike_sum(x, axes), inputs.nonzero_sum(x, axes)
     additions = {key: float((spikes * reached).sum()) for key, reached in reach.items()}
     # All factors but the first see analog values, once per image, on currents summed over the window.
     inner = images * sum(dense[1:])

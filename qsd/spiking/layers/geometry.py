@@ -1,5 +1,6 @@
 """Shapes of convolutions, from which their operations are counted."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,17 +61,6 @@ class Side:
             length: Length of the input.
         """
         return (length + sum(self.padding) - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
-
-    def reach(self, length: int) -> Tensor:
-        """By input position, the number of output positions that see it, ``[length]``.
-
-        Args:
-            length: Length of the input.
-        """
-        first = torch.arange(self.size(length)) * self.stride - self.padding[0]
-        offset = torch.arange(length)[:, None] - first
-        taps = (offset >= 0) & (offset <= self.dilation * (self.kernel - 1)) & (offset % self.dilation == 0)
-        return taps.sum(1)
 
 
 @dataclass(frozen=True)
@@ -136,6 +126,18 @@ class Geometry:
         return vertical.size(height), horizontal.size(width)
 
 
+@functools.lru_cache(maxsize=1024)
+def _reach(side: Side, length: int) -> tuple[int, ...]:
+    """By input position, the number of output positions that see it."""
+    reached = [0] * length
+    for output in range(side.size(length)):
+        first = output * side.stride - side.padding[0]
+        for position in range(first, first + side.kernel * side.dilation, side.dilation):
+            if 0 <= position < length:
+                reached[position] += 1
+    return tuple(reached)
+
+
 def fan_out(size: tuple[int, int], geometry: Geometry) -> Tensor:
     """Synapses of an input pixel, borders included: the number of outputs that one spike is added to, ``[H, W]``.
 
@@ -143,7 +145,7 @@ def fan_out(size: tuple[int, int], geometry: Geometry) -> Tensor:
         size: Height and width of the input.
         geometry: Shape of the convolution; weights that are zero count as synapses.
     """
-    reached = torch.outer(*(side.reach(length) for side, length in zip(geometry.sides, size)))
+    reached = torch.outer(*(torch.tensor(_reach(side, length)) for side, length in zip(geometry.sides, size)))
     return geometry.channels // geometry.groups * reached
 
 

@@ -5,7 +5,7 @@ Where a synapse fetches weights, a product fetches entries of its other operand;
 
 import math
 
-from qsd.spiking.layers.costs import LayerInputs, Operations, exact_sum
+from qsd.spiking.layers.costs import LayerInputs, Operations
 from qsd.spiking.layers.linear_movement import QUEUE_WORDS
 from qsd.spiking.layers.movement import (
     NETWORKS,
@@ -32,7 +32,7 @@ def product_movement(inputs: LayerInputs, operations: Operations) -> Movement:
     """
     left, right = inputs.tensors
     images, sizes = inputs.images, [inputs.size(x) for x in inputs.tensors]
-    spikes = [float(exact_sum(inputs.spikes(x))) for x in inputs.tensors]
+    spikes = [float(inputs.spike_sum(x)) for x in inputs.tensors]
     output, outputs = _output(inputs), sizes[0] * right.shape[-1] / left.shape[-1]
     traffic: dict[Network, Traffic] = {}
     for network in NETWORKS:

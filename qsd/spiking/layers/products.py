@@ -8,7 +8,7 @@ from torch import Tensor
 from qsd.functional import exact_matmul
 from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
-from qsd.spiking.layers.costs import LayerInputs, Operations, both, exact_sum, nonzero_sum
+from qsd.spiking.layers.costs import LayerInputs, Operations, both
 from qsd.spiking.layers.movement import Movement
 from qsd.spiking.layers.product_movement import product_movement, query_movement
 from qsd.spiking.steps import product_increment, shift
@@ -53,8 +53,8 @@ class SpikingProduct(TimedLayer):
 
     def operations(self, inputs: LayerInputs) -> Operations:
         left, right = inputs.tensors
-        of_left, of_right = (float(exact_sum(inputs.spikes(x))) for x in inputs.tensors)
-        events = float(nonzero_sum(inputs.counts(left)))
+        of_left, of_right = (float(inputs.spike_sum(x)) for x in inputs.tensors)
+        events = float(inputs.nonzero_sum(left))
         cells_left, cells_right = (inputs.cells(x) for x in inputs.tensors)
         return Operations(
             of_left + of_right,
@@ -62,7 +62,7 @@ class SpikingProduct(TimedLayer):
             additions=both(of_left * right.shape[-1] + of_right * left.shape[-2]),
             dense=_dense(inputs),
             rate=min(of_left / cells_left, of_right / cells_right),
-            zero_skipping=self._zero_skipping(inputs),
+            zero_skipping=None if inputs.brief else self._zero_skipping(inputs),
             nonzero=events,
             effective=events * right.shape[-1],
         )
@@ -116,12 +116,12 @@ class SpikingQuery(SpikingProduct):
 
     def operations(self, inputs: LayerInputs) -> Operations:
         matrix, query = inputs.tensors
-        number = inputs.spikes(query)
-        spikes = float(exact_sum(number))
-        cells = inputs.cells(query)
-        skipping = _meet(inputs.counts(matrix) != 0, inputs.counts(number))
+        spikes, cells = float(inputs.spike_sum(query)), inputs.cells(query)
+        skipping = None
+        if not inputs.brief:
+            skipping = _meet(inputs.counts(matrix) != 0, inputs.counts(inputs.spikes(query)))
         additions = both(spikes * matrix.shape[-2])
-        events = float(nonzero_sum(inputs.counts(query)))
+        events = float(inputs.nonzero_sum(query))
         return Operations(
             spikes,
             cells,

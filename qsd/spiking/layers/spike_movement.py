@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from qsd.spiking.layers.costs import LayerInputs, exact_sum, nonzero_sum
+from qsd.spiking.layers.costs import LayerInputs
 from qsd.spiking.layers.linear_movement import QUEUE_WORDS
 from qsd.spiking.layers.movement import (
     FLOAT_BITS,
@@ -41,8 +41,8 @@ def neuron_movement(inputs: LayerInputs, output: Tensor, call: str) -> Movement:
     """
     images, size, signal = inputs.images, inputs.size(output), inputs.signal()
     counts = Signal(inputs.time_steps, inputs.time_steps, signed=False, sources=(call,))
-    spikes = float(exact_sum(inputs.spikes(output)))
-    nonzero = float(nonzero_sum(inputs.counts(output)))
+    spikes = float(inputs.spike_sum(output))
+    nonzero = float(inputs.nonzero_sum(output))
     neurons, firings = images * size, images * size * inputs.window
     traffic: dict[Network, Traffic] = {}
     for network in NETWORKS:
@@ -75,8 +75,8 @@ def pool_movement(inputs: LayerInputs, output: Tensor, call: str, sums: bool) ->
     """
     (x,), images, signal = inputs.tensors, inputs.images, inputs.signal()
     size, pooled = inputs.size(x), inputs.size(output)
-    spikes = [float(exact_sum(inputs.spikes(y))) for y in (x, output)]
-    nonzero = [float(nonzero_sum(inputs.counts(y))) for y in (x, output)]
+    spikes = [float(inputs.spike_sum(y)) for y in (x, output)]
+    nonzero = [float(inputs.nonzero_sum(y)) for y in (x, output)]
     steps, held = images * inputs.window, signal.bits("integer")
     traffic: dict[Network, Traffic] = {}
     for network in NETWORKS:
@@ -106,7 +106,7 @@ def mean_movement(inputs: LayerInputs, x: Tensor, outputs: float) -> Movement:
     """
     images, size, signal = inputs.images, inputs.size(x), inputs.signal()
     counts = Signal(inputs.time_steps, inputs.time_steps, signed=False)
-    nonzero = float(nonzero_sum(inputs.counts(x)))
+    nonzero = float(inputs.nonzero_sum(x))
     traffic: dict[Network, Traffic] = {}
     for network in ("integer", "float_twin"):
         sums = FLOAT_BITS if network == "float_twin" else signal.times(size / outputs).bits(network)
