@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from qsd.errors import QsdError
 from qsd.export.graph import LayerCall
 from qsd.export.grids import Grid
 from qsd.export.integer_sums import add_currents
@@ -55,11 +54,6 @@ def _events(events: SpikingEvents, call: LayerCall, graph: IntegerGraph) -> None
 
 def _add_neuron(neuron: DelayedNeuron, threshold: np.float32, call: LayerCall, graph: IntegerGraph) -> None:
     name = neuron.name
-    if neuron.memory is not None:
-        raise QsdError(
-            f"neuron {name} keeps its membrane from frame to frame, which integer files do not hold; write floats "
-            "(integer=False)."
-        )
     inputs = [
         call.inputs[0],
         graph.constant(f"{name}.threshold", threshold, np.float32),

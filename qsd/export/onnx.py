@@ -67,6 +67,12 @@ def to_onnx(
     check_target(spiking, path)
     if round_inner not in (True, False, "all", "none", "rep", "sep"):
         raise QsdError(f"round_inner={round_inner!r} is unknown; use 'all', 'none', 'rep' or 'sep'.")
+    keeping = next((name for name, neuron in spiking.neurons().items() if neuron.memory is not None), None)
+    if integer and keeping is not None:
+        raise QsdError(
+            f"neuron {keeping} keeps its membrane from frame to frame, which integer files do not hold; write floats "
+            "(integer=False)."
+        )
     facts = check_notes(notes)
     grids = calibrate(spiking, images, round_inner) if integer else {}
     example = spiking.example if images is None else next(image_batches(images, spiking, max_images=1))[0]

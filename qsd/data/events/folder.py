@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 from qsd.data.base import Part
+from qsd.data.class_folders import ClassFolders
 from qsd.data.events.base import EventData
 from qsd.data.events.frames import FrameAugmentation
 from qsd.data.events.recordings import RecordingFiles
-from qsd.data.image_folder import ClassFolders
 from qsd.errors import QsdError
 from qsd.reading.events import EventFormat, event_endings
 
