@@ -25,6 +25,7 @@ SUBCOMMANDS = {
     "analyze": ("qsd.commands.analyze", "Measure the information in the spikes of attention layers."),
     "profile": ("qsd.commands.profile", "Count the parameters, operations and neurons of models."),
     "import-checkpoint": ("qsd.commands.import_checkpoint", "Read a checkpoint of the published QSD-Transformer code."),
+    "results": ("qsd.commands.results", "Keep the files of finished runs, and make tables of results from them."),
     "benchmark": ("qsd.commands.benchmark", "Measure speed and memory beside the float twin."),
     "demo": ("qsd.commands.demo", "Train, test and convert a small network on digits."),
 }

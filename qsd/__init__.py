@@ -9,6 +9,7 @@ from qsd.errors import QsdError
 from qsd.layers import initialize_neurons, initialize_steps, set_lean
 from qsd.models import load_reference_weights, load_weights
 from qsd.packing import load_packed, model_size, save_packed
+from qsd.publishing import save_pretrained
 from qsd.spiking import (
     SpikingNetwork,
     audit_spike_driven,
@@ -34,6 +35,7 @@ __all__ = [
     "measure_energy",
     "model_size",
     "save_packed",
+    "save_pretrained",
     "set_lean",
     "to_spike_driven",
 ]

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from qsd import program, runs
 from qsd.callbacks import PredictionWriter
 from qsd.configurations import with_found_configurations
-from qsd.data import ImageData
+from qsd.data.base import data_modules
 from qsd.data.loading import WORKER_ENDED
 from qsd.errors import QsdError
 from qsd.files import replace_content
@@ -69,9 +69,7 @@ class Parser(LightningArgumentParser):
         for action in self._actions:  # an option that no parser knows is reported by that of the whole command
             parsers += action.choices.values() if isinstance(action.choices, dict) else []
         options = {option for parser in parsers for option in parser._option_string_actions}
-        raise QsdError(
-            program.parser_message(message, options, (ClassificationTask, *ImageData.__subclasses__()))
-        ) from ex
+        raise QsdError(program.parser_message(message, options, (ClassificationTask, *data_modules()))) from ex
 
 
 class QsdCLI(LightningCLI):
@@ -184,6 +182,8 @@ class QsdCLI(LightningCLI):
         runs.write_whole_files(trainer)
         if is_first:
             self._claims += runs.claim_for_loggers(trainer.loggers)
+        seed = self._get(self.config_init, "seed_everything", default=None)
+        trainer.callbacks.append(runs.WriteRunRecord(seed if type(seed) is int else None))  # type: ignore[attr-defined]
         if self.subcommand == "fit":
             trainer.callbacks.append(self._stop)  # type: ignore[attr-defined]
         return trainer

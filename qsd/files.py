@@ -88,6 +88,13 @@ def replace_content(path: str | Path, content: bytes | memoryview) -> None:
         raise QsdError(f"{path} cannot be written: {error}.") from error
 
 
+def cache_folder() -> Path:
+    """The folder for what can be made or fetched again: ``QSD_CACHE``, or ``qsd`` in the user's folder of caches."""
+    if chosen := os.environ.get("QSD_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsd"
+
+
 def is_disk_fault(error: BaseException) -> bool:
     """Whether an exception says that a file cannot be written, such as for want of space.
 

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import instantiate_class
 from qsd.commands.devices import device_name
 from qsd.configurations import find_configuration
 from qsd.data import ImageData
+from qsd.data.base import data_modules
 from qsd.errors import QsdError
 from qsd.program import add_traceback_argument, parser_message
 
@@ -34,7 +35,7 @@ class DataParser(jsonargparse.ArgumentParser):
         Raises:
             QsdError: Always.
         """
-        raise QsdError(parser_message(message, self._option_string_actions, ImageData.__subclasses__())) from ex
+        raise QsdError(parser_message(message, self._option_string_actions, data_modules())) from ex
 
 
 def add_data_arguments(parser: DataParser, config: str | Path | None) -> None:

@@ -2,6 +2,7 @@
 
 Example:
   qsd import-checkpoint reference.pth imported.ckpt
+  qsd import-checkpoint hf-hub:OWNER/NAME/FILE imported.ckpt
 """
 
 import inspect
@@ -19,6 +20,7 @@ from qsd.errors import QsdError
 from qsd.files import replacing
 from qsd.limits import whole
 from qsd.models.checkpoints import published_code, read_state_dict
+from qsd.models.fetching import local_file
 from qsd.models.published import PublishedCode, steps_in_name
 from qsd.models.variants import Family, family_of
 
@@ -37,7 +39,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _command(args: list[str]) -> None:
     parser = program.Parser(prog="qsd import-checkpoint", description=__doc__)
-    parser.add_argument("source", type=Path, help=".pth file of the published code")
+    parser.add_argument(
+        "source", help=".pth file of the published code, or its address: hf-hub:OWNER/NAME/FILE, https://..."
+    )
     parser.add_argument("target", type=Path, help=".ckpt file to write")
     parser.add_argument("--num-heads", type=whole(1), default=8, help="number of attention heads (published: 8)")
     parser.add_argument(
@@ -55,7 +59,7 @@ def _command(args: list[str]) -> None:
 
 
 def import_checkpoint(
-    source: Path,
+    source: str | Path,
     target: Path,
     num_heads: int = 8,
     weight_bits: int | None = None,
@@ -65,7 +69,7 @@ def import_checkpoint(
     """Write a Lightning checkpoint at the start of its training.
 
     Args:
-        source: The ``.pth`` file of the published code.
+        source: The ``.pth`` file of the published code, or its address.
         target: The ``.ckpt`` file to write.
         num_heads: The number of attention heads, which a checkpoint does not hold (published: 8).
         weight_bits: The bits of the weights, which a checkpoint does not hold either; ``None`` for the published ones
@@ -81,7 +85,7 @@ def import_checkpoint(
         QsdError: If the source cannot be read or is no such checkpoint, or the target exists.
     """
     program.refuse_existing([target], force)
-    state = read_state_dict(source)
+    state = read_state_dict(local_file(source))
     code = published_code(state, source)
     sizes = code.sizes(state)
     num_classes = sizes.pop("num_classes")

@@ -1,10 +1,11 @@
 """Classify images with an exported file, or draw the predictions of a detector or segmenter.
 
-For a packed or an ONNX file of qsd export the classes, the time and the energy of each image are printed. A network
-over frames takes recordings of event cameras (.npy, .npz, .h5, .aedat, .aedat4, .bin) in place of images. For a
-checkpoint .pth of a detector or segmenter the pictures go to the folder --out.
+For a packed or an ONNX file of qsd export, or for weights of the package, the classes, the time and the energy of each
+image are printed. A network over frames takes recordings of event cameras (.npy, .npz, .h5, .aedat, .aedat4, .bin) in
+place of images. For a checkpoint .pth of a detector or segmenter the pictures go to the folder --out.
 
 Examples:
+  qsd run pictures/digit.png
   qsd run IMAGE... --model digits.int8.onnx
   qsd run IMAGE... --model DETECTOR.pth --out pictures
 """
@@ -22,12 +23,15 @@ from rich.text import Text
 from qsd import program
 from qsd.commands import openmmlab
 from qsd.commands.devices import device_name
+from qsd.commands.pictures import find_picture
 from qsd.commands.predictor import Predictor
 from qsd.errors import QsdError
 from qsd.limits import number, whole
+from qsd.models.shipped import shipped_weights
 from qsd.reading import shown
 
 _REPEATS = 5
+_DEFAULT = "qsd_tiny.digits"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -49,20 +53,28 @@ def _command(args: list[str]) -> None:
         return
     if options.out is not None:
         raise QsdError("--out is for detectors and segmenters; classes are printed, so drop it.")
-    predictor = Predictor(Path(options.model))
-    Console().print(_classes(options.images, predictor, options.top))
+    predictor = Predictor(_model_file(options.model))
+    images = [find_picture(path) for path in options.images]
+    Console().print(_classes(images, predictor, options.top))
 
 
 def _parser() -> program.Parser:
     parser = program.Parser(prog="qsd run", description=__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or recordings")
-    parser.add_argument("--model", required=True, metavar="FILE", help="packed or ONNX file, or .pth of a training")
+    parser.add_argument("--model", default=_DEFAULT, metavar="FILE", help="packed or ONNX file, .pth of a training, or "
+                        f"weights of the package by their name; the default is {_DEFAULT}")  # fmt: skip
     parser.add_argument("--top", type=whole(1), default=1, help="number of classes to print for each image")
     dense = parser.add_argument_group("detectors and segmenters")
     dense.add_argument("--out", metavar="DIR", help="folder of the pictures")
     dense.add_argument("--score", type=number(0, 1), default=0.3, help="lowest score of a box that is drawn")
     dense.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda, cuda:1, ...")
     return parser
+
+
+def _model_file(name: str) -> Path:
+    """The file of a network: the path itself, or the weights of the package that have this name."""
+    weights = shipped_weights().get(name)
+    return Path(name) if weights is None or Path(name).exists() else weights.file
 
 
 def _draw(options: argparse.Namespace) -> None:

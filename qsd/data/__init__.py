@@ -1,13 +1,15 @@
 """Data modules for Lightning, and the loaders and samplers that they are made of."""
 
 from qsd.data.base import ImageData
-from qsd.data.cifar import CifarData
 from qsd.data.dataset import ImageArray, ImageDataset, ImageFiles
 from qsd.data.digits import DigitsData
 from qsd.data.events import DigitEvents, DvsData, EventData, EventFolderData
 from qsd.data.image_folder import ImageFolderData
 from qsd.data.loading import BadImagePolicy, ImageLoader, TrainLoader
+from qsd.data.photographs import PhotographData
+from qsd.data.readers import ReaderData
 from qsd.data.sampling import EvalSampler, TrainSampler, stratified_split
+from qsd.data.torchvision_sets import CifarData, TorchvisionData
 from qsd.reading.images import BadImage, load_image
 
 __all__ = [
@@ -26,6 +28,9 @@ __all__ = [
     "ImageFiles",
     "ImageFolderData",
     "ImageLoader",
+    "PhotographData",
+    "ReaderData",
+    "TorchvisionData",
     "TrainLoader",
     "TrainSampler",
     "load_image",

@@ -209,6 +209,15 @@ class ImageData(LightningDataModule, ABC):
         }
 
 
+def data_modules() -> list[type[ImageData]]:
+    """All data modules that are defined, for the messages of parsers."""
+    found, left = [], [ImageData]
+    while left:
+        left += (known := left.pop()).__subclasses__()
+        found.append(known)
+    return found
+
+
 def _num_cores() -> int:
     # The cores of this process, which a cluster's scheduler may have limited; macOS and Windows cannot tell.
     if hasattr(os, "sched_getaffinity"):

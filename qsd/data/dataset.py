@@ -103,6 +103,30 @@ class ImageArray:
         return self._names[index]
 
 
+class ImageSubset:
+    """Some images of a source.
+
+    Args:
+        source: All images.
+        indices: Numbers of the images that are taken ``[N]``.
+    """
+
+    def __init__(self, source: ImageSource, indices: np.ndarray[Any, Any]) -> None:
+        self._source, self._indices = source, indices
+        self.labels = source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def load(self, index: int) -> Image.Image | BadImage:
+        """See `ImageSource`."""
+        return self._source.load(int(self._indices[index]))
+
+    def name(self, index: int) -> str:
+        """See `ImageSource`."""
+        return self._source.name(int(self._indices[index]))
+
+
 class Sample(NamedTuple):
     """One item of an `ImageDataset`.
 

@@ -4,6 +4,7 @@ Both derive from `torch.utils.data.DistributedSampler`, so that Lightning neithe
 training sampler the epoch.
 """
 
+import logging
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
 from qsd.errors import QsdError
+
+logger = logging.getLogger(__name__)
 
 
 def _world(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
@@ -48,6 +51,21 @@ class TrainSampler(DistributedSampler[Any]):
         self.num_samples = max(1, self.length // num_replicas)
         self.total_size = self.num_samples * num_replicas
         self.skip = 0
+        if rank == 0 and self.total_size != self.length:
+            self._say_remainder()
+
+    def _say_remainder(self) -> None:
+        """Say how many images an epoch leaves out or repeats."""
+        if self.total_size < self.length:
+            level, number = logging.INFO, self.length - self.total_size
+            what = "are left out of each epoch, other ones every time,"
+        else:
+            level, number, what = logging.WARNING, self.total_size - self.length, "are repeated in each epoch"
+        logger.log(
+            level,
+            "%d of %d training images %s so that %d processes take equal steps.",
+            number, self.length, what, self.num_replicas,
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield ``(epoch, index)``: the augmentation of an image depends on both."""

@@ -12,22 +12,34 @@ from qsd.errors import QsdError
 from qsd.image_notes import Interpolation
 
 
-def crop_transform(img_size: tuple[int, int], interpolation: Interpolation, **options: Any) -> Transform:
+def crop_transform(
+    img_size: tuple[int, int], interpolation: Interpolation, channels: int | None = None, **options: Any
+) -> Transform:
     """ImageNet's augmentation: a random crop resized, a flip, a policy of distortions, erasing.
 
     Args:
         img_size: Height and width in pixels.
         interpolation: Interpolation of every resizing.
+        channels: Number of equal channels of grey that the distorted image is given; ``None`` leaves its colours.
         **options: For `timm.data.create_transform`.
 
     Returns:
-        From an RGB image to float32 ``[3, H, W]``.
+        From an RGB or grey image to float32 ``[C, H, W]``.
     """
-    return _checked_transform(interpolation, input_size=(3, *img_size), is_training=True, re_mode="pixel", **options)
+    if channels is None:
+        options = {"input_size": (3, *img_size), "is_training": True, "re_mode": "pixel", **options}
+        return _checked_transform(interpolation, **options)
+    crop, policy, normalize = _training_parts(img_size, interpolation, channels, **options)
+    return transforms.Compose([crop, *policy, normalize])
 
 
 def padded_transform(
-    img_size: tuple[int, int], interpolation: Interpolation, padding: int, hflip: float, **options: Any
+    img_size: tuple[int, int],
+    interpolation: Interpolation,
+    padding: int,
+    hflip: float,
+    channels: int | None = None,
+    **options: Any,
 ) -> Transform:
     """CIFAR's augmentation: a shift into black padding, a flip, a policy of distortions, erasing.
 
@@ -36,22 +48,31 @@ def padded_transform(
         interpolation: Interpolation of the distortions.
         padding: Greatest shift in pixels.
         hflip: Probability of the horizontal flip.
+        channels: Number of equal channels of grey that the distorted image is given; ``None`` leaves its colours.
         **options: For `timm.data.create_transform`.
 
     Returns:
-        From an RGB image to float32 ``[3, H, W]``.
+        From an RGB or grey image to float32 ``[C, H, W]``.
     """
-    _, policy, normalize = _checked_transform(
-        interpolation,
-        input_size=(3, *img_size),
-        is_training=True,
-        re_mode="pixel",
-        separate=True,
-        hflip=hflip,
-        **options,
-    )
+    _, policy, normalize = _training_parts(img_size, interpolation, channels, hflip=hflip, **options)
     crop = transforms.RandomCrop(img_size, padding=padding)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(hflip), policy, normalize])
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(hflip), *policy, normalize])
+
+
+def _training_parts(
+    img_size: tuple[int, int], interpolation: Interpolation, channels: int | None, **options: Any
+) -> tuple[Any, list[Any], Any]:
+    """The three parts of timm's augmentation: crop and flip, distortions, normalisation and erasing."""
+    options = {"input_size": (3, *img_size), "is_training": True, "re_mode": "pixel", "separate": True, **options}
+    crop, policy, normalize = _checked_transform(interpolation, **options)
+    if channels is None:
+        return crop, [policy], normalize
+    if not policy.transforms:
+        return crop, [transforms.Grayscale(channels)], normalize
+    # A policy distorts colours and fills borders with a mean of three channels.
+    mean = (sum(options["mean"]) / len(options["mean"]),) * 3
+    _, policy, _ = _checked_transform(interpolation, **{**options, "mean": mean})
+    return crop, [transforms.Grayscale(3), policy, transforms.Grayscale(channels)], normalize
 
 
 def eval_transform(

@@ -15,6 +15,7 @@ from qsd.layers import initialize_steps
 from qsd.layers.renamed import present_name, rename_parameters
 from qsd.layers.steps import has_no_step, step_names
 from qsd.layers.wrappers import inner_model
+from qsd.models.fetching import local_file
 from qsd.models.first_layer import adapt_first
 from qsd.models.packed_file import KEY, MERGED, read_packed
 from qsd.models.published import PublishedCode, StateDict, shortened, steps_in_name
@@ -45,8 +46,8 @@ def load_reference_weights(model: nn.Module, path_or_state_dict: str | Path | Ma
 
     Args:
         model: A model of qsd of the checkpoint's family and size.
-        path_or_state_dict: A ``.pth`` file or its content; ``model`` / ``state_dict`` / ``module.`` wrappings are
-            removed.
+        path_or_state_dict: A ``.pth`` file, its address or its content; ``model`` / ``state_dict`` / ``module.``
+            wrappings are removed.
 
     Raises:
         QsdError: If the file cannot be read, has another content, or does not fit the model.
@@ -89,7 +90,8 @@ def load_weights(model: nn.Module, path_or_state_dict: str | Path | Mapping[str,
         model: A model of qsd.
         path_or_state_dict: A checkpoint of qsd (``.ckpt``; with weight averaging, the averaged weights), a
             ``.safetensors`` file (of `qsd.save_packed` or plain), a bare state dict, or a checkpoint of the published
-            code. A classifier of another number of classes is left out, with a warning.
+            code; or the address of a file, ``hf-hub:OWNER/NAME/FILE`` or https. A classifier of another number of
+            classes is left out, with a warning.
 
     Returns:
         Names of the neurons' learned steps that the weights lack, as those of a float network do: set them from data
@@ -180,7 +182,8 @@ def _unpacked(path: Path) -> dict[str, Tensor]:
 def _read(path_or_state_dict: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
     if isinstance(path_or_state_dict, Mapping):
         return "the state dict", _unwrap("the state dict", path_or_state_dict)
-    return str(path_or_state_dict), _unwrap(str(path_or_state_dict), read_checkpoint(path_or_state_dict))
+    source = str(path_or_state_dict)
+    return source, _unwrap(source, read_checkpoint(local_file(path_or_state_dict)))
 
 
 def _unwrap(source: str, content: Any) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from qsd.models.frames import FrameOptions
 from qsd.models.published import PublishedCode, StateDict
 from qsd.models.qsd_transformer import QsdTransformer
 from qsd.models.reference import QSD_CODE
+from qsd.models.shipped import tags_of
 
 Arguments = Mapping[str, Any]
 
@@ -85,14 +86,14 @@ ESF_LARGE_VARIANTS: dict[str, Arguments] = {
 }
 
 # Arguments of timm that concern weights, and are not stored with a model.
-_NOT_STORED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+_NOT_STORED = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir")
 
 _QSD_HINT = (
-    "no pretrained weights are distributed with qsd; checkpoints of the published code are linked from the README of "
-    "github.com/bollossom/QSD-Transformer: load one with qsd.load_reference_weights(model, path)."
+    "no pretrained weights are distributed under this name; checkpoints of the published code are linked from the "
+    "README of github.com/bollossom/QSD-Transformer: load one with qsd.load_reference_weights(model, path)."
 )
 _CSD_HINT = (
-    "no pretrained weights are distributed with qsd, and none were published for CSDformer; train it with "
+    "no pretrained weights are distributed under this name, and none were published for CSDformer; train it with "
     "configs/csdformer_imagenet.yaml or another of its configurations."
 )
 
@@ -123,8 +124,8 @@ _CSD_CFG = {
     "paper_name": "CSDformer: A Conversion Method for Fully Spike-Driven Transformer",
 }
 _ESF_HINT = (
-    "no pretrained weights are distributed with qsd; checkpoints of the published code are linked from the README of "
-    "github.com/BICLab/Spike-Driven-Transformer-V3: load one with qsd.load_reference_weights(model, path)."
+    "no pretrained weights are distributed under this name; checkpoints of the published code are linked from the "
+    "README of github.com/BICLab/Spike-Driven-Transformer-V3: load one with qsd.load_reference_weights(model, path)."
 )
 _ESF_CFG = {
     **_IMAGENET,
@@ -198,7 +199,9 @@ def register_family(family: Family) -> None:
     for variant, sizes in family.sizes.items():
         twin = {**sizes, **family.twin}
         cfg = family.cfg(sizes)
-        default_cfgs.update(generate_default_cfgs({variant: cfg, f"{variant}_ann": cfg}))
+        tagged = {weights.name: {**cfg, **weights.cfg()} for weights in tags_of(variant).values()}
+        # The star keeps the configuration without weights the default, in front of those with a tag.
+        default_cfgs.update(generate_default_cfgs({**tagged, f"{variant}.*": cfg, f"{variant}_ann": cfg}))
         _register(family, variant, sizes, f"{family.title} {dict(sizes)}.")
         _register(family, f"{variant}_ann", twin, f"Float twin of {variant}: ReLU neurons and float weights.")
 
@@ -230,6 +233,10 @@ def family_of_code(state: StateDict) -> Family | None:
 
 def _register(family: Family, name: str, arguments: Arguments, description: str) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> Any:
+        tag = kwargs.get("pretrained_cfg")
+        shipped = tags_of(name).get(tag) if isinstance(tag, str) else None
+        if shipped is not None:  # a tag's defaults are those of its training
+            kwargs = {**shipped.arguments, **kwargs}
         options, own = FrameOptions.taken_from({**arguments, **kwargs})
         if options.channels(1) > 1:
             own["in_chans"] = options.channels(own.get("in_chans", 3))
@@ -245,7 +252,8 @@ def _register(family: Family, name: str, arguments: Arguments, description: str)
         if pretrained:
             from qsd.models.pretrained import load_pretrained  # which reads files of all families
 
-            load_pretrained(model, f"{name}: {family.hint}", family.cfg(arguments).get("first_conv"))
+            hint = f"{name}: {_names_of_tags(name)}{family.hint}"
+            load_pretrained(model, hint, family.cfg(arguments).get("first_conv"), kwargs.get("cache_dir"))
         # Packed files store this, so that the model can be built again by its name.
         stored = {k: v for k, v in kwargs.items() if k not in _NOT_STORED}
         channels = getattr(model, "in_chans", 3) // options.channels(1)
@@ -259,6 +267,11 @@ def _register(family: Family, name: str, arguments: Arguments, description: str)
     entrypoint.__module__ = __name__
     entrypoint.__doc__ = description
     setattr(sys.modules[__name__], name, register_model(entrypoint))
+
+
+def _names_of_tags(model: str) -> str:
+    names = [weights.name for weights in tags_of(model).values()]
+    return f"weights have the names {', '.join(names)}; " if names else ""
 
 
 for _family in FAMILIES:

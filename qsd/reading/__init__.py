@@ -6,6 +6,7 @@ no file makes us open another one. Whatever is wrong is one line, a `QsdError` w
 
 from qsd.reading.archives import check_archive
 from qsd.reading.files import FileError, describe, regular_file, shown
+from qsd.reading.idx_files import read_idx
 from qsd.reading.literals import parse_assignments
 from qsd.reading.onnx_files import read_onnx
 from qsd.reading.parts import part_of
@@ -20,6 +21,7 @@ __all__ = [
     "describe",
     "parse_assignments",
     "part_of",
+    "read_idx",
     "read_onnx",
     "read_safetensors",
     "read_torch",

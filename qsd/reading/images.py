@@ -4,6 +4,7 @@ A ``DataLoader`` worker that raises hands the main process a many-line traceback
 travels with the batch, and the main process decides what to do about it.
 """
 
+import io
 import os
 import stat
 from functools import cache
@@ -14,7 +15,15 @@ from PIL import Image, UnidentifiedImageError
 
 from qsd.errors import QsdError
 
-__all__ = ["BadImage", "ExifOrientation", "check_orientation", "image_endings", "load_image", "upright"]
+__all__ = [
+    "BadImage",
+    "ExifOrientation",
+    "check_orientation",
+    "decode_image",
+    "image_endings",
+    "load_image",
+    "upright",
+]
 
 ExifOrientation = Literal["upright", "ignore"]
 """Turn images as their EXIF orientation asks, or leave them as their pixels are stored."""
@@ -102,16 +111,41 @@ def load_image(path: str, exif_orientation: ExifOrientation = "upright") -> Imag
             return BadImage(path, "it is a folder, pipe, socket or device, no file")
         if status.st_size == 0:
             return BadImage(path, "the file is empty")
-        with Image.open(path, formats=_formats()) as image:
+    except OSError as error:
+        return BadImage(path, _reason(error, path))
+    return _decode(path, path, exif_orientation)
+
+
+def decode_image(content: bytes, name: str, exif_orientation: ExifOrientation = "upright") -> Image.Image | BadImage:
+    """Decode the content of an image file, as `load_image` does.
+
+    Args:
+        content: The bytes of the file.
+        name: Name of the image, for messages.
+        exif_orientation: As for `load_image`.
+
+    Returns:
+        The RGB image with 8 bits per channel, or the reason why there is none.
+    """
+    return _decode(io.BytesIO(content), name, exif_orientation) if content else BadImage(name, "the image is empty")
+
+
+def _decode(file: str | io.BytesIO, name: str, exif_orientation: ExifOrientation) -> Image.Image | BadImage:
+    try:
+        with Image.open(file, formats=_formats()) as image:
             image.load()  # `open` reads the header alone: a truncated file shows here
             return _to_rgb(upright(image) if exif_orientation == "upright" else image)
     except MemoryError:
         raise  # which is not the file's fault
     except UnidentifiedImageError:
-        return BadImage(path, "it is no image of a known format")
+        return BadImage(name, "it is no image of a known format")
     except Exception as error:  # whatever a decoder stumbles over: Pillow lists no types
-        lines = str(error).splitlines() or [type(error).__name__]
-        return BadImage(path, lines[0][:200].replace(repr(path), "the file"))
+        return BadImage(name, _reason(error, name))
+
+
+def _reason(error: Exception, name: str) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200].replace(repr(name), "the file")
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -4,11 +4,14 @@ from qsd.runs.checkpoint_io import WholeFileCheckpointIO, write_whole_files
 from qsd.runs.folders import Claim, claim, claim_for_loggers, folder_name, place_checkpoints, run_folder
 from qsd.runs.interruption import SaveOnStop
 from qsd.runs.newest import find_checkpoint, newest_checkpoint, read_run_checkpoint
+from qsd.runs.record import RunRecord, WriteRunRecord
 
 __all__ = [
     "Claim",
+    "RunRecord",
     "SaveOnStop",
     "WholeFileCheckpointIO",
+    "WriteRunRecord",
     "claim",
     "claim_for_loggers",
     "find_checkpoint",

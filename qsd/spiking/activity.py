@@ -35,13 +35,22 @@ class Activity:
     latency: int = 0
 
 
-def stage_of(name: str) -> str:
-    """The stage that a layer belongs to: ``stages.2`` for ``backbone.stages.2.blocks.0.neuron``, ``head`` for ``head``.
+def name_in_network(name: str) -> str:
+    """The name of a layer in the network that a detector or a segmenter has as its backbone.
 
     Args:
         name: Dotted name of the layer in the trained model.
     """
-    parts = name.partition("@")[0].removeprefix("backbone.").split(".")
+    return name.removeprefix("backbone.").removeprefix("model.")
+
+
+def stage_of(name: str) -> str:
+    """The stage that a layer belongs to: ``stages.2`` for ``backbone.model.stages.2.blocks.0.neuron``.
+
+    Args:
+        name: Dotted name of the layer in the trained model; a name without stages begins with its own, as ``head``.
+    """
+    parts = name_in_network(name.partition("@")[0]).split(".")
     return ".".join(parts[:2]) if len(parts) > 2 and parts[1].isdecimal() else parts[0]
 
 
@@ -106,13 +115,13 @@ def _add_rates(activity: Activity, counts: dict[str, Tensor], code: Code) -> Non
 def _add_attention(activity: Activity, counts: dict[str, Tensor], time_steps: int) -> None:
     """The taps of attention layers, which have fixed names."""
     for call, count in counts.items():
-        layer, _, neuron = call.rpartition(".")
-        query = counts.get(f"{layer}.q_neuron")
+        path, _, neuron = call.rpartition(".")
+        query, layer = counts.get(f"{path}.q_neuron"), name_in_network(path)
         if query is None:
             continue
         if neuron == "score_neuron":
             matrix = count.double().mean(0).mean(0) / time_steps
             activity.matrices[layer] = matrix
             activity.received[layer] = matrix.mean(0).view(query.shape[-2:])
-        elif neuron == "attn_neuron" and f"{layer}.score_neuron" not in counts:
+        elif neuron == "attn_neuron" and f"{path}.score_neuron" not in counts:
             activity.responses[layer] = count.double().mean(0).mean(0) / time_steps

@@ -1,11 +1,8 @@
 """Image classification: loss, optimizer, metrics and checkpoints of a training."""
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import timm
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
@@ -26,6 +23,7 @@ from qsd.models import load_weights
 from qsd.models.checkpoints import check_weights
 from qsd.tasks.guards import PrecisionNote, StepSizeGuard, check_before_saving, check_loss
 from qsd.tasks.inputs import sizes_from_data
+from qsd.tasks.networks import blaming, build_network, check_name
 from qsd.tasks.neuron_initialization import set_neurons
 from qsd.tasks.optimization import parameter_groups, warmup_and_cosine
 from qsd.tasks.random_state import RandomStates
@@ -44,8 +42,10 @@ class ClassificationTask(LightningModule):
     six classes upwards), the same under ``test/``.
 
     Args:
-        model: Any name known to ``timm.create_model``.
-        model_args: Further arguments of the model, such as ``time_steps`` or ``drop_path_rate``.
+        model: Any name known to ``timm.create_model``, perhaps with the tag of weights (``qsd_tiny.digits``), a folder
+            of weights (``local-dir:FOLDER``) or a repository of the hub (``hf-hub:OWNER/NAME``).
+        model_args: Further arguments of the model, such as ``time_steps`` or ``drop_path_rate``; ``pretrained: true``
+            starts from its weights.
         num_classes: Number of outputs of the classifier; ``None`` takes it from the data.
         init_from: Weights to start from: a checkpoint of a training with qsd, a ``.safetensors`` file or a checkpoint
             of the published code. A classifier with another number of classes keeps its initial weights. If the
@@ -92,9 +92,7 @@ class ClassificationTask(LightningModule):
         compile: bool | str = False,
     ) -> None:
         super().__init__()
-        if not timm.is_model(model):
-            near = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
-            raise QsdError(f"model {model!r} is unknown to timm; nearest names: {', '.join(near) or 'none'}.")
+        check_name(model)
         if not 0 <= label_smoothing < 1:
             raise QsdError(f"label_smoothing={label_smoothing} is not in [0, 1).")
         backends = torch.compiler.list_backends(exclude_tags=())
@@ -124,8 +122,9 @@ class ClassificationTask(LightningModule):
         self._complete_sizes_from_data()
         h = self.hparams
         trainer = self._trainer
-        with _blaming(f"model {h['model']!r} with model_args={h['model_args']}"):
-            model: Any = timm.create_model(h["model"], num_classes=h["num_classes"], **h["model_args"])
+        self.neurons_are_set = bool(h["model_args"].get("pretrained"))
+        model, buildable = build_network(h["model"], h["model_args"], h["num_classes"])
+        self.save_hyperparameters(buildable)
         if h["init_from"] is not None:
             self.neurons_are_set = not load_weights(model, h["init_from"])
         if h["grad_checkpointing"]:
@@ -165,9 +164,7 @@ class ClassificationTask(LightningModule):
         """The optimizer from timm's registry, and a warm-up and cosine schedule that advances by optimizer steps."""
         h = self.hparams
         lr = self.optimizer_rate = self.learning_rate
-        with _blaming(
-            f"optimizer {h['optimizer']!r} with optimizer_args={h['optimizer_args']}, base_lr={h['base_lr']}"
-        ):
+        with blaming(f"optimizer {h['optimizer']!r} with optimizer_args={h['optimizer_args']}, base_lr={h['base_lr']}"):
             groups = parameter_groups(self.model, lr, h["step_lr"], h["weight_decay"], h["layer_decay"])
             optimizer = create_optimizer_v2(groups, opt=h["optimizer"], lr=lr, **(h["optimizer_args"] or {}))
         resumed, self._resumed = self._resumed, None
@@ -334,15 +331,3 @@ class ClassificationTask(LightningModule):
             "names": list(checkpoint["state_dict"]),
             "arguments": (checkpoint.get("hyper_parameters") or {}).get("optimizer_args") or (),
         }
-
-
-@contextmanager
-def _blaming(what: str) -> Iterator[None]:
-    """Turn the error of a library about an argument into one line that names the argument."""
-    try:
-        yield
-    except QsdError:
-        raise
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise QsdError(f"{what} cannot be built: {reason[:300]}") from error

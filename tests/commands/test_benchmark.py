@@ -70,6 +70,10 @@ def test_loading_tells_how_long_steps_wait_for_images(benchmark, tmp_path, capsy
     assert min(loading["shares"]) <= loading["share_waiting"] <= max(loading["shares"])
     assert 0 < loading["share_waiting"] < 1
     assert loading["images_per_second"] > 0
+    assert {"folders", "shards"} <= set(loading["formats"])
+    for row in loading["formats"].values():
+        assert row["ratio"] > 0.3  # of a few images; the target is checked by hand
+        assert row["images_per_second"] > 0
     assert "% of the time waiting, 1 workers" in capsys.readouterr().out
 
 

@@ -1,53 +1,12 @@
 """Two real processes under Lightning: nothing repeated or left out in evaluation, and the same training."""
 
-import json
-
-import lightning as L
 import pytest
-import torch
 
 from qsd.data import DigitsData
 from qsd.errors import QsdError
+from tests.helpers.distributed import run_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Record(L.LightningModule):
-    """Writes what every process saw; the batch norm has buffers that DDP sends around."""
-
-    def __init__(self, folder):
-        super().__init__()
-        torch.manual_seed(0)
-        self.folder = folder
-        self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 10))
-        self.seen = {"train": [], "val": [], "predict": []}
-
-    def training_step(self, batch):
-        images, labels = batch
-        self.seen["train"].append(images.flatten(1).double().sum(1).tolist())
-        return torch.nn.functional.cross_entropy(self.net(images), labels)
-
-    def validation_step(self, batch):
-        images, _ = batch
-        self.net(images)
-        self.seen["val"] += images.flatten(1).double().sum(1).tolist()
-        self.log("mean", images.mean(), sync_dist=True)
-
-    def predict_step(self, batch):
-        self.net(batch[0])
-        self.seen["predict"] += batch[1]
-
-    def on_fit_end(self):
-        self.write("fit")
-
-    def on_predict_end(self):
-        self.write("predict")
-
-    def write(self, name):
-        (self.folder / f"{name}{self.global_rank}.json").write_text(json.dumps(self.seen))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 class FewDigits(DigitsData):
@@ -63,35 +22,10 @@ class FewDigits(DigitsData):
         return type(source)(source._images[: self.count], source.labels[: self.count], source._names[: self.count])
 
 
-def run(folder, processes, batch_size, data=FewDigits):
-    folder.mkdir()
-    parallel = {"strategy": "ddp_fork", "devices": processes} if processes > 1 else {"devices": 1}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
-        **parallel,
-    )
-    module = Record(folder)
-    trainer.fit(module, data(batch_size))
-    trainer.predict(module, data(batch_size), return_predictions=False)
-    return [
-        {
-            **json.loads((folder / f"fit{rank}.json").read_text()),
-            "predict": json.loads((folder / f"predict{rank}.json").read_text())["predict"],
-        }
-        for rank in range(processes)
-    ]
-
-
 @pytest.mark.timeout(120)
 def test_two_processes_see_what_one_sees(tmp_path):
-    (one,) = run(tmp_path / "one", 1, 10)
-    two = run(tmp_path / "two", 2, 5)
+    (one,) = run_processes(tmp_path / "one", 1, 10, FewDigits)
+    two = run_processes(tmp_path / "two", 2, 5, FewDigits)
     # evaluation: every image once, though 21 do not divide by 2 and one process has a batch more
     for stage, repeats in (("val", 2), ("predict", 1)):
         assert len(one[stage]) == 21 * repeats
@@ -109,5 +43,5 @@ def test_fewer_images_than_processes_is_an_error_not_a_hang(tmp_path):
         count = 1
 
     with pytest.raises(Exception, match=r"1 image\(s\) cannot be evaluated by 2 processes") as error:
-        run(tmp_path / "two", 2, 5, OneDigit)
+        run_processes(tmp_path / "two", 2, 5, OneDigit)
     assert QsdError.__name__ in str(error.value) or isinstance(error.value, QsdError)

@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 
 from qsd import QsdError
 from qsd.callbacks import PredictionWriter
-from qsd.data import CifarData, ImageFolderData
+from qsd.data import ImageFolderData, TorchvisionData
 from qsd.data.files import ImageFinder, class_folders, find_images
 from qsd.data.loading import WORKER_ENDED
 
@@ -183,11 +184,13 @@ def test_orientation_is_one_rule_in_all_parts_and_can_be_ignored(tmp_path):
             ((image, *_), *_) = next(iter(loader))
             assert image[0][bright].mean() > 0.9
             assert image.mean() < 0.7
-    cifar = CifarData(str(tmp_path), predict_path=str(tmp_path / "val"), exif_orientation="ignore", num_workers=0)
+    cifar = TorchvisionData(
+        str(tmp_path), "cifar10", predict_path=str(tmp_path / "val"), exif_orientation="ignore", num_workers=0
+    )
     assert next(iter(cifar.predict_dataloader()))[0].shape == (1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("build", [ImageFolderData, CifarData])
+@pytest.mark.parametrize("build", [ImageFolderData, partial(TorchvisionData, name="cifar10")])
 def test_an_unknown_rule_of_orientation_is_named(build):
     with pytest.raises(QsdError, match="exif_orientation='sideways' is unknown; choose 'upright' or 'ignore'"):
         build("nowhere", exif_orientation="sideways")

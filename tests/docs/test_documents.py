@@ -6,6 +6,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,7 @@ SUBCOMMANDS = {
     "profile": ([], "8.257 G"),
     "import-checkpoint": (["--num-heads=4"], "imported.ckpt: "),
     "benchmark": (["--quick", "--rounds=1", "--img-size=32", "--no-memory", "--model=qsd_tiny"], "benchmark.json"),
+    "results": ([], "| recipe |"),
     "demo": (["--max-images=2", "--", "--trainer.fast_dev_run=false", *DEMO], "test accuracy"),
     "--help": ([], "import-checkpoint"),
 }
@@ -162,8 +165,10 @@ def import_reference(target):
 def test_trainings(command, workplace, tree, finished, monkeypatch):
     bring_run(command, finished)
     shorten_conversions(monkeypatch)
-    if "cifar" in command:
-        monkeypatch.setattr("qsd.data.CifarData.load_part", _noise)
+    if "SHARDS" in command:
+        _write_shards(Path("SHARDS"))
+    if "cifar" in command or "fashion_mnist" in command:
+        monkeypatch.setattr("qsd.data.TorchvisionData.load_part", _noise)
         torch.save(timm.create_model("qsd_15m", num_classes=5, **SIZES).state_dict(), "CHECKPOINT")
         command = command.replace("--data.download true", "")  # no network in a test
     if "teacher CHECKPOINT" in command:
@@ -204,8 +209,22 @@ def _save_tiny_checkpoint(path):
     torch.save({"state_dict": weights, "hyper_parameters": hyper_parameters}, path)
 
 
+def _write_shards(folder):
+    """Two small shards, as WebDataset lays them out."""
+    folder.mkdir()
+    picture = BytesIO()
+    Image.new("RGB", (20, 16), (200, 100, 0)).save(picture, "JPEG")
+    for split in ("train", "val"):
+        with tarfile.open(folder / f"set-{split}-0000.tar", "w") as archive:
+            for number in range(16):
+                for ending, content in (("jpg", picture.getvalue()), ("cls", b"%d" % (number % 2))):
+                    entry = tarfile.TarInfo(f"{number}.{ending}")
+                    entry.size = len(content)
+                    archive.addfile(entry, BytesIO(content))
+
+
 def _noise(self, part):
-    """In place of CIFAR's files."""
+    """In place of the files of CIFAR and of Fashion-MNIST."""
     images = np.random.RandomState(0).randint(0, 256, (8, 32, 32, 3)).astype(np.uint8)
     return ImageArray(images, [0, 1] * 4, [f"{part} {i}" for i in range(8)])
 

@@ -66,7 +66,8 @@ def test_weights_come_from_a_checkpoint_of_the_published_code(tmp_path, referenc
     backbone.init_weights()
     expected = timm.create_model("qsd_15m", num_classes=0, **sizes)
     qsd.load_reference_weights(expected, reference_state)
-    assert all(torch.equal(v, expected.state_dict()[n]) for n, v in backbone.model.state_dict().items())
+    known = expected.state_dict()
+    assert all(torch.equal(v, known[n]) for n, v in backbone.model.state_dict().items())
 
 
 def test_frozen_stages_and_norms_do_not_learn():

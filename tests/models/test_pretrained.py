@@ -121,11 +121,12 @@ def test_a_float_network_gives_a_quantized_one_its_weights_and_steps_are_measure
     [
         ({}, "no pretrained weights are distributed"),
         ({"file": "missing.pth"}, "missing.pth does not exist"),
-        ({"url": "https://example.org/a.pth"}, "are not fetched"),
-        ({"hf_hub_id": "somebody/model"}, "are not fetched"),
+        ({"url": "http://example.org/a.pth"}, "is no https address"),
+        ({"hf_hub_id": "somebody/model"}, "hf-hub:somebody/model/.* cannot be fetched"),
     ],
 )
-def test_weights_that_cannot_be_had_are_named(overlay, message):
+def test_weights_that_cannot_be_had_are_named(overlay, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(QsdError, match=message):
         build(pretrained=True, pretrained_cfg_overlay=overlay)
 

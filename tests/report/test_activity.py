@@ -14,7 +14,8 @@ from tests.helpers.networks import dense_network
 
 def test_layers_belong_to_stages():
     names = {
-        "backbone.stages.2.blocks.0.neuron": "stages.2", "stages.2.blocks.0.attn.q_neuron": "stages.2",
+        "backbone.model.stages.2.blocks.0.neuron": "stages.2", "backbone.model.stem.neuron": "stem",
+        "stages.2.blocks.0.attn.q_neuron": "stages.2",
         "blocks.3.mlp.neuron1": "blocks.3", "stem.blocks.0.neuron": "stem", "head_neuron": "head_neuron",
         "bbox_head.cls_convs.0.neuron@2": "bbox_head",
     }  # fmt: skip

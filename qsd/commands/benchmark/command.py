@@ -3,7 +3,8 @@
 All cases of a table take turns in one process, in another order each round; a ratio is the median over the rounds.
 Peak memory is that of a process of its own for each case; kept bytes are those that a forward pass keeps for the
 backward pass, without parameters. The suite loading trains on JPEG files and gives the share of the time that a step
-waits for them. Results go to benchmark.json and benchmark.png.
+waits for them, and the images per second of folders, parquet files and shards beside a plain loop. Results go to
+benchmark.json and benchmark.png.
 
 Examples:
   qsd benchmark                     (all suites for qsd_15m at 224 pixels; about an hour on two cores)
@@ -23,6 +24,7 @@ from rich.console import Console
 
 from qsd import program
 from qsd.commands.benchmark.cases import cases_of
+from qsd.commands.benchmark.formats import formats, show_formats
 from qsd.commands.benchmark.loading import loading
 from qsd.commands.benchmark.meter import report_peak
 from qsd.commands.benchmark.recordings import recordings
@@ -151,6 +153,8 @@ def _measure_and_show(suite: str, settings: Settings, console: Console) -> dict[
     elif suite == "loading":
         results = {**loading(settings.model(), settings), "recordings": recordings(settings)}
         show_loading(console, results)
+        results["formats"] = formats(settings)
+        show_formats(console, results["formats"])
     else:
         results = compare(suite, settings)
         how = f"{settings.batch_size} images one by one" if suite == "export" else f"batch {settings.batch_size}"

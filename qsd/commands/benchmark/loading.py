@@ -20,7 +20,7 @@ from qsd.data import ImageFolderData
 from qsd.layers.frames import channels_last
 
 
-def _write_images(root: Path, count: int) -> None:
+def write_images(root: Path, count: int) -> None:
     """Write random crops of scikit-learn's photographs as JPEG files of ImageNet's usual size, in two classes.
 
     Args:
@@ -51,7 +51,7 @@ def loading(model: nn.Module, settings: Settings) -> dict[str, Any]:
     """
     with TemporaryDirectory() as folder:
         steps = settings.rounds + 1  # the first one starts the workers
-        _write_images(Path(folder), -(-steps * settings.batch_size // 2))
+        write_images(Path(folder), -(-steps * settings.batch_size // 2))
         data = ImageFolderData(folder, settings.img_size, settings.batch_size, settings.workers, seed=0)
         data.setup("fit")
         loader: Any = data.train_dataloader()

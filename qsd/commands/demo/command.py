@@ -3,7 +3,8 @@
 No data are downloaded: the digits are those of scikit-learn. Everything is written to the folders runs and data of the
 current folder.
 
-  digits         a classifier of 8 x 8 digits (two to three minutes on two cores)
+  digits         a classifier of 8 x 8 digits (two to three minutes on two cores); with --pretrained the trained network
+                 of the package instead (ten seconds)
   events         a classifier of digits that move in front of a simulated event camera
   detection      a detector of digits on photographs; needs qsd[mm]
   segmentation   a segmenter of digits on photographs; needs qsd[mm]
@@ -12,6 +13,7 @@ current folder.
 Examples:
   qsd demo
   qsd demo events
+  qsd demo --pretrained
   qsd demo detection
   qsd demo scenes data/digit_scenes
 """
@@ -52,8 +54,14 @@ def _command(args: list[str]) -> int:
 def _digits(kind: str, args: list[str]) -> int:
     parser = program.Parser(prog=f"qsd demo {kind}", description="Train, test and convert a classifier of digits.")
     parser.add_argument("--max-images", type=whole(1), help="number of test images to convert on; the default is all")
+    parser.add_argument("--pretrained", action="store_true", help="load the trained network of the package instead of "
+                        "training one, classify the test digits, and show the spikes of one of them")  # fmt: skip
     parser.add_argument("options", nargs="*", help="further options of qsd fit and qsd test, after --")
     options = parser.parse_args(args)
+    if options.pretrained:
+        from qsd.commands.demo.pretrained import show
+
+        return show(options.max_images)
     from qsd.commands.demo.digits import run
 
     return run(kind, options.max_images, options.options)

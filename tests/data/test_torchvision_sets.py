@@ -1,13 +1,17 @@
-"""CIFAR from a miniature of torchvision's files: 10 training images per class and 5 test images in all."""
+"""Torchvision's data sets from miniatures of their files: CIFAR, MNIST and its kin, SVHN, STL-10."""
 
+import gzip
+import hashlib
 import pickle
+import struct
 
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
+from scipy.io import savemat
+from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN
 
-from qsd.data import CifarData
+from qsd.data import CifarData, TorchvisionData
 from qsd.errors import QsdError
 
 MEAN = np.array([0.4914, 0.4822, 0.4465])
@@ -38,7 +42,7 @@ def root(tmp_path, monkeypatch):
 
 
 def data(root, **kwargs):
-    return CifarData(root, **{"batch_size": 5, "num_workers": 0, "val_size": 20, **kwargs})
+    return TorchvisionData(root, **{"name": "cifar10", "batch_size": 5, "num_workers": 0, "val_size": 20, **kwargs})
 
 
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
@@ -143,3 +147,104 @@ def test_wrong_arguments(root):
         data(root, val_size=100).setup("fit")
     with pytest.raises(QsdError, match="hflip=2 is not a probability"):
         data(root, hflip=2).setup("fit")
+
+
+def write_idx(path, array):
+    content = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_grey(folder, ending):
+    random = np.random.RandomState(0)
+    arrays = {}
+    for prefix, count in (("train", 40), ("t10k", 10)):
+        arrays[prefix] = random.randint(0, 256, (count, 28, 28)).astype(np.uint8)
+        write_idx(folder / f"{prefix}-images-idx3-ubyte{ending}", arrays[prefix])
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte{ending}", (np.arange(count) % 10).astype(np.uint8))
+    return arrays
+
+
+def grey(root, **kwargs):
+    return TorchvisionData(str(root), **{"name": "fashion_mnist", "batch_size": 5, "num_workers": 0, **kwargs})
+
+
+@pytest.mark.parametrize("folder", ["", "FashionMNIST/raw"])
+def test_idx_files_plain_and_gzipped_where_others_put_them(tmp_path, folder):
+    arrays = write_grey(tmp_path / folder, ".gz" if folder == "" else "")
+    module = grey(tmp_path, val_size=10, download=True)  # what is there is not fetched
+    module.prepare_data()
+    assert (module.in_chans, module.img_size, module.num_classes) == (1, (28, 28), 10)
+    assert module.class_names[9] == "Ankle boot"
+    train, val, test = (module.load_part(part) for part in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (30, 10, 10)
+    assert np.bincount(val.labels).tolist() == [1] * 10
+    seen = {int(source.name(i).split()[-1]) for source in (train, val) for i in range(len(source))}
+    assert seen == set(range(40))
+    other = grey(tmp_path, val_size=10, split_seed=1).load_part("val")
+    assert [val.name(i) for i in range(10)] != [other.name(i) for i in range(10)]
+    images, labels = next(iter(module.test_dataloader()))
+    expected = (arrays["t10k"][:5, None] / 255 - 0.2860) / 0.3530
+    assert torch.allclose(images, torch.tensor(expected).float(), atol=1e-5)
+    assert labels.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_grey_images_are_distorted_resized_and_given_channels(tmp_path, write_tree):
+    write_grey(tmp_path, ".gz")
+    folder = write_tree(tmp_path / "pictures", {"a": {"b": 1}}, size=(50, 40))
+    for options, channels in (({}, 1), ({"in_chans": 3}, 3), ({"img_size": 32, "in_chans": 3}, 3), ({"hflip": 0.5}, 1)):
+        module = grey(tmp_path, val_size=10, predict_path=str(folder), **options)
+        for loader in (module.train_dataloader(), module.val_dataloader(), module.predict_dataloader()):
+            images, _ = next(iter(loader))
+            assert images.shape[1:] == (channels, *module.img_size)
+            assert images.isfinite().all()
+    assert grey(tmp_path, name="mnist")._augmentation_options["hflip"] == 0
+
+
+def test_damaged_and_missing_idx_files_are_one_line(tmp_path):
+    with pytest.raises(QsdError, match=r"no t10k-images-idx3-ubyte or .*--data.download true"):
+        grey(tmp_path).load_part("test")
+    write_grey(tmp_path, ".gz")
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    for content, message in (
+        (labels.read_bytes()[:-9], "cannot be read"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x09" + bytes(10)), "has 10 values for the sizes"),
+        (gzip.compress(b"not one"), "no IDX file"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x0a" + bytes([77] * 10)), "labels do not fit"),
+    ):
+        labels.write_bytes(content)
+        with pytest.raises(QsdError, match=message):
+            grey(tmp_path).load_part("test")
+
+
+def test_svhn_and_stl10(tmp_path, monkeypatch):
+    random = np.random.RandomState(0)
+    sums = {}
+    for part, count in (("train", 20), ("test", 6)):
+        images = random.randint(0, 256, (32, 32, 3, count)).astype(np.uint8)
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": images, "y": np.arange(count)[:, None] % 10 + 1})
+        sums[part] = hashlib.md5((tmp_path / f"{part}_32x32.mat").read_bytes()).hexdigest()
+    monkeypatch.setattr(SVHN, "split_list", {p: ["", f"{p}_32x32.mat", sums.get(p)] for p in SVHN.split_list})
+    module = TorchvisionData(str(tmp_path), "svhn", val_size=10, num_workers=0)
+    assert np.array_equal(np.asarray(module.load_part("test").load(2)), images[..., 2])
+    assert module.load_part("test").labels.tolist() == [1, 2, 3, 4, 5, 6]
+    assert (len(module.load_part("train")), module.class_names[0]) == (10, "0")
+
+    monkeypatch.setattr(STL10, "_check_integrity", intact)
+    folder = tmp_path / STL10.base_folder
+    folder.mkdir()
+    pixels = random.randint(0, 256, (10, 3, 96, 96)).astype(np.uint8)
+    for part in ("train", "test"):
+        (folder / f"{part}_X.bin").write_bytes(pixels.tobytes())
+        (folder / f"{part}_y.bin").write_bytes((np.arange(10) % 10 + 1).astype(np.uint8).tobytes())
+    (folder / STL10.class_names_file).write_text("\n".join(f"class {i}" for i in range(10)))
+    for root in (tmp_path, folder):
+        module = TorchvisionData(str(root), "stl10", val_size=5, num_workers=0)
+        assert np.array_equal(np.asarray(module.load_part("test").load(1)), pixels[1].transpose(2, 1, 0))
+    assert module.class_names[3] == "class 3"
+
+
+def test_the_former_name_of_the_cifar_module_works_and_tells_the_new_one(root, caplog):
+    module = CifarData(root, num_workers=0, val_size=20)
+    assert (module.name, len(module.load_part("train"))) == ("cifar10", 80)
+    assert "TorchvisionData" in caplog.text

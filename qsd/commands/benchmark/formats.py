@@ -1,0 +1,126 @@
+"""Images per second of the formats that images are kept in, beside a plain loop over the same bytes."""
+
+import io
+import tarfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from qsd.commands.benchmark.loading import write_images
+from qsd.commands.benchmark.settings import Settings
+from qsd.data import ImageDataset, ImageFolderData, PhotographData, ReaderData
+from qsd.data.dataset import ImageSource, Transform
+
+TARGET = 0.9  # of the images per second of the plain loop
+
+
+def formats(settings: Settings) -> dict[str, Any]:
+    """Measure reading and augmentation alone, in one process as in a loading worker, for each format.
+
+    The plain loop decodes the same bytes, which it has in memory, and applies the same augmentation. Both take turns.
+
+    Args:
+        settings: The settings of the benchmark.
+
+    Returns:
+        Images per second, those of the plain loop, and the ratio, by format.
+    """
+    results: dict[str, Any] = {}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_images(folder / "folders", settings.rounds * settings.batch_size)
+        files = sorted((folder / "folders" / "train").rglob("*.jpg"))
+        for kind, (data, contents) in _stores(folder, files, settings).items():
+            source, transform = data.load_part("train"), data.train_transform()
+            ours, plain = _take_turns(source, transform, contents, settings.rounds)
+            ratios = [b / a for a, b in zip(ours, plain)]
+            results[kind] = {
+                "images_per_second": len(contents) / median(ours),
+                "plain_images_per_second": len(contents) / median(plain),
+                "ratio": median(ratios),
+                "target": TARGET,
+            }
+    return results
+
+
+def show_formats(console: Console, results: dict[str, Any]) -> None:
+    """Print the table.
+
+    Args:
+        console: The console to print on.
+        results: The results of `formats`.
+    """
+    table = Table("format", "images/s", "plain loop", "ratio", "target", title="reading and augmentation, one process")
+    for kind, row in results.items():
+        speeds = (f"{row[key]:.1f}" for key in ("images_per_second", "plain_images_per_second"))
+        table.add_row(kind, *speeds, f"{row['ratio']:.3f}", f"≥ {row['target']}")
+    console.print(table)
+
+
+def _stores(folder: Path, files: list[Path], settings: Settings) -> dict[str, tuple[PhotographData, list[bytes]]]:
+    """The same images in each format, with their contents in memory."""
+    contents = [file.read_bytes() for file in files]
+    labels = [int(file.parent.name) for file in files]
+    options: dict[str, Any] = {"img_size": settings.img_size, "num_workers": 0}
+    stores: dict[str, tuple[PhotographData, list[bytes]]] = {
+        "folders": (ImageFolderData(str(folder / "folders"), **options), contents)
+    }
+    if find_spec("datasets") is not None:
+        _write_parquet(folder / "parquet", contents, labels)
+        stores["parquet"] = (ReaderData("hfds/", str(folder / "parquet"), **options), contents)
+    _write_shards(folder / "shards", contents, labels)
+    stores["shards"] = (ReaderData("wds/", str(folder / "shards"), **options), contents)
+    return stores
+
+
+def _write_parquet(folder: Path, contents: list[bytes], labels: list[int]) -> None:
+    import datasets
+
+    folder.mkdir()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0", "1"])})
+    images = [{"bytes": content, "path": None} for content in contents]
+    dataset = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    dataset.to_parquet(folder / "train-00000-of-00001.parquet")
+
+
+def _write_shards(folder: Path, contents: list[bytes], labels: list[int]) -> None:
+    folder.mkdir()
+    half = -(-len(contents) // 2)
+    for shard in range(2):
+        with tarfile.open(folder / f"images-train-{shard:04d}.tar", "w") as archive:
+            for index in range(shard * half, min(len(contents), (shard + 1) * half)):
+                for ending, content in (("jpg", contents[index]), ("cls", str(labels[index]).encode())):
+                    entry = tarfile.TarInfo(f"{index:06d}.{ending}")
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+
+
+def _take_turns(
+    source: ImageSource, transform: Transform, contents: list[bytes], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of each round over all images, of the data set and of the plain loop."""
+    dataset = ImageDataset(source, transform, seed=0)
+
+    def ours(epoch: int) -> None:
+        for index in range(len(dataset)):
+            assert dataset[(epoch, index)].image is not None
+
+    def plain(_: int) -> None:
+        for content in contents:
+            transform(Image.open(io.BytesIO(content)).convert("RGB"))
+
+    seconds: dict[Callable[[int], None], list[float]] = {ours: [], plain: []}
+    for epoch in range(-1, rounds):  # a first round warms up
+        for run in (ours, plain) if epoch % 2 else (plain, ours):
+            start = time.perf_counter()
+            run(epoch + 1)
+            seconds[run].append(time.perf_counter() - start)
+    return seconds[ours][1:], seconds[plain][1:]

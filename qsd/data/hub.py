@@ -1,0 +1,216 @@
+"""Data sets of Hugging Face's package ``datasets``: from its hub or cache, from parquet files, or saved to disk."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qsd.errors import QsdError
+from qsd.reading import regular_file, shown
+from qsd.reading.images import BadImage, ExifOrientation, decode_image
+
+_LARGEST_STATE = 1 << 24  # bytes of a file that lists the parts of a data set
+
+
+class HubImages:
+    """The images of a split.
+
+    An image is the content of its file, in the data set itself. Paths and addresses in a data set are not opened.
+
+    Args:
+        dataset: The split.
+        image_key: Column of the images.
+        label_key: Column of their classes.
+        split: Name of the split, for messages.
+        exif_orientation: The rule of `qsd.data.load_image`.
+        class_names: Classes of the training split, where labels are texts; ``None`` for those of this split.
+
+    Attributes:
+        class_names: Names of the classes, by label.
+        labels: Class of each image ``[N]``.
+
+    Raises:
+        QsdError: If a column is missing or holds no classes.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        image_key: str,
+        label_key: str,
+        split: str,
+        exif_orientation: ExifOrientation = "upright",
+        class_names: list[str] | None = None,
+    ) -> None:
+        import datasets
+
+        self._split, self._orientation, self._key = split, exif_orientation, image_key
+        dataset = dataset.with_format(None)
+        for name, key in (("image_key", image_key), ("label_key", label_key)):
+            if key not in dataset.column_names:
+                columns = ", ".join(map(shown, dataset.column_names))
+                raise QsdError(f"the split {split} has no column {key!r}; choose --data.{name} from {columns}.")
+        values = dataset.select_columns([label_key]).with_format("numpy")[:][label_key]
+        self.class_names, self.labels = _classes(np.asarray(values), dataset.features[label_key], split, class_names)
+        if isinstance(dataset.features[image_key], datasets.Image):
+            dataset = dataset.cast_column(image_key, datasets.Image(decode=False))
+        self._images = dataset.select_columns([image_key])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> Image.Image | BadImage:
+        """See `qsd.data.dataset.ImageSource`."""
+        value = self._images[index][self._key]
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes):
+            return BadImage(self.name(index), "the data set does not hold the image itself; save it with its images")
+        return decode_image(content, self.name(index), self._orientation)
+
+    def name(self, index: int) -> str:
+        """The split and the number of the image."""
+        return f"{self._split} image {index}"
+
+
+def load_split(name: str, root: Path | None, split: str, download: bool) -> Any:
+    """A split as a ``datasets.Dataset``.
+
+    Args:
+        name: Name of the data set on the hub; empty for a folder.
+        root: The folder of the data set, or for one of the hub the folder of the cache.
+        split: Name of the split.
+        download: Whether the data set may be fetched from the hub.
+
+    Raises:
+        QsdError: If the split cannot be found or read.
+    """
+    datasets = _datasets()
+    try:
+        if name:
+            with _offline(not download):
+                return datasets.load_dataset(name, split=split, cache_dir=None if root is None else str(root))
+        assert root is not None
+        if (folder := _saved(root, split)) is not None:
+            return datasets.load_from_disk(str(folder))
+        files = [str(path) for path in _parquet_files(root, split)]
+        return datasets.load_dataset("parquet", data_files={split: files}, split=split)
+    except QsdError:
+        raise
+    except Exception as error:  # of the hub, of the network, of Arrow: the package lists no types
+        fetched = "" if download or not name else "; --data.download true fetches it"
+        reason = " ".join(str(error).split())[:300]
+        raise QsdError(f"the split {split} of {name or root} cannot be read: {reason}{fetched}.") from error
+
+
+def has_split(root: Path, split: str) -> bool:
+    """Whether a folder holds a split.
+
+    Args:
+        root: The folder of a data set.
+        split: Name of the split.
+    """
+    return _saved(root, split) is not None or bool(_found_parquet(root, split))
+
+
+def hub_splits(name: str, root: Path | None, download: bool) -> Sequence[str]:
+    """The splits of a data set of the hub.
+
+    Args:
+        name: Name of the data set.
+        root: The folder of the cache.
+        download: Whether the hub may be asked.
+
+    Raises:
+        QsdError: If neither the cache nor the hub knows it.
+    """
+    try:
+        with _offline(not download):
+            builder = _datasets().load_dataset_builder(name, cache_dir=None if root is None else str(root))
+        return list(builder.info.splits or ())
+    except Exception as error:  # as above
+        fetched = "" if download else "; --data.download true fetches it"
+        raise QsdError(f"{name} cannot be found: {' '.join(str(error).split())[:300]}{fetched}.") from error
+
+
+def _classes(
+    values: np.ndarray[Any, Any], feature: Any, split: str, known: list[str] | None
+) -> tuple[list[str], np.ndarray[Any, Any]]:
+    """Names of the classes, and the label of each image."""
+    names = getattr(feature, "names", None)
+    if names is None and values.ndim == 1 and values.dtype.kind in "UO":
+        texts, inverse = np.unique(values.astype(str), return_inverse=True)
+        names = known or texts.tolist()
+        if unknown := [text for text in texts.tolist() if text not in names]:
+            raise QsdError(f"the split {split} has the class {shown(unknown[0])}, which the training split lacks.")
+        return names, np.array([names.index(text) for text in texts.tolist()])[inverse]
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise QsdError(f"the labels of the split {split} are neither whole numbers nor texts; see --data.label_key.")
+    count = len(names) if names is not None else int(values.max()) + 1
+    return list(names) if names is not None else [str(number) for number in range(count)], values.astype(np.int64)
+
+
+def _saved(root: Path, split: str) -> Path | None:
+    """The folder of a split that ``save_to_disk`` wrote, all of whose files lie in it."""
+    folder = next((path for path in (root / split, root) if (path / "state.json").is_file()), None)
+    if folder is None:
+        return None
+    path = regular_file(folder / "state.json")
+    try:
+        state = json.loads(path.read_bytes()[:_LARGEST_STATE])
+        files = [entry["filename"] for entry in state["_data_files"]]
+        if folder == root and state.get("_split") not in (None, split):
+            return None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise QsdError(f"{shown(path)} is damaged; save the data set again.") from error
+    outside = [file for file in files if not isinstance(file, str) or Path(file).name != file]
+    if outside:
+        raise QsdError(f"{shown(path)} names a file outside of its folder, {shown(str(outside[0]))}; save it again.")
+    return folder
+
+
+def _parquet_files(root: Path, split: str) -> list[Path]:
+    found = _found_parquet(root, split)
+    if not found:
+        raise QsdError(
+            f"{shown(root)} has no split {split}: neither a data set saved to disk nor parquet files "
+            f"{split}-*.parquet or {split}/*.parquet are in it."
+        )
+    return found
+
+
+def _found_parquet(root: Path, split: str) -> list[Path]:
+    pattern = re.compile(rf"{re.escape(split)}([-_.].*)?\.parquet")
+    files = [
+        path for folder in (root, root / "data") for path in folder.glob("*.parquet") if pattern.fullmatch(path.name)
+    ]
+    return sorted(files or (root / split).glob("*.parquet"))
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise QsdError("reading these data sets needs more packages: pip install 'qsd[data]'.") from error
+    return datasets
+
+
+@contextmanager
+def _offline(offline: bool) -> Iterator[None]:
+    """Let the hub's packages use their cache alone."""
+    import datasets
+    from huggingface_hub import constants
+
+    modules: list[tuple[Any, bool]] = [(datasets.config, datasets.config.HF_HUB_OFFLINE)]
+    modules.append((constants, constants.HF_HUB_OFFLINE))
+    try:
+        for module, before in modules:
+            module.HF_HUB_OFFLINE = offline or before
+        yield
+    finally:
+        for module, before in modules:
+            module.HF_HUB_OFFLINE = before

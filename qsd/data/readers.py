@@ -1,0 +1,210 @@
+"""Image data sets by the names of timm's readers: ``hfds/`` (Hugging Face), ``wds/`` (WebDataset), ``tar/``."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qsd.data.base import Part
+from qsd.data.dataset import ImageSource, ImageSubset
+from qsd.data.hub import HubImages, has_split, hub_splits, load_split
+from qsd.data.photographs import PhotographData
+from qsd.data.sampling import stratified_split
+from qsd.data.shard_files import find_shards
+from qsd.data.shards import Index, ShardImages, index_shard
+from qsd.errors import QsdError
+from qsd.limits import check_number
+from qsd.reading import regular_file, shown
+
+logger = logging.getLogger(__name__)
+
+_VALIDATION = ("validation", "val", "valid")
+_READERS = ("hfds", "wds", "tar")
+
+
+class ReaderData(PhotographData):
+    """Images in parquet files, in a data set saved to disk, in WebDataset's shards, or in tar files.
+
+    Whatever the format, every image is read alone: order, resuming and the shares of processes and workers are those
+    of `qsd.data.ImageData`. Shards are indexed once. Nothing in them is unpickled, run or fetched.
+
+    Args:
+        name: ``"hfds/OWNER/NAME"`` for a data set of the Hugging Face hub, ``"hfds/"`` for a folder of parquet files
+            or one that ``save_to_disk`` wrote, ``"wds/"`` for a folder of WebDataset's shards, ``"tar/"`` for a folder
+            of archives that hold a folder of images for each class.
+        root: The folder. For a data set of the hub, the folder of its cache; ``None`` for the usual one.
+        img_size: Height and width in pixels; one number for a square.
+        batch_size: Images per step and process.
+        num_workers: Loading processes per training process; 0 loads in the training process, None chooses the number
+            of cores per training process, at most 8.
+        train_split: Name of the training split; for shards also their names, as in ``"train-{0000..0127}.tar"``.
+        val_split: The same for validation; ``None`` for "validation", "val" or "valid".
+        test_split: The same for the test; ``None`` takes the validation images.
+        val_size: Number of training images that are reserved for validation; 0 reads the validation split.
+        image_key: Column of the images (``hfds/``).
+        label_key: Column of the classes, "label" by default (``hfds/``), or field of the ``.json`` beside an image;
+            ``None`` reads the ``.cls`` (``wds/``).
+        class_names: Text file with the name of a class in each line, by label, for shards.
+        download: Whether a data set may be fetched from the hub.
+        **options: Augmentation, preprocessing and seed, as for `PhotographData`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str | None = None,
+        img_size: int | tuple[int, int] = 224,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        train_split: str = "train",
+        val_split: str | None = None,
+        test_split: str | None = None,
+        val_size: int = 0,
+        image_key: str = "image",
+        label_key: str | None = None,
+        class_names: str | None = None,
+        download: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(img_size, batch_size, num_workers, **options)
+        self.reader, slash, self._name = name.partition("/")
+        if self.reader not in _READERS or not slash:
+            raise QsdError(f"name={name!r} names no reader; it begins with {', '.join(f'{r}/' for r in _READERS)}.")
+        if self._name and self.reader != "hfds":
+            raise QsdError(f"name={name!r} is no reader; write {self.reader}/ and the folder as --data.root.")
+        if root is None and not (self.reader == "hfds" and self._name):
+            raise QsdError(f"name={name!r} needs --data.root, the folder of the data set.")
+        check_number("val_size", val_size, 0)
+        self.name, self.root = name, None if root is None else Path(root)
+        self._splits: dict[Part, str | None] = {"train": train_split, "val": val_split, "test": test_split}
+        self._val_size = val_size
+        self._image_key, self._label_key = image_key, label_key
+        self._class_file = class_names
+        self._download = download
+        self._class_names: list[str] | None = None
+        self._read: dict[str, ImageSource] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of every class, by label; those of the training split."""
+        if self._class_names is None:
+            try:
+                self._read_split(self._split("train"))
+            except QsdError:  # evaluation without a training part
+                self._read_split(self._split("val"))
+        assert self._class_names is not None
+        return self._class_names
+
+    def prepare_data(self) -> None:
+        """Fetch what is missing, if asked to, and index shards, in one process for all."""
+        for part in ("train", "val"):
+            try:
+                self._read_split(self._split(part))
+            except QsdError:
+                continue  # the stage that needs this part tells why it cannot be read
+
+    def load_part(self, part: Part) -> ImageSource:
+        """Find the images of one part.
+
+        Args:
+            part: "train", "val" or "test".
+        """
+        if part == "test" and self._splits["test"] is None:
+            return self.load_part("val")
+        if part == "test" or (part == "val" and not self._val_size):
+            names = self.class_names
+            source = self._read_split(self._split(part))
+            if len(source.labels) and not -1 <= source.labels.min() <= source.labels.max() < len(names):
+                raise QsdError(
+                    f"the split {self._split(part)} has the label {source.labels.max()}, and {len(names)} classes are "
+                    "known from the training split; name them with --data.class_names."
+                )
+            return source
+        source = self._read_split(self._split("train"))
+        if not self._val_size:
+            return source
+        if self._val_size >= len(source):
+            raise QsdError(f"val_size={self._val_size} leaves none of the {len(source)} images for training.")
+        val, train = stratified_split(source.labels, (self._val_size, len(source) - self._val_size))
+        return ImageSubset(source, val if part == "val" else train)
+
+    def _split(self, part: Part) -> str:
+        """The name of a part's split."""
+        given = self._splits[part]
+        if given is not None:
+            return given
+        candidates = _VALIDATION if part == "val" else ("test",)
+        if self.reader == "hfds" and self._name:
+            known = hub_splits(self._name, self.root, self._download)
+            found = next((name for name in candidates if name in known), None)
+        else:
+            self._check_root()
+            assert self.root is not None
+            exists = has_split if self.reader == "hfds" else lambda root, name: bool(find_shards(root, name))
+            found = next((name for name in candidates if exists(self.root, name)), None)
+        if found is None:
+            raise QsdError(
+                f"{self._name or self.root} has no split {' or '.join(candidates)}; name it with --data.{part}_split, "
+                "or reserve training images with --data.val_size."
+            )
+        return found
+
+    def _check_root(self) -> None:
+        if not self._name and not (self.root is not None and self.root.is_dir()):
+            raise QsdError(f"root {shown(self.root)} is not a folder; give the one that holds the data set.")
+
+    def _read_split(self, split: str) -> ImageSource:
+        if split not in self._read:
+            self._check_root()
+            self._read[split] = self._read_hub(split) if self.reader == "hfds" else self._read_shards(split)
+        return self._read[split]
+
+    def _read_hub(self, split: str) -> HubImages:
+        dataset = load_split(self._name, self.root, split, self._download)
+        keys = (self._image_key, self._label_key or "label")
+        images = HubImages(dataset, *keys, split, self.exif_orientation, self._class_names)
+        if self._class_names is None:
+            self._class_names = self._listed_names(len(images.class_names)) or images.class_names
+        return images
+
+    def _read_shards(self, split: str) -> ShardImages:
+        paths, indices = self._indices(split)
+        classes = np.concatenate([index.classes for index in indices])
+        if not len(classes):
+            raise QsdError(f"the tar files of the split {split} in {shown(self.root)} hold no image with a class.")
+        if self.reader == "wds":
+            labels = classes.astype(np.int64)
+            if self._class_names is None:
+                count = int(labels.max()) + 1
+                self._class_names = self._listed_names(count) or [str(number) for number in range(count)]
+        else:
+            if self._class_names is None:
+                self._class_names = [name.decode(errors="replace") for name in np.unique(classes)]
+            labels = self._numbered(classes, split)
+        return ShardImages(paths, indices, labels, self.exif_orientation)
+
+    def _numbered(self, classes: np.ndarray[Any, Any], split: str) -> np.ndarray[Any, Any]:
+        label = {name: number for number, name in enumerate(self._class_names or ())}
+        texts, inverse = np.unique(classes, return_inverse=True)
+        names = [text.decode(errors="replace") for text in texts]
+        if unknown := [name for name in names if name not in label]:
+            raise QsdError(f"the split {split} has the class {shown(unknown[0])}, which the training split lacks.")
+        return np.array([label[name] for name in names])[inverse]
+
+    def _indices(self, split: str) -> tuple[list[Path], list[Index]]:
+        assert self.root is not None
+        paths = find_shards(self.root, split)
+        if not paths:
+            raise QsdError(f"{shown(self.root)} has no tar files of the split {split}; name them with --data.*_split.")
+        key = self._label_key if self.reader == "wds" else None
+        return paths, [index_shard(path, key, in_folders=self.reader == "tar") for path in paths]
+
+    def _listed_names(self, count: int) -> list[str] | None:
+        if self._class_file is None:
+            return None
+        path = regular_file(self._class_file, "list of classes")
+        names = path.read_text().splitlines()
+        if len(names) < count:
+            raise QsdError(f"{shown(path)} has {len(names)} lines, and the data set has {count} classes.")
+        return names
