@@ -114,9 +114,9 @@ def _record_digits(size: tuple[int, int], pixels: PixelModel) -> list[Events]:
 
 
 def _enlarged(digit: Array, height: int, width: int) -> Array:
-    """A digit ``[8, 8]`` in the middle of a dark picture, three quarters of its side."""
-    inner = (width * 3 // 4, height * 3 // 4)
-    grey = np.asarray(Image.fromarray(digit.astype(np.float32)).resize(inner, Image.Resampling.BILINEAR))
+    """A digit ``[8, 8]`` with a dark frame of one pixel, in the middle of a dark picture."""
+    inner = (width * 7 // 8, height * 7 // 8)
+    grey = np.asarray(Image.fromarray(np.pad(digit, 1).astype(np.float32)).resize(inner, Image.Resampling.BILINEAR))
     picture = np.zeros((height, width), dtype=np.float32)
     top, left = (height - inner[1]) // 2, (width - inner[0]) // 2
     picture[top : top + inner[1], left : left + inner[0]] = grey.clip(0, 1)
