@@ -5,14 +5,24 @@ reader of the target finds the old content or the new one, never a part of it, e
 """
 
 import errno
+import glob
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qsd.errors import QsdError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_UNFINISHED = ".unfinished-"
+_ABANDONED = 3600  # seconds after which a file that nobody has locked is taken for one of a process that was killed
 _LONGEST_PREFIX = 100  # characters of the target's name in the temporary one, which must stay below the system's limit
 # Libraries that write files themselves (safetensors, h5py, PyTorch) tell faults of the disk by these words.
 _DISK_FAULTS = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)))
@@ -40,9 +50,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise QsdError(f"the folder {path.parent} does not exist; make it first.")
     partial: Path | None = None
     try:
+        _remove_abandoned_parts(path)
         partial = _new_file(path)
         permissions = partial.stat().st_mode & 0o777
-        yield partial
+        with _locked(partial):
+            yield partial
         # Some writers (safetensors is one) set permission bits of their own.
         partial.chmod(permissions)
         _synchronize(partial)
@@ -71,6 +83,7 @@ def replace_content(path: str | Path, content: bytes | memoryview) -> None:
         QsdError: If the file cannot be written; the target is then unchanged.
     """
     path = Path(path)
+    _remove_abandoned_parts(path)
     try:
         descriptor = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
     except (AttributeError, OSError):  # another system, or a disk that has only files with names
@@ -108,6 +121,8 @@ def is_disk_fault(error: BaseException) -> bool:
 def replacing_together(folder: str | Path) -> Iterator[Path]:
     """Write several files that appear in ``folder`` when the block ends, and only if it ends without an exception.
 
+    The temporary folder of a process that was killed in such a block is removed by the next one.
+
     Args:
         folder: Target; it is made if it does not exist. Files of the same names are replaced.
 
@@ -120,9 +135,10 @@ def replacing_together(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
-            yield Path(name)
-            files = sorted(Path(name).iterdir())
+        _remove_abandoned(folder, f"{_UNFINISHED}*")
+        with _unfinished_folder(folder) as unfinished:
+            yield unfinished
+            files = sorted(unfinished.iterdir())
             # All files are on the disk before the first one gets its name.
             for file in files:
                 _synchronize(file)
@@ -135,8 +151,71 @@ def replacing_together(folder: str | Path) -> Iterator[Path]:
         raise QsdError(f"the files cannot be written to {folder}: {error}.") from error
 
 
+def _hidden_name(target: Path) -> str:
+    return f".{target.name[:_LONGEST_PREFIX]}"
+
+
 def _unused_name(target: Path) -> Path:
-    return target.with_name(f".{target.name[:_LONGEST_PREFIX]}.{os.urandom(4).hex()}.part")
+    return target.with_name(f"{_hidden_name(target)}.{os.urandom(4).hex()}.part")
+
+
+@contextmanager
+def _unfinished_folder(folder: Path) -> Iterator[Path]:
+    """A new temporary folder, which is locked as long as it is in use."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
+        with _locked(path):
+            if not path.exists():  # Another process has removed it before it was locked.
+                continue
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+            return
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Lock a file or folder, if nobody else has. The system releases the lock however the process ends.
+
+    Yields:
+        Whether it is locked by this block; always false where there are no locks (Windows, some network disks).
+    """
+    descriptor = None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = fcntl is not None
+    except OSError:
+        locked = False
+    try:
+        yield locked
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove_abandoned_parts(target: Path) -> None:
+    _remove_abandoned(target.parent, f"{glob.escape(_hidden_name(target))}.*.part", _ABANDONED)
+
+
+def _remove_abandoned(folder: Path, pattern: str, age: float = 0.0) -> None:
+    """Remove what processes have left that were killed while they wrote.
+
+    Args:
+        folder: The folder of the finished files.
+        pattern: Glob of the unfinished ones.
+        age: Least time since the last change, in seconds; some writers replace the file that was locked.
+    """
+    for path in folder.glob(pattern):
+        with suppress(OSError), _locked(path) as nobody_else:
+            if not nobody_else or time.time() - path.stat().st_mtime < age:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def _give_name(descriptor: int, target: Path) -> None:

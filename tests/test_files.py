@@ -3,6 +3,8 @@
 import os
 import resource
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,32 @@ def test_several_files_appear_together_or_not_at_all(tmp_path):
     assert {p.name: p.read_text() for p in folder.iterdir()} == {"a": "new", "b": "new"}
     with pytest.raises(QsdError, match="cannot be written to"), replacing_together(Path(__file__)):
         pass
+
+
+KILLED = """
+import os, sys
+from qsd.files import replacing, replacing_together
+with replacing_together(sys.argv[1]) as partial, replacing(sys.argv[1] + "/c") as other:
+    (partial / "a").write_text("half")
+    other.write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_the_next_writer_removes_files_of_a_killed_one_and_no_other(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=False)
+    (part,) = tmp_path.glob(".c.*.part")
+    os.utime(part, (0, 0))
+    assert len(list(tmp_path.glob(".unfinished-*"))) == 1
+    with replacing_together(tmp_path) as first, replacing_together(tmp_path) as second:
+        assert set(tmp_path.glob(".unfinished-*")) == {first, second}
+        (first / "a").write_text("first")
+    with replacing(tmp_path / "c") as first:
+        os.utime(first, (0, 0))  # as if it took hours
+        with replacing(tmp_path / "c") as second:
+            second.write_text("second")
+        first.write_text("first")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "first", "c": "first"}
 
 
 def test_content_is_replaced_in_one_step_and_leaves_nothing_behind(path, monkeypatch):

@@ -21,6 +21,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -66,7 +67,7 @@ def _command(args: list[str]) -> None:
     record = _analyze(options)
     table = Table(title="Information in the spikes of attention", show_header=False, title_justify="left")
     for finding in findings(record):
-        table.add_row(finding.title.rstrip(",:"), finding.text)
+        table.add_row(escape(finding.title.rstrip(",:")), escape(finding.text))
     Console().print(table)
     print(f"page: {Path(options.out) / _FILES[1]}")
 

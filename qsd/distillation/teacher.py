@@ -16,7 +16,7 @@ from qsd.errors import QsdError
 from qsd.layers import LinearChain
 from qsd.layers.frames import channels_last
 from qsd.models.checkpoints import load_weights, read_checkpoint, read_state_dict
-from qsd.models.registered import check_depth, model_of_file
+from qsd.models.registered import check_size, model_of_file
 from qsd.reading import part_of
 from qsd.spiking.merging import fold_norms
 
@@ -193,8 +193,9 @@ def _from_checkpoint(path: str, arguments: dict[str, Any]) -> Any:
         )
     name, own = model_of_file(path, saved["model"], saved.get("model_args"))
     state = read_state_dict(content)
-    check_depth(path, own, state)
-    network = _create(name, **{"num_classes": part_of(saved, "num_classes", int, path), **own, **arguments})
+    own = {"num_classes": part_of(saved, "num_classes", int, path), **own}
+    check_size(path, name, own, state)
+    network = _create(name, **{**own, **arguments})
     load_weights(network, state)
     return network
 

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from qsd.energy.comparison import FLOW_NAMES, totals, verdict
@@ -207,7 +208,7 @@ class Energy:
         for layer in self.layers:
             numbers = [f"{1e3 * layer.energy_mj[column]:.3f}" for column in columns]
             additions, macs = layer.additions["merged"], layer.macs["merged"]
-            table.add_row(layer.name, f"{layer.rate:.3f}", f"{additions:.3g}", f"{macs:.3g}", *numbers)
+            table.add_row(escape(layer.name), f"{layer.rate:.3f}", f"{additions:.3g}", f"{macs:.3g}", *numbers)
         table.add_section()
         table.add_row("total", "", "", "", *(f"{1e3 * self.total_mj[column]:.3f}" for column in columns))
         return table

@@ -70,17 +70,21 @@ class Layout(NamedTuple):
                 out.mul_(amplitude)
         return flat
 
-    def masked(self, packed: Tensor, grad: Tensor) -> Tensor:
+    def masked(self, packed: Tensor, grad: Tensor, blocks_nan: bool = False) -> Tensor:
         """The gradient where the neuron lets it pass, else 0, in fresh memory.
 
         Args:
             packed: Codes, uint8.
             grad: ``[numel]``, in the order of memory.
+            blocks_nan: Whether a gradient of NaN is 0, too, where it does not pass, as plain learned neurons have it.
         """
         flat = torch.empty_like(grad)
         for codes, out, part in self._blocks(packed, flat, grad):
             _unpack(codes, self.bits, out, flags=True)
-            out.mul_(part)
+            if blocks_nan:
+                torch.ops.aten.hardtanh_backward.grad_input(part, out, 0.5, 1.5, grad_input=out)
+            else:
+                out.mul_(part)
         return flat
 
     def _blocks(self, packed: Tensor, *values: Tensor) -> Iterable[tuple[Tensor, ...]]:

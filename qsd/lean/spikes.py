@@ -115,7 +115,7 @@ class _LearnedSpikes(torch.autograd.Function):
         amplitude_gradient = None
         if ctx.needs_input_grad[2]:
             amplitude_gradient = dot(grad, ctx.layout.counts(packed).as_strided(ctx.shape, ctx.stride))
-        passed = ctx.layout.masked(packed, flat(grad)).as_strided(ctx.shape, ctx.stride)
+        passed = ctx.layout.masked(packed, flat(grad), blocks_nan=True).as_strided(ctx.shape, ctx.stride)
         slope = (1 if amplitude is None else amplitude) / threshold
         threshold_gradient = None
         if kept:

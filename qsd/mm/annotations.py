@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _LARGE = 100_000_000  # bytes of a file from which on a progress bar is shown
 _CHUNK = 20_000  # annotations whose outlines are checked at a time
 _IDS = frozenset({int, str})
+_FLAGS = frozenset({int, bool, float, type(None)})
+_LONGEST = 2**20  # pixels of an image's side
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ def check_annotations(path: str | Path, use: Use) -> dict[str, int]:
     sizes = {}
     for field in ("height", "width"):
         sizes[field] = file.column("images", images, field, NUMBERS)
-        if images and not all(value >= 1 for value in sizes[field]):  # NaN fails, too
-            index = next(i for i, value in enumerate(sizes[field]) if not value >= 1)
+        if images and not all(1 <= value <= _LONGEST for value in sizes[field]):  # NaN fails, too
+            index = next(i for i, value in enumerate(sizes[field]) if not 1 <= value <= _LONGEST)
             raise file.error("images", index, images, f"has {field}={shortened(sizes[field][index])}, which is no size")
     if use.folder is not None:
         check_images([os.path.join(use.folder, name) for name in names])
@@ -206,6 +208,9 @@ def _check_categories(file: _File, content: dict[str, Any], use: Use) -> set[Any
         return set(ids)
     if isinstance(use.classes, str):
         raise QsdError(f"metainfo.classes={use.classes!r} is one text; give a tuple of names: ({use.classes!r},).")
+    twice = [name for i, name in enumerate(use.classes) if name in list(use.classes)[:i]]
+    if twice:
+        raise QsdError(f"metainfo.classes names {twice[0]!r} twice; give each class once.")
     missing = [name for name in use.classes if name not in names]
     if missing:
         raise QsdError(
@@ -238,12 +243,20 @@ def _check_boxes(
     file.unique(part, annotations, "id", _IDS)
     owners = file.column(part, annotations, "image_id", _IDS)
     kinds = file.column(part, annotations, "category_id", _IDS)
+    for flag in ("iscrowd", "ignore"):  # OpenMMLab takes every text for true, "0" as well.
+        if not {type(entry.get(flag)) for entry in annotations} <= _FLAGS:
+            index = next(i for i, entry in enumerate(annotations) if type(entry.get(flag)) not in _FLAGS)
+            raise file.error(part, index, annotations, f"has {flag}={shortened(annotations[index][flag])}; give 0 or 1")
     read = [
         i
         for i, (owner, kind, entry) in enumerate(zip(owners, kinds, annotations))
         if owner in places and kind in categories and not entry.get("ignore")
     ]
     counts["of other images or classes, or ignored"] = len(annotations) - len(read)
+    if annotations and not any(owner in places for owner in owners):
+        raise file.error(
+            part, 0, annotations, f"has image_id={shortened(owners[0])}; no image has it, nor any other one"
+        )
     entries, file.numbers = [annotations[i] for i in read], read
     values, area = _boxes_and_areas(file, entries)
     shape = shapes[[places[owners[i]] for i in read]].reshape(-1, 2)[:, ::-1]

@@ -4,6 +4,7 @@ mmengine falls back to unrestricted unpickling where the restricted one refuses 
 that lie in checkpoints. Here every file passes `qsd.reading`, and a configuration is parsed as literals.
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import Registry, init_default_scope
 from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as checkpoint_module
 from torch import Tensor
 
 from qsd.errors import QsdError
@@ -30,7 +32,21 @@ _BUILT = ("model", "val_dataloader", "test_dataloader", "val_evaluator", "test_e
 # What OpenMMLab's models fetch, at construction, from files and addresses that their arguments name.
 _FETCHING_TYPES = {"BertModel", "CLIPTextEncoder", "VPD", "TIMMBackbone", "HuggingFace"}
 _FETCHING_KEYS = {"checkpoint", "checkpoint_path", "teacher_ckpt", "teacher_config", "lang_model_name", "diffusion_cfg"}
-_ENDINGS = (".pth", ".ckpt", ".pt", ".safetensors", ".bin", ".onnx", ".py", ".json", ".yaml", ".npy", ".pkl", ".txt")
+# Metrics write to places that their arguments name, and readers of images fetch from them.
+_PLACES = {
+    *("outfile_prefix", "output_dir", "outdir", "out_dir", "out_file_path", "collect_dir", "proposals_file"),
+    *("format_only", "backend_args", "file_client_args"),
+}
+# Data sets, transforms and metrics that unpickle files, or fetch them from addresses of their own.
+_UNPICKLING = {
+    *("RefCocoDataset", "OpenImagesDataset", "OpenImagesChallengeDataset", "CocoOccludedSeparatedMetric"),
+    *("LoadBiomedicalData", "LoadBiomedicalImageFromFile", "LoadBiomedicalAnnotation"),
+}
+_PICKLES = (".pkl", ".pickle")
+_ENDINGS = (
+    *(".pth", ".ckpt", ".pt", ".safetensors", ".bin", ".onnx", ".py", ".json", ".yaml", ".yml", ".txt", ".csv"),
+    *(".npy", ".npz", *_PICKLES),
+)
 
 
 def _statistic(owner: Any, name: Any) -> Any:
@@ -78,9 +94,22 @@ def read_mm_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def install() -> None:
-    """Let mmengine read checkpoints of local files and of web addresses through `read_mm_checkpoint`."""
+    """Let mmengine read checkpoints of local files, and those that it fetches, through `read_mm_checkpoint`."""
     CheckpointLoader.register_scheme("", load_from_local, force=True)
     CheckpointLoader.register_scheme(("http://", "https://"), load_from_http, force=True)
+    # The names of models (``open-mmlab://resnet50``) lead to these functions of the module.
+    vars(checkpoint_module).update(load_from_http=load_from_http, _safe_torch_load=_load_file)
+
+
+def _load_file(file: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+    """In place of mmengine's function that falls back to unrestricted unpickling; storage servers give it buffers."""
+    del weights_only
+    if isinstance(file, str | Path):
+        return load_from_local(str(file), map_location)
+    with tempfile.NamedTemporaryFile(suffix=".pth") as copy:
+        copy.write(file.read())
+        copy.flush()
+        return load_from_local(copy.name, map_location)
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -159,8 +188,11 @@ def _checked(value: Any, where: str, known: set[str], path: str, of_model: bool)
     if not isinstance(value, dict):
         if of_model and isinstance(value, str) and _names_file(value):
             raise QsdError(f"the configuration in {path} has {where}={value[:80]!r}: files open no other files.")
+        if isinstance(value, str) and value.lower().endswith(_PICKLES):  # which OpenMMLab reads without a safe reader
+            raise QsdError(f"the configuration in {path} has {where}={value[:80]!r}: pickled data may run code.")
         return value
-    part = {key: item for key, item in value.items() if not (of_model and key in ("init_cfg", "pretrained"))}
+    left_out = ("init_cfg", "pretrained") if of_model else _PLACES
+    part = {key: item for key, item in value.items() if key not in left_out or (not item and not of_model)}
     if "type" in part:
         part["type"] = _checked_type(part["type"], where, known, path)
         if of_model and part["type"].rsplit(".", 1)[-1] == "SpikeTransformerBackbone":
@@ -174,6 +206,9 @@ def _checked(value: Any, where: str, known: set[str], path: str, of_model: bool)
                 f"the configuration in {path} has {where}.{fetching[0] if fetching else f'type={kind}'}, which opens "
                 "other files; files open no other files."
             )
+    names = part.get("metainfo")
+    if isinstance(names, dict) and any(isinstance(item, str) for item in names.values()):
+        raise QsdError(f"the configuration in {path} has a text in {where}.metainfo, where OpenMMLab reads a file.")
     return {key: _checked(item, f"{where}.{key}", known, path, of_model) for key, item in part.items()}
 
 
@@ -183,8 +218,11 @@ def _checked_type(name: Any, where: str, known: set[str], path: str) -> str:
         raise QsdError(
             f"the configuration in {path} has {where}.type={str(name)[:80]!r}, which is not registered with OpenMMLab."
         )
+    if parts[-1].startswith("Dump") or parts[-1] in _UNPICKLING:
+        use = "writes files" if parts[-1].startswith("Dump") else "unpickles or fetches files"
+        raise QsdError(f"the configuration in {path} has {where}.type={name!r}, which {use}; leave it out.")
     return parts[0] if len(parts) == 1 else f"{parts[0]}.{parts[-1]}"
 
 
 def _names_file(text: str) -> bool:
-    return "://" in text or text.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or text.lower().endswith(_ENDINGS)
+    return "/" in text or text.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or text.lower().endswith(_ENDINGS)

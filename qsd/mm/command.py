@@ -25,7 +25,7 @@ from qsd.reading import regular_file
 
 _WORKER_ENDED = (
     "a data-loading process was ended by the system, most likely for lack of memory or of shared memory (/dev/shm); "
-    "lower train_dataloader.num_workers or train_dataloader.batch_size."
+    "lower {part}_dataloader.num_workers or {part}_dataloader.batch_size."
 )
 
 
@@ -109,13 +109,28 @@ def _train(options: argparse.Namespace, framework: str) -> None:
             check_weights(runner.model, config.load_from)
         try:
             stop_hook(runner).begin()
-            runner.train()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise QsdError(_WORKER_ENDED) from error
+            with ended_workers("train"):
+                runner.train()
         finally:
             stop_hook(runner).end()
+
+
+@contextmanager
+def ended_workers(part: str) -> Iterator[None]:
+    """Turn PyTorch's error about a data-loading process that the system has ended into one line.
+
+    Args:
+        part: The part of the data that is loaded: ``"train"`` or ``"test"``.
+
+    Raises:
+        QsdError: In place of PyTorch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise QsdError(_WORKER_ENDED.format(part=part)) from error
 
 
 def _resume(config: Config, checkpoint: str) -> None:
@@ -133,7 +148,8 @@ def _test(options: argparse.Namespace, framework: str) -> None:
     config.load_from = options.checkpoint
     runner = build_runner(config, ("test",))
     check_weights(runner.model, options.checkpoint)
-    runner.test()
+    with ended_workers("test"):
+        runner.test()
 
 
 def load_config(options: argparse.Namespace, framework: str) -> Config:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from qsd.reading.images import upright
 
 _MANY = 500  # maps, from which on a progress bar is shown
 _FORMATS = ("PNG", "BMP", "TIFF", "PPM", "GIF", "WEBP", "JPEG")
+_IMAGES = (*_FORMATS, "AVIF", "JPEG2000")  # OpenCV reads these, too, and no program is started for any of them
 _GREY = ("L", "P", "1")  # Pillow's names of images that hold one small number by pixel
 _DEEP = ("I", "I;16", "I;16B", "I;16L")  # the same with larger numbers
 
@@ -57,7 +59,7 @@ def _legal_labels(dataset: Any, classes: int, ignore: int) -> np.ndarray[Any, An
     final = labels.copy()
     for old, new in (dataset.label_map or {}).items():
         final[labels == old] = new
-    return (final < classes) | (final == ignore)
+    return ((final >= 0) & (final < classes)) | (final == ignore)
 
 
 def _problem(image: str, path: str | None, legal: np.ndarray[Any, Any], classes: int) -> str | None:
@@ -82,9 +84,19 @@ def _problem(image: str, path: str | None, legal: np.ndarray[Any, Any], classes:
     return _size_problem(image, path, labels.shape[::-1])
 
 
+@cache
+def _image_formats() -> list[str]:
+    Image.init()
+    return [name for name in _IMAGES if name in Image.OPEN]
+
+
 def _size_problem(image: str, path: str, size: tuple[int, ...]) -> str | None:
     try:
-        with Image.open(image) as opened:  # its header alone; the image itself is decoded in training
+        if not os.path.isfile(image):  # opening a pipe would wait for ever
+            return f"image {shown(image)} does not exist, or is no file."
+        with Image.open(
+            image, formats=_image_formats()
+        ) as opened:  # its header alone; the image itself is decoded in training
             found = opened.size
             if found != size:
                 found = upright(opened).size

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 import torch
 from timm.models import is_model
 from torch import Tensor
@@ -12,6 +13,7 @@ from qsd.errors import QsdError
 # Arguments of timm that name weights elsewhere. A file that is read brings its own weights along.
 WEIGHT_ARGUMENTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 _LARGEST = 1 << 24  # of a number among the arguments; sizes of networks are far smaller
+_SMALL = 1 << 20  # numbers of a network that is built in any case
 
 
 def model_of_file(source: str, name: Any, arguments: Any) -> tuple[str, dict[str, Any]]:
@@ -43,16 +45,18 @@ def model_of_file(source: str, name: Any, arguments: Any) -> tuple[str, dict[str
     return name, {key: value for key, value in arguments.items() if key not in WEIGHT_ARGUMENTS}
 
 
-def check_depth(source: str, arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Refuse arguments of a size that the tensors of their file cannot have, before a network is built from them.
+def check_size(source: str, name: str, arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Refuse a model of a size that the tensors of its file cannot have, before memory is allocated for it.
 
     Args:
         source: The file, for messages.
+        name: Name of the model.
         arguments: Arguments of the model.
         state: Tensors of the file.
 
     Raises:
-        QsdError: For a depth beyond the number of tensors, or any other size beyond their largest one.
+        QsdError: For a depth beyond the number of tensors, any other size beyond their largest one, or a model of
+            more than twice as many numbers.
     """
     largest = max((size for tensor in state.values() for size in (*tensor.shape, tensor.numel())), default=0)
     for key, value in arguments.items():
@@ -62,6 +66,15 @@ def check_depth(source: str, arguments: Mapping[str, Any], state: Mapping[str, T
             raise QsdError(
                 f"{source} has the argument {key}={value} of its model, which its {len(state)} tensors rule out."
             )
+    try:
+        with torch.device("meta"):
+            network = timm.create_model(name, **arguments)
+    except Exception:  # Building it for use tells why.
+        return
+    needed = sum(tensor.numel() for tensor in network.state_dict().values())
+    stored = sum(tensor.numel() for tensor in state.values())
+    if needed > 2 * stored + _SMALL:
+        raise QsdError(f"{source} names the model {name!r} of {needed} numbers, and holds {stored}; it is damaged.")
 
 
 def _numbers(value: Any) -> list[Any]:

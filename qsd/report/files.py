@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from qsd.energy import energy_csv
@@ -37,9 +38,9 @@ def summary(record: Record) -> Table:
     Args:
         record: What was measured.
     """
-    table = Table(title=f"{record.model.name} in binary spikes", show_header=False, title_justify="left")
+    table = Table(title=f"{escape(record.model.name)} in binary spikes", show_header=False, title_justify="left")
     for finding in findings(record):
-        table.add_row(finding.title.rstrip(".:"), finding.text)
+        table.add_row(escape(finding.title.rstrip(".:")), escape(finding.text))
     return table
 
 

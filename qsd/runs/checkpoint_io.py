@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from qsd.errors import QsdError
 from qsd.files import replace_content
@@ -49,6 +49,14 @@ def write_whole_files(trainer: Trainer) -> None:
 
     Args:
         trainer: A trainer that has not written anything.
+
+    Raises:
+        QsdError: For Lightning's ``AsyncCheckpointIO``, which removes a checkpoint before its successor is complete.
     """
+    if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+        raise QsdError(
+            "AsyncCheckpointIO removes a checkpoint before the next one is complete, and callbacks would read files "
+            "that are not yet written; leave it out of trainer.plugins."
+        )
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeFileCheckpointIO()

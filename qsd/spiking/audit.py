@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -106,7 +107,7 @@ class Audit:
         for o in self.operations:
             verdict = "stem" if o.stem else "spike-driven" if o.spike_driven else o.note or o.status
             bits = "" if o.bits is None else str(o.bits)
-            table.add_row(o.name, o.operation, o.status, bits, str(o.shift or ""), verdict)
+            table.add_row(escape(o.name), o.operation, o.status, bits, str(o.shift or ""), escape(verdict))
         return table
 
 
@@ -158,7 +159,7 @@ class Auditor:
 
     def __init__(self, spiking: SpikingNetwork, delay: Delay = None) -> None:
         self.spiking, self.delay = spiking, delay
-        self._found: dict[tuple[str, str], AuditedOperation] = {}
+        self._found: dict[tuple[str, str, bool], AuditedOperation] = {}
         self._watch = Watch(spiking, lambda operation: _look(operation, self._found))
 
     def run(self, images: Tensor) -> Any:
@@ -185,14 +186,16 @@ class Auditor:
 _ORDER: tuple[Status, ...] = ("unproven", "binary", "integer", "analog")
 
 
-def _look(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) -> None:
+def _look(operation: Operation, found: dict[tuple[str, str, bool], AuditedOperation]) -> None:
     if operation.kind == "reduction":
         return
     if operation.kind == "shift":
         _note_shift(operation, found)
         return
     name = operation.name if operation.layer is not None else f"{operation.name} ({operation.torch_name})"
-    entry = found.setdefault((name, operation.kind), AuditedOperation(name, operation.kind))
+    # A layer that sees images and currents has two entries: that of the images excuses no other.
+    key = (name, operation.kind, operation.image)
+    entry = found.setdefault(key, AuditedOperation(name, operation.kind))
     status, bits, note = _judge(operation)
     if operation.image:
         entry.stem, note = True, ""
@@ -204,7 +207,7 @@ def _look(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) 
         entry.bits = max(entry.bits or 0, bits)
 
 
-def _note_shift(operation: Operation, found: dict[tuple[str, str], AuditedOperation]) -> None:
+def _note_shift(operation: Operation, found: dict[tuple[str, str, bool], AuditedOperation]) -> None:
     """Note a shift at the operation whose currents it shifts, the last one of its layer before it."""
     layer = operation.layer
     assert layer is not None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -84,7 +85,7 @@ class Calibration:
         for cost in self.costs:
             rows.setdefault(cost.neuron, []).append(f"{100 * cost.accuracy:.2f} %")
         for name, cells in rows.items():
-            table.add_row(name, *cells, str(self.delays[name]))
+            table.add_row(escape(name), *cells, str(self.delays[name]))
         return table
 
 

@@ -49,6 +49,7 @@ _SELECTIONS = {
 }  # fmt: skip
 _COMPARISONS = {"gt", "ge", "lt", "le", "eq", "ne"}
 _CASTS = {"_to_copy", "copy"}
+_WIDEST = 32  # bits of an integer; sums of spike counts have about 20
 
 
 class Call(NamedTuple):
@@ -128,6 +129,14 @@ def recognize(call: Call) -> Recognized:
     Args:
         call: The call.
     """
+    if any(x.layout != torch.strided for x in call.activations((call.arguments, *call.options.values()))):
+        return _other(call, f"{call.name} of sparse tensors, whose values are not followed")
+    found = _recognize(call)
+    note = _narrowing(call) if found.kind in (None, "reduction") else ""
+    return _other(call, note) if note else found
+
+
+def _recognize(call: Call) -> Recognized:
     name, arguments = call.name, call.arguments
     if name in _CONVOLUTIONS:
         return _weighted(call, "convolution", (arguments[0], arguments[1]))
@@ -143,6 +152,8 @@ def recognize(call: Call) -> Recognized:
         fixed = [argument for i, argument in enumerate(arguments) if i not in allowed]
         if call.activations((fixed, *call.options.values())):
             return _other(call, f"{name} selects by values that were computed from the images")
+    if call.options.get("reduce") not in (None, "add"):
+        return _other(call, f"{name} multiplies the values that meet")
     if name in _REDUCTIONS:
         return Recognized("reduction", (call.activations(arguments)[0],))
     if name in _CASTS:
@@ -156,9 +167,10 @@ def recognize(call: Call) -> Recognized:
 
 def _other(call: Call, note: str = "") -> Recognized:
     operands = tuple(call.activations((call.arguments, *call.options.values())))
-    spikes = all(is_binary(x) for x in operands)
-    reason = f"{call.name} is neither linear nor a neuron" if spikes else f"{call.name} of values that are no spikes"
-    return Recognized("other", operands, note or reason)
+    if not note:
+        spikes = all(is_binary(x) for x in operands)
+        note = f"{call.name} is neither linear nor a neuron" if spikes else f"{call.name} of values that are no spikes"
+    return Recognized("other", operands, note)
 
 
 def _weighted(call: Call, kind: Kind, operands: tuple[Tensor, Tensor]) -> Recognized:
@@ -215,6 +227,22 @@ def _cast(call: Call) -> Recognized:
     return _other(call, f"a change of type to {result.dtype} rounds".replace("torch.", ""))
 
 
+def _narrowing(call: Call) -> str:
+    """The note on an operation whose result has a type that cannot hold its input, else an empty text.
+
+    A sum of fractions as whole numbers rounds, and so does a slice that is set to fractions. Comparisons and changes of
+    type are judged by their values.
+    """
+    result = next((x for x in tree_leaves(call.output) if isinstance(x, Tensor)), None)
+    if result is None or call.name in _CASTS or call.name in _COMPARISONS:
+        return ""
+    dtype = result.dtype
+    for x in call.activations((call.arguments, *call.options.values())):
+        if torch.promote_types(dtype, x.dtype) != dtype and not torch.equal(x.to(dtype).to(x.dtype), x):
+            return f"{call.name} with a result of type {dtype} rounds".replace("torch.", "")
+    return ""
+
+
 def _comparison(call: Call) -> Recognized:
     """A comparison of spikes with a number that gives the same spikes, or the absence of each, passes them on."""
     x = call.arguments[0]
@@ -236,12 +264,15 @@ def is_binary(x: Tensor) -> bool:
 
 
 def integer_bits(x: Tensor) -> int | None:
-    """Bits of the widest integer in a tensor (with one for the sign where it is needed), ``None`` for fractions.
+    """Bits of the widest integer in a tensor (with one for the sign where it is needed), ``None`` for other values.
+
+    A float beyond 32 bits is no integer that anything was counted to: every fraction becomes one by a large factor.
 
     Args:
         x: Any tensor.
     """
-    if x.is_floating_point() and not bool((x == torch.round(x)).all()):
+    if x.is_complex() or (x.is_floating_point() and not bool((x == torch.round(x)).all())):
         return None
     low, high = int(x.min()), int(x.max())
-    return max(high.bit_length(), (-low).bit_length()) + (low < 0)
+    bits = max(high.bit_length(), (-low).bit_length()) + (low < 0)
+    return bits if bits <= _WIDEST else None

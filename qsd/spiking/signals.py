@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from qsd.errors import QsdError
+
 if TYPE_CHECKING:
     from qsd.spiking.runtime import Runtime
 
@@ -87,7 +89,14 @@ class MarkedTensor(torch.Tensor):
         runtime = marked[0].runtime
         aligned, arrival = runtime.aligned(tuple(leaves))
         args, kwargs = tree_unflatten(aligned, structure)
-        result = super().__torch_function__(func, types, args, kwargs)
+        try:
+            result = super().__torch_function__(func, types, args, kwargs)
+        except NotImplementedError as error:
+            if "storage" not in str(error):
+                raise
+            raise QsdError(
+                "the model computes with sparse tensors, which cannot be converted; use dense ones."
+            ) from error
         results = [x for x in tree_leaves(result) if isinstance(x, MarkedTensor)]
         keeps = getattr(func, "__name__", "") in cls.REARRANGEMENTS
         image = all(x.source is IMAGE for x in marked)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsd.spiking.layers import Role, TimedLayer
@@ -45,6 +46,30 @@ class Operation:
     note: str = ""
 
 
+# Functions that hand values to another library, of which no operation of PyTorch tells.
+_EXITS = frozenset({"numpy", "tolist", "__array__", "__dlpack__"})
+
+
+class _Exits(TorchFunctionMode):
+    """Reports values that leave PyTorch.
+
+    Args:
+        report: Called with the function's name and the tensor.
+    """
+
+    def __init__(self, report: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self.report = report
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _EXITS and args and isinstance(args[0], Tensor):
+            self.report(name, args[0])
+        return func(*args, **(kwargs or {}))
+
+
 class Watch(TorchDispatchMode):
     """Reports operations on activations while a network runs under it.
 
@@ -62,6 +87,8 @@ class Watch(TorchDispatchMode):
         self._stack: list[nn.Module] = []
         self._images: set[StorageWeakRef] = set()
         self._activations: set[StorageWeakRef] = set()
+        self._exits = _Exits(self._leaves_torch)
+        self._entered = False
         self._thread = threading.get_ident()
 
     @contextmanager
@@ -71,16 +98,20 @@ class Watch(TorchDispatchMode):
         Args:
             images: ``[B, C, H, W]``.
         """
-        # Weak references keep a storage's address from being used again, so old ones can do no harm but take room.
-        self._thread = threading.get_ident()
-        self._activations = {_storage(images)}
-        self._images = set() if self._currents else {_storage(images)}  # currents are another network's work
+        self._thread, self._entered = threading.get_ident(), False
+        # A module may have kept a value of the run before. A weak reference keeps its storage's address from new use.
+        self._activations = {x for x in self._activations if not x.expired()}
+        self._images = {x for x in self._images if not x.expired()}
+        self._activations.add(StorageWeakRef(images.untyped_storage()))
+        if not self._currents:  # which are another network's work
+            self._images.add(StorageWeakRef(images.untyped_storage()))
         handles = []
         for module in self._paths:
             handles.append(module.register_forward_pre_hook(self._enter))
-            handles.append(module.register_forward_hook(self._leave, always_call=True))
+            # Before the user's own hooks, whose operations do not belong to the module.
+            handles.append(module.register_forward_hook(self._leave, prepend=True, always_call=True))
         try:
-            with self:
+            with self, self._exits:
                 yield
         finally:
             self._stack.clear()
@@ -93,7 +124,8 @@ class Watch(TorchDispatchMode):
         Args:
             x: Any tensor.
         """
-        return _storage(x) in self._images
+        storage = _storage(x)
+        return storage is not None and storage in self._images
 
     def is_watched(self) -> bool:
         """Whether this thread runs the network that is watched; hooks of modules are called by all threads."""
@@ -103,6 +135,7 @@ class Watch(TorchDispatchMode):
         if not self.is_watched():
             return
         self._stack.append(module)
+        self._entered = True
         if not isinstance(module, TimedLayer) or module.runtime.mode == "trace":
             return  # A network is traced on images of its own.
         if not all(self._is_activation(x) for x in inputs if isinstance(x, Tensor)):
@@ -111,7 +144,13 @@ class Watch(TorchDispatchMode):
             self.report(Operation("other", "input", *self._place(), (), False, inputs, None, note))
 
     def _is_activation(self, x: Tensor) -> bool:
-        return _storage(x) in self._activations
+        storage = _storage(x)
+        return storage is None or storage in self._activations  # Of sparse tensors nothing is known.
+
+    def _leaves_torch(self, name: str, x: Tensor) -> None:
+        if self._is_activation(x) and not self.is_image(x) and self._role() != "neuron" and self.is_watched():
+            note = f"{name} hands values to another library"
+            self.report(Operation("other", name, *self._place(), (plain(x),), False, (x,), None, note))
 
     def _leave(self, *_: Any) -> None:
         if self.is_watched():
@@ -130,10 +169,10 @@ class Watch(TorchDispatchMode):
         if activations and not is_factory(call):
             image = all(self.is_image(x) for x in activations)
             kind = self._report(call, image)
-            for x in outputs:
-                self._activations.add(_storage(x))
-                if image and self._role() != "neuron" and kind in (None, "pool", "reduction", "other"):
-                    self._images.add(_storage(x))
+            storages = [storage for x in outputs if (storage := _storage(x)) is not None]
+            self._activations.update(storages)
+            if image and call.role != "neuron" and kind in (None, "pool", "reduction", "other"):
+                self._images.update(storages)
         self.follow(name, inputs, outputs)
         return output
 
@@ -143,7 +182,9 @@ class Watch(TorchDispatchMode):
             return None  # The operations of a neuron are its own.
         kind, operands, note = recognize(call)
         passed = call.role == "neuron" or (image and kind in ("pool", "reduction", "other"))
-        if kind is not None and self._stack and not passed:
+        # Around the network, images are checked before it runs, and its output is summed over the window.
+        around = not self._stack and (kind == "reduction" or not self._entered)
+        if kind is not None and not around and not passed:
             operands = tuple(plain(x) for x in operands)
             place = self._place()
             self.report(Operation(kind, call.name, *place, operands, image, call.arguments, call.output, note))
@@ -167,9 +208,15 @@ class Watch(TorchDispatchMode):
         return None if layer is None else layer.role
 
     def _place(self) -> tuple[str, TimedLayer | None]:
-        layer, inner = self._layer(), self._stack[-1]
-        return (self._paths[inner] or "the model", None) if layer is None else (layer.part_name(inner), layer)
+        layer = self._layer()
+        if layer is not None:
+            return layer.part_name(self._stack[-1]), layer
+        return (self._paths[self._stack[-1]] if self._stack else "") or "the model", None
 
 
-def _storage(x: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(x.untyped_storage())
+def _storage(x: Tensor) -> StorageWeakRef | None:
+    """The storage of a tensor; sparse ones have none."""
+    try:
+        return StorageWeakRef(x.untyped_storage())
+    except (NotImplementedError, RuntimeError):
+        return None

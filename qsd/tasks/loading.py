@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.models.checkpoints import read_checkpoint
-from qsd.models.registered import check_depth, model_of_file
+from qsd.models.registered import check_size, model_of_file
 from qsd.packing import load_packed
 from qsd.reading import part_of
 from qsd.spiking import SpikingNetwork
@@ -36,7 +36,8 @@ def load_task(path: str | Path) -> ClassificationTask:
     if other is not None or not state:
         found = f"a {type(state[other]).__name__} named {other!r}" if state else "nothing"
         raise QsdError(f"{path} has {found} in its state_dict, where tensors belong.")
-    check_depth(str(path), arguments, state)
+    classes = {"num_classes": saved["num_classes"]} if isinstance(saved.get("num_classes"), int) else {}
+    check_size(str(path), name, {**classes, **arguments}, state)
     check_hyper_parameters(ClassificationTask, saved, path)
     known = inspect.signature(ClassificationTask).parameters
     settings = {key: value for key, value in saved.items() if key in known}

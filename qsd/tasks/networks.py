@@ -66,6 +66,6 @@ def blaming(what: str) -> Iterator[None]:
         yield
     except QsdError:
         raise
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, ArithmeticError, OSError) as error:
+    except Exception as error:  # Such as timm's, of a file that it cannot find or unpickle.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise QsdError(f"{what} cannot be built: {reason[:300]}") from error

@@ -102,6 +102,11 @@ def replaced_data(x, *_):
     return x
 
 
+def one_nan(x, *_):
+    x.data.view(-1)[0] = float("nan")
+    return x
+
+
 def unchanged(x, *_):
     return x
 
@@ -117,6 +122,7 @@ ABUSES = [
     deeply_copied,
     pickled,
     replaced_data,
+    one_nan,
     unchanged,
 ]
 

@@ -133,6 +133,16 @@ def _annotation(**fields):
         (lambda c: c["images"][0].update(width=0), r"images\[0\] \(id 7\) has width=0, which is no size"),
         (lambda c: c["categories"].pop(), r"has no category 'dog' \(1 of 2"),
         (lambda c: c["categories"].reverse(), r"in another order than metainfo\.classes"),
+        (
+            lambda c: [a.update(image_id="7") for a in c["annotations"]],
+            r"annotations\[0\] \(id 1\) has image_id='7'; no",
+        ),
+        (_annotation(iscrowd="0"), r"annotations\[2\] \(id 3\) has iscrowd='0'; give 0 or 1"),
+        (_annotation(ignore=[]), r"annotations\[2\] \(id 3\) has ignore=\[\]; give 0 or 1"),
+        (
+            lambda c: c["images"][1].update(height=float("inf")),
+            r"images\[1\] \(id 9\) has height=inf, which is no size",
+        ),
         (lambda c: c["images"][0].update(id=[7]), r"has id=\[7\], where int or str belongs"),
     ],
 )
@@ -145,6 +155,8 @@ def test_wrong_entries_are_named(change, message, tmp_path):
 def test_classes_given_as_one_text_are_refused(tmp_path):
     with pytest.raises(QsdError, match=r"metainfo\.classes='cat' is one text; give a tuple of names: \('cat',\)"):
         check_annotations(write(tmp_path / "a.json", good()), Use("cat"))
+    with pytest.raises(QsdError, match=r"metainfo\.classes names 'cat' twice"):
+        check_annotations(write(tmp_path / "a.json", good()), Use(("cat", "dog", "cat")))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "3", '"text"', "nonsense", "[" * 100000])

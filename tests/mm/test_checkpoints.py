@@ -12,12 +12,14 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader, load_checkpoint
+from mmengine.runner import checkpoint as checkpoint_module
 
 from qsd import QsdError
 from qsd.mm import DistillationHook
 from qsd.mm.checkpoints import read_mm_checkpoint, stored_config
 from qsd.mm.checks import check_weights
 from qsd.mm.loading import load_model
+from qsd.mm.spiking import load_part
 from qsd.reading import CodeError, FileError
 from tests.helpers import CONFIGS, sample
 from tests.helpers.files import only_opens, save_payload, works_or_one_line, zero_block
@@ -67,6 +69,21 @@ def test_a_payload_is_refused_as_code_and_does_not_run(road, way, content, tmp_p
     path = save_payload(tmp_path / "evil.pth", tmp_path / "mark", way, **content)
     with pytest.raises(CodeError, match="this file wants to run code"):
         ROADS[road](path)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_files_that_openmmlab_fetches_by_names_do_not_run(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    save_payload(tmp_path / "checkpoints" / "evil.pth", tmp_path / "mark", **content)
+    address = {"evil": "https://example.invalid/evil.pth"}
+    for kind in ("external", "mmcls", "torchvision"):
+        monkeypatch.setattr(checkpoint_module, f"get_{kind}_models", lambda: address)
+    for name in ("open-mmlab://evil", "openmmlab://evil", "mmcls://evil", "torchvision://evil", address["evil"]):
+        with pytest.raises(CodeError, match="this file wants to run code"):
+            CheckpointLoader.load_checkpoint(name, map_location="cpu")
+    with (tmp_path / "checkpoints" / "evil.pth").open("rb") as buffer, pytest.raises(CodeError):
+        checkpoint_module._safe_torch_load(buffer)  # of a storage server
     assert not (tmp_path / "mark").exists()
 
 
@@ -173,6 +190,33 @@ def test_weights_that_a_model_names_are_not_opened(content, tmp_path):
     with only_opens(path):
         load_model(path)
     assert not (tmp_path / "mark").exists()
+
+
+def test_data_and_metrics_of_a_checkpoint_neither_write_nor_fetch(content, tmp_path):
+    text = content["meta"]["cfg"]
+    places = "outfile_prefix='x', output_dir='x', format_only=True"
+    changed = text + f"\nval_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'], {places})\n"
+    _, config = load_model(save(tmp_path / "a.pth", content, cfg=changed))
+    assert config.val_evaluator.to_dict() == {"type": "IoUMetric", "iou_metrics": ["mIoU"]}
+    for added, message in (
+        ("val_evaluator = dict(type='DumpResults', out_file_path='x.pkl')", "val_evaluator.type='DumpResults', which"),
+        ("val_evaluator = [dict(type='mmdet.DumpProposals', output_dir='x')]", "DumpProposals', which writes files"),
+        ("val_dataloader = dict(dataset=dict(type='CocoDataset', ann_file='a.pkl'))", "pickled data may run code"),
+        ("val_dataloader = dict(dataset=dict(proposal_file='a.pickle'))", "pickled data may run code"),
+        ("val_dataloader = dict(dataset=dict(type='mmdet.RefCocoDataset'))", "unpickles or fetches files"),
+        ("val_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadBiomedicalData')]))", "unpickles or fetches"),
+        ("val_dataloader = dict(dataset=dict(metainfo=dict(classes='/etc/hosts')))", "where OpenMMLab reads a file"),
+        ("model = dict(type='EncoderDecoder', weight='weights.pickle')", "files open no other files"),
+        ("model = dict(type='EncoderDecoder', weight='/dev/zero')", "files open no other files"),
+    ):
+        with pytest.raises(QsdError, match=message):
+            load_model(save(tmp_path / "a.pth", content, cfg=f"{text}\n{added}\n"))
+    config.val_dataloader.dataset.data_root = "s3://bucket"
+    with pytest.raises(QsdError, match=r"the val data are at s3://bucket, which is not fetched"):
+        load_part(config, "val")
+    config.val_dataloader.dataset = {"type": "CityscapesDataset", "surprise": 3}
+    with pytest.raises(QsdError, match=r"the val data or their metrics cannot be built: .*surprise"):
+        load_part(config, "val")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 import qsd.mm
 from qsd import QsdError
 from qsd.mm.spiking import DENSE, ImageSubset, compare_model, predict, total_energy, write_model
+from qsd.mm.spiking.comparison import contents
 from qsd.mm.spiking.measuring import DEFAULTS
 from qsd.neurons import SpikeNeuron
 from qsd.packing import load_packed
@@ -180,6 +183,27 @@ def test_every_synaptic_layer_but_the_stem_sees_binary_spikes(name, trained, con
     # every layer with weights was looked at: by its own name, or as part of a chain that is one convolution now
     assert all(any(layer == s or layer.startswith(f"{s}.") for s in seen) for layer in layers)
     assert not any(o.operation == "other" for o in audit.operations)
+
+
+@pytest.mark.parametrize("name", sample(["coco_retinanet_qsd"], ALL))
+def test_calls_from_several_threads_do_not_touch_each_other_and_pickles_work(name, trained):
+    (model, scenes) = trained(name)
+    spiking = qsd.mm.convert_model(model)
+    uses = {
+        "count": lambda converted, batch: contents(converted.predict(batch)[0]),
+        "early": lambda converted, batch: contents(converted.simulate(batch, delay=0).samples[0]),
+    }
+    jobs = [(use, i) for i in range(len(scenes)) for use in uses]
+    expected = {job: uses[job[0]](spiking, scenes[job[1]]) for job in jobs}
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda job: (job, uses[job[0]](spiking, scenes[job[1]])), jobs + jobs[::-1])
+    other = pickle.loads(pickle.dumps(spiking))
+    with other.running(lambda *_: None):  # in the copy alone
+        copies = [(("count", 0), uses["count"](spiking, scenes[0]))]
+    copies += [(("count", 0), uses["count"](x, scenes[0])) for x in (other, copy.deepcopy(spiking))]
+    for job, result in [*found, *copies]:
+        assert result.keys() == expected[job].keys()
+        assert all(torch.equal(value, expected[job][key]) for key, value in result.items()), job
 
 
 def test_without_merging_the_audit_names_inner_layers(trained):

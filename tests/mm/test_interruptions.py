@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from mmengine.runner import Runner
 
 import qsd.mm  # noqa: F401
 from qsd import QsdError
+from qsd.mm.command import ended_workers
 from qsd.mm.hooks import register_training_hooks, stop_hook
 from qsd.mm.resuming import check_same_training, checkpoint_to_resume
 from qsd.mm.work_dir import only_training_in, own_folder
+from tests.helpers import ROOT, long
 from tests.helpers.files import full_disk
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
@@ -67,12 +71,24 @@ class Send(Hook):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(folder, *hooks, resume=None, by_epoch=True, accumulate=1, batch=2, count=7, checkpoint=None, run=True):
+def train(
+    folder,
+    *hooks,
+    resume=None,
+    by_epoch=True,
+    accumulate=1,
+    batch=2,
+    count=7,
+    checkpoint=None,
+    run=True,
+    launcher="none",
+    workers=0,
+):
     """Train for two epochs of four batches, and return the Runner."""
     loop = {"by_epoch": True, "max_epochs": 2} if by_epoch else {"by_epoch": False, "max_iters": 8, "val_interval": 4}
     if by_epoch:
         loop["type"] = "EpochBasedTrainLoop"
-    loader = {"dataset": Numbers(count), "batch_size": batch, "num_workers": 0}
+    loader = {"dataset": Numbers(count), "batch_size": batch, "num_workers": workers}
     shuffled = {"type": "DefaultSampler" if by_epoch else "InfiniteSampler", "shuffle": True}
     loop = {key: value for key, value in loop.items() if not (by_epoch and key == "by_epoch")}
     runner = Runner(
@@ -95,7 +111,8 @@ def train(folder, *hooks, resume=None, by_epoch=True, accumulate=1, batch=2, cou
         experiment_name=os.urandom(4).hex(),
         visualizer={"type": "Visualizer", "name": os.urandom(4).hex()},
         default_scope="mmengine",
-        cfg={},
+        launcher=launcher,
+        cfg={"model_wrapper_cfg": {"type": "MMDistributedDataParallel", "device_ids": None}},
     )
     register_training_hooks(runner)
     if run:
@@ -128,6 +145,15 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, options, averaged
         assert torch.equal(resumed.layer.weight, whole.layer.weight)
 
 
+@long
+def test_gradients_of_accumulated_batches_are_kept_for_several_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [ROOT / "tests/programs/accumulate_in_two.py", tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("by_epoch", [True, False])
 def test_another_order_of_images_is_refused(tmp_path, by_epoch):
     with pytest.raises(SystemExit):
@@ -143,6 +169,14 @@ def test_averages_go_on_with_averaging_alone(tmp_path):
         train(tmp_path / "raw", resume=tmp_path / "averaged/epoch_1.pth")
     train(tmp_path / "plain")
     train(tmp_path / "later", EMAHook(momentum=0.5), resume=tmp_path / "plain/epoch_1.pth")
+
+
+def test_a_data_loading_process_that_the_system_ends_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(Numbers, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    match = r"data-loading process was ended .*lower train_dataloader"
+    with pytest.raises(QsdError, match=match) as error, ended_workers("train"):
+        train(tmp_path, workers=1)
+    assert "\n" not in str(error.value)
 
 
 class FailAt(Hook):

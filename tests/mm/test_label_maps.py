@@ -120,6 +120,13 @@ def test_files_that_are_damaged_empty_missing_or_pipes_are_named(tmp_path):
     os.mkfifo(path)
     with pytest.raises(QsdError, match="is no file"):
         maps.check(3)
+    path.unlink()
+    maps = Maps(tmp_path, [constant(0)])
+    image = maps.get_data_info(0)["img_path"]
+    os.unlink(image)
+    os.mkfifo(image)
+    with pytest.raises(QsdError, match=r"image .* is no file"):
+        maps.check(3)
 
 
 def test_the_size_is_that_of_the_upright_image(tmp_path):

@@ -210,6 +210,7 @@ def test_parts_of_other_types_are_named(trained, tmp_path, part, value, message)
         ("model_args", {"depth": 10**9}, "depth=1000000000"),
         ("model_args", {"depth": 10**5}, "rule out"),
         ("model_args", {"embed_dims": [2**23] * 4}, "rule out"),
+        ("num_classes", 10**8, "rule out"),
         ("model_args", {"depth": "many"}, r"cannot be|hyper_parameters of"),
         ("model_args", {"unknown": 1}, r"cannot be|hyper_parameters of"),
         ("num_classes", "ten", r"cannot be|hyper_parameters of"),
@@ -225,6 +226,14 @@ def test_settings_that_cannot_be_are_named(trained, tmp_path, key, value, messag
         with only_opens(tmp_path / "a.ckpt"), pytest.raises(QsdError, match=message) as error:
             reader(tmp_path / "a.ckpt")
         one_line(error)
+
+
+@pytest.mark.parametrize("reader", ["load_task", "teacher"])
+def test_a_model_far_larger_than_its_tensors_is_not_built(trained, tmp_path, reader):
+    settings_ = {**trained[1]["hyper_parameters"], "model": "vit_giant_patch14_224", "model_args": {}}
+    torch.save({**trained[1], "hyper_parameters": settings_}, tmp_path / "a.ckpt")
+    with pytest.raises(QsdError, match=r"'vit_giant_patch14_224' of 1\d{9} numbers, and holds \d+; it is damaged"):
+        READERS[reader](tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize("reader", ["load_task", "teacher"])

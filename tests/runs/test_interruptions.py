@@ -3,14 +3,15 @@
 import signal
 import subprocess
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from qsd import QsdError
-from qsd.runs import SaveOnStop, WholeFileCheckpointIO, newest_checkpoint
+from qsd.runs import SaveOnStop, WholeFileCheckpointIO, newest_checkpoint, write_whole_files
 from tests.helpers import sample
 from tests.helpers.files import full_disk
 from tests.helpers.linear import Digits, Linear, Send, fit
@@ -166,3 +167,9 @@ def test_data_loading_processes_leave_signals_to_the_training(tmp_path):
     for name in ("TERM", "INT"):  # not from this process, whose SIGTERM ends its loading processes
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     assert len(list(batches)) == len(loader) - 1
+
+
+def test_a_way_that_removes_checkpoints_before_their_successors_are_complete_is_refused():
+    trainer = L.Trainer(accelerator="cpu", devices=1, plugins=[AsyncCheckpointIO()], logger=False)
+    with pytest.raises(QsdError, match="AsyncCheckpointIO removes a checkpoint before the next one is complete"):
+        write_whole_files(trainer)

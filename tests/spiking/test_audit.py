@@ -1,11 +1,14 @@
 """The audit: spike-driven networks pass, and networks that cheat are named."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
-from qsd import QsdError, audit_spike_driven, to_spike_driven
+from qsd import QsdError, audit_spike_driven, measure_energy, to_spike_driven
 from qsd.layers import QuantConv2d, QuantLinear, conv_norm
 from qsd.neurons import SpikeNeuron
 from tests.helpers.networks import NAMES, dense_network
@@ -212,3 +215,15 @@ def test_findings_are_data_and_a_table():
         "spike_driven": False,
     }  # fmt: skip
     assert audit.table().row_count == 3
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are():
+    spiking = converted()
+    audit = audit_spike_driven(spiking, IMAGES)
+    audit.operations[0].note = audit.operations[0].name = "[/x]"
+    energy = measure_energy(spiking, IMAGES, progress=False)
+    energy.layers[0].name = "[/x]"
+    for table in (audit.table(), energy.table()):
+        console = Console(width=300, record=True, file=io.StringIO())
+        console.print(table)
+        assert "[/x]" in console.export_text()

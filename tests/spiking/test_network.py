@@ -374,3 +374,14 @@ def test_networks_that_cannot_be_converted_say_why():
     with pytest.raises(QsdError, match="chain 2 is no single convolution; convert it with merge='none'"):
         to_spike_driven(model)
     to_spike_driven(model, merge=False)
+
+
+@pytest.mark.parametrize("name", ["qsd_tiny", "e_spikeformer_tiny", "e_spikeformer_83m"])
+def test_a_batch_of_no_images_gives_an_empty_result_in_every_form_of_registered_networks(name):
+    model = dense_network(name, time_steps=2)
+    spiking, none = to_spike_driven(model), torch.zeros(0, 3, 32, 32, dtype=torch.float64)
+    shape = (0, model.num_classes)
+    assert model(none).shape == spiking(none).shape == spiking.simulate(none).logits.shape == shape
+    assert spiking.stream([none]).logits[0].shape == shape
+    for counts in (count_spikes(model, none), count_spikes(spiking, none)):
+        assert all(len(count) == 0 for count in counts.values())

@@ -7,6 +7,7 @@ current that drove the neuron, and returns something in the spikes' shape. A tri
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -48,6 +49,10 @@ def shaped(values, like):
     flat = values.reshape(-1).to(like.dtype)
     repeats = -(-like.numel() // flat.numel())
     return flat.repeat(repeats)[: like.numel()].reshape(like.shape)
+
+
+def plain(x):
+    return x.as_subclass(torch.Tensor)
 
 
 def copied(spikes, current):
@@ -156,6 +161,62 @@ TRICKS = {
 }
 
 
+class Rectified(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, current):
+        return current.clamp_min(0)
+
+
+@torch.jit.script
+def scripted(current: torch.Tensor) -> torch.Tensor:
+    return (current > 0.1).to(current.dtype)
+
+
+def filled_whole(spikes, current):
+    whole = torch.zeros((), dtype=torch.long)
+    whole.fill_(4 * current.flatten()[0])
+    return spikes + whole
+
+
+TRICKS |= {
+    # Rounding by the type of a result.
+    "sum_as_integers": lambda s, c: (4 * c).unsqueeze(0).sum(0, dtype=torch.long).to(s.dtype),
+    "running_sum_as_integers": lambda s, c: (4 * c).cumsum(1, dtype=torch.int32).to(s.dtype),
+    "mean_in_half": lambda s, c: c.unsqueeze(0).mean(0, dtype=torch.bfloat16).to(s.dtype),
+    "slice_of_integers": lambda s, c: torch.slice_scatter(torch.zeros_like(c, dtype=torch.long), 4 * c).to(s.dtype),
+    "fill_of_integers": filled_whole,
+    "truncated": lambda s, c: c.trunc(),
+    "remainder": lambda s, c: c.remainder(0.5),
+    # A product in other words.
+    "gate_by_scatter": lambda s, c: c.scatter(1, torch.arange(4).view(1, 4, 1, 1).expand_as(c), s, reduce="multiply"),
+    "gate_by_large_integers": lambda s, c: s * (c * 2.0**60) * 2.0**-60,
+    "gate_by_bilinear_form": lambda s, c: shaped(F.bilinear(s, c, torch.ones(4, s.shape[-1], s.shape[-1]).double()), s),
+    "products_of_sums": lambda s, c: torch.einsum("bchw,bdhw->bcd", c, c).mean() + s,
+    "complex_product": lambda s, c: torch.view_as_real(torch.complex(s, c) * torch.complex(s, c))[..., 0],
+    "spectrum": lambda s, c: torch.fft.rfft(s).abs().sum() + s,
+    "angle": lambda s, c: torch.atan2(c, s),
+    "length": lambda s, c: torch.hypot(c, s),
+    # A value that takes another road.
+    "numpy_beside": lambda s, c: 0 * s + torch.from_numpy((plain(c).numpy() > 0.1).astype(float)),
+    "array_beside": lambda s, c: 0 * s + torch.from_numpy(np.sign(np.asarray(plain(c)))),
+    "list_beside": lambda s, c: 0 * s + torch.tensor(c.tolist(), dtype=s.dtype),
+    "sparse": lambda s, c: plain(c).to_sparse().to_dense() + s,
+    "function_of_one_s_own": lambda s, c: Rectified.apply(c),
+    "script": lambda s, c: scripted(plain(c)),
+    "vectorised": lambda s, c: torch.func.vmap(torch.relu)(plain(c)),
+    "checkpointed": lambda s, c: torch.utils.checkpoint.checkpoint(torch.relu, c, use_reentrant=False),
+    # An order, a choice or a table.
+    "running_maximum": lambda s, c: s.cummax(1).values,
+    "median": lambda s, c: s.median(1, keepdim=True).values.expand_as(s),
+    "order": lambda s, c: c.argsort(1).to(s.dtype),
+    "repeated_by_spikes": lambda s, c: shaped(c.flatten().repeat_interleave(1 + s.long().flatten()), s),
+    "counted_in_bins": lambda s, c: shaped(torch.bincount(s.long().flatten(), minlength=2), s),
+    "one_hot": lambda s, c: F.one_hot(s.long(), 2)[..., 0].to(s.dtype),
+    "smallest": lambda s, c: torch.minimum(s, c.detach()),
+    "equal_currents": lambda s, c: torch.isclose(c, c.roll(1, -1)).to(s.dtype),
+}  # fmt: skip
+
+
 @functools.cache
 def converted(time_steps, hidden):
     torch.manual_seed(0)
@@ -213,3 +274,48 @@ REARRANGED = {
 @pytest.mark.parametrize("name", REARRANGED)
 def test_rearranged_spikes_pass(name, time_steps, images):
     findings(REARRANGED[name], time_steps, images).check()
+
+
+def test_hooks_of_a_neuron_and_of_the_whole_network_are_seen(images):
+    rules = {
+        "neuron": lambda module, inputs, output: output.amax(1, keepdim=True).expand_as(output),
+        "": lambda module, inputs, output: output.relu(),
+    }
+    for name, rule in rules.items():
+        spiking = to_spike_driven(Network(4).double().eval())
+        spiking.network.get_submodule(name).register_forward_hook(rule)
+        with pytest.raises(QsdError, match="are not spike-driven"):
+            audit_spike_driven(spiking, images).check()
+
+
+def test_a_value_that_a_module_keeps_from_the_last_batch_is_seen(images):
+    spiking = to_spike_driven(Network(4).double().eval())
+    kept = []
+
+    def trick(spikes, current):
+        kept.append(current.clone())
+        return spikes * kept[-2] if len(kept) > 1 else spikes
+
+    spiking.network.trick = trick
+    with pytest.raises(QsdError, match="a binary operand times an analog one"):
+        audit_spike_driven(spiking, [(images, None), (images, None)]).check()
+
+
+def test_a_layer_that_sees_images_and_currents_is_named():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other = QuantConv2d(3, 3, 3, padding=1), QuantConv2d(3, 3, 3, padding=1)
+            self.neuron, self.head = SpikeNeuron(4), QuantConv2d(3, 2, 1)
+
+        def forward(self, x):
+            return self.head(self.neuron(self.layer(x) + self.other(x)))
+
+    spiking = to_spike_driven(Twice().double().eval())
+    spiking.network.neuron.register_forward_pre_hook(lambda module, inputs: spiking.network.layer(0.1 * inputs[0]))
+    audit = audit_spike_driven(spiking, torch.randn(1, 3, 8, 8).double())
+    assert [(o.name, o.stem, o.spike_driven) for o in audit.operations] == [
+        ("layer", True, False), ("other", True, False), ("layer", False, False), ("head", False, True),
+    ]  # fmt: skip
+    with pytest.raises(QsdError, match=r"layer \(convolution\): its input is analog"):
+        audit.check()

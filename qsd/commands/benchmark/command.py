@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from qsd import program
 from qsd.commands.benchmark.cases import cases_of
@@ -143,7 +144,7 @@ def _run(settings: Settings) -> None:
         with replacing(settings.out / "benchmark.json") as partial:  # after every suite: a long run is not lost
             partial.write_text(json.dumps(results, indent=1))
     draw(results, settings.out / "benchmark.png")
-    console.print(f"written: {settings.out / 'benchmark.json'}, {settings.out / 'benchmark.png'}")
+    console.print(escape(f"written: {settings.out / 'benchmark.json'}, {settings.out / 'benchmark.png'}"))
 
 
 def _measure_and_show(suite: str, settings: Settings, console: Console) -> dict[str, Any]:

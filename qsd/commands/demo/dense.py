@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import qsd_launcher
@@ -71,7 +72,7 @@ def _table(kind: str, results: Mapping[str, float], seconds: float, paths: Mappi
     table.add_row("mean firing rate", f"{rate:.3f}")
     table.add_row("training time, with pretraining", f"{seconds:.0f} s")
     for title, path in paths.items():
-        table.add_row(title, str(path))
+        table.add_row(title, escape(str(path)))
     return table
 
 

@@ -11,6 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from qsd.files import replace_content
+from qsd.mm.hooks.resuming import send_gradients
 from qsd.mm.resuming import POINTER
 
 
@@ -60,6 +61,7 @@ class CheckpointHook(Original):
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self._path(name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        send_gradients(runner)
         runner.save_checkpoint(
             self.out_dir,
             name,

@@ -14,6 +14,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from qsd.errors import QsdError
 from qsd.files import replace_content
+from qsd.mm.hooks.resuming import send_gradients
 from qsd.mm.resuming import POINTER
 from qsd.stopping import StopRequest, outlast_stop_signals
 
@@ -53,9 +54,7 @@ class SaveOnStopHook(Hook):
         if dist.get_world_size() > 1:
             asked = asked.to(dist.get_comm_device())
             dist.all_reduce(asked)
-        # The other processes' gradients would be lost between two optimizer steps.
-        complete = dist.get_world_size() == 1 or runner.optim_wrapper.should_update()
-        if asked and complete:
+        if asked:
             by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
             self._stop(runner, runner.iter + 1, batch_idx + 1 if by_epoch else 0)
 
@@ -85,6 +84,7 @@ class SaveOnStopHook(Hook):
         path = Path(runner.work_dir, INTERRUPTED)
         message = f"stopped by {self._request.name}; go on with --resume {path}"
         try:
+            send_gradients(runner)
             runner.save_checkpoint(runner.work_dir, INTERRUPTED, meta=meta, by_epoch=False)
             if dist.is_main_process():
                 replace_content(Path(runner.work_dir, POINTER), str(path).encode())

@@ -1,8 +1,10 @@
 """What a resumed training with mmengine's Runner keeps beside its weights, and settings that must agree."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from mmengine import dist
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -23,16 +25,35 @@ class ResumingHook(Hook):
 
     def __init__(self) -> None:
         self._gradients: dict[str, torch.Tensor] = {}
+        self._sent: dict[str, torch.Tensor] | None = None
+
+    def send_gradients(self, runner: Runner) -> None:
+        """Average the gradients since the last optimizer step over all processes, for the checkpoint that comes next.
+
+        All processes call this function; mmengine calls ``before_save_checkpoint`` in the first one alone.
+
+        Args:
+            runner: The Runner of a training.
+        """
+        if runner.world_size > 1 and not runner.optim_wrapper.should_update():
+            means = _averaged(dict(unwrapped(runner.model).named_parameters()))
+            self._sent = means if dist.is_main_process() else None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Add what decides the order of the images, and the gradients since the last optimizer step."""
+        sent, self._sent = self._sent, None
         if checkpoint.get("optimizer") is None:
             return
         checkpoint["meta"][_LOADER] = _order(runner)
         wrapper: Any = runner.optim_wrapper
-        if runner.world_size == 1 and not wrapper.should_update():
+        if wrapper.should_update():
+            return
+        if runner.world_size == 1:
             named = unwrapped(runner.model).named_parameters()
-            checkpoint[_GRADIENTS] = {name: p.grad.cpu() for name, p in named if p.grad is not None}
+            sent = {name: p.grad for name, p in named if p.grad is not None}
+        if sent is None:
+            runner.logger.warning("A checkpoint between two optimizer steps has no gradients of the batches so far.")
+        checkpoint[_GRADIENTS] = {name: gradient.cpu() for name, gradient in (sent or {}).items()}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Check the settings of a training that goes on, and take over its seed and its place in the epoch."""
@@ -75,3 +96,27 @@ def _order(runner: Runner) -> dict[str, int]:
     loader: Any = runner.train_loop.dataloader
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
     return {"batch_size": int(size), "processes": runner.world_size, "images": len(loader.dataset)}
+
+
+def _averaged(named: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Means of the gradients over all processes, some of which may not have reached a parameter."""
+    reached = torch.tensor([float(p.grad is not None) for p in named.values()], device=dist.get_comm_device())
+    dist.all_reduce(reached)
+    means = {}
+    for (name, parameter), processes in zip(named.items(), reached.tolist()):
+        if processes:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+            dist.all_reduce(gradient, "mean")
+            means[name] = gradient.detach()
+    return means
+
+
+def send_gradients(runner: Runner) -> None:
+    """Let the next checkpoint hold the gradients of accumulated batches; all processes call this function.
+
+    Args:
+        runner: A Runner; without a `ResumingHook` nothing happens.
+    """
+    for hook in runner.hooks:
+        if isinstance(hook, ResumingHook):
+            hook.send_gradients(runner)

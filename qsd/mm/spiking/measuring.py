@@ -81,10 +81,31 @@ def load_part(config: Config, part: str) -> tuple[Any, Evaluator]:
     if config.get(f"{part}_dataloader") is None or config.get(f"{part}_evaluator") is None:
         raise QsdError(f"the configuration has no {part}_dataloader and {part}_evaluator; choose another part.")
     init_default_scope(config.default_scope)
-    dataset = DATASETS.build(config[f"{part}_dataloader"].dataset)
-    evaluator = Evaluator(config[f"{part}_evaluator"])
+    address = next((text for text in _texts(config[f"{part}_dataloader"].dataset) if "://" in text), None)
+    if address is not None:
+        raise QsdError(f"the {part} data are at {address}, which is not fetched; give a folder with data_root=DIR.")
+    try:
+        dataset = DATASETS.build(config[f"{part}_dataloader"].dataset)
+        evaluator = Evaluator(config[f"{part}_evaluator"])
+    except (QsdError, OSError):
+        raise
+    except Exception as error:  # whatever OpenMMLab's classes say of arguments that do not fit
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise QsdError(f"the {part} data or their metrics cannot be built: {reason}") from error
     evaluator.dataset_meta = dataset.metainfo
     return dataset, evaluator
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a part of a configuration."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 class DetectorMeasurements(Measurements):

@@ -8,6 +8,7 @@ RoIAlign are mmdet's own and belong to no segment.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -46,8 +47,19 @@ class Simulation:
     traces: dict[str, list[Trace]] = field(default_factory=dict)
 
 
+class _Thread(threading.local):
+    """The way in which the present thread runs the segments. Copies and pickles of a model begin with the usual one."""
+
+    def __init__(self) -> None:
+        self.run: Callable[[str, Tensor], Any] | None = None
+        self.output: Any = None
+
+    def __reduce__(self) -> tuple[type["_Thread"], tuple[()]]:
+        return _Thread, ()
+
+
 class ConvertedModel(nn.Module):
-    """A converted detector or segmenter.
+    """A converted detector or segmenter, which several threads may call at once.
 
     Args:
         model: The trained model. Its networks are replaced and everything else is used; the object is taken over.
@@ -59,8 +71,7 @@ class ConvertedModel(nn.Module):
         self.names = tuple(segments)
         self.networks = nn.ModuleList(segments.values())
         self.model: Any = model
-        self._run: Callable[[str, Tensor], Any] | None = None
-        self._output: Any = None
+        self._thread = _Thread()
         model.extract_feat = self._extract
         getattr(model, dense_head(model)).forward = self._dense_head
         for name in self.names[1:]:
@@ -70,14 +81,15 @@ class ConvertedModel(nn.Module):
         self.eval()
 
     def _segment(self, name: str, x: Tensor) -> Any:
-        return self.segments[name](x) if self._run is None else self._run(name, x)
+        run = self._thread.run
+        return self.segments[name](x) if run is None else run(name, x)
 
     def _extract(self, images: Tensor) -> Any:
-        features, self._output = self._segment(DENSE, images.to(self.segments[DENSE].example.dtype))
+        features, self._thread.output = self._segment(DENSE, images.to(self.segments[DENSE].example.dtype))
         return features
 
     def _dense_head(self, _features: Any) -> Any:
-        return self._output
+        return self._thread.output
 
     @property
     def segments(self) -> dict[str, SpikingNetwork]:
@@ -113,16 +125,17 @@ class ConvertedModel(nn.Module):
 
     @contextmanager
     def running(self, run: Callable[[str, Tensor], Any]) -> Iterator[None]:
-        """Run the segments by a function instead of in the count domain.
+        """Run the segments by a function instead of in the count domain, in this thread.
 
         Args:
             run: Receives a segment's name and its input, and returns its output.
         """
-        before, self._run = self._run, run
+        thread = self._thread
+        before, thread.run = thread.run, run
         try:
             yield
         finally:
-            self._run, self._output = before, None
+            thread.run, thread.output = before, None
 
     def predict(self, batch: Batch) -> list[Any]:
         """Predictions in the count domain, where all delays are lossless.
