@@ -6,6 +6,7 @@ Importing this package registers its models with timm: ``timm.create_model("qsd_
 from qsd._version import __version__
 from qsd.energy import measure_energy
 from qsd.errors import QsdError
+from qsd.integer import IntegerNetwork, to_integer
 from qsd.layers import initialize_neurons, initialize_steps, set_lean
 from qsd.models import load_reference_weights, load_weights
 from qsd.packing import load_packed, model_size, save_packed
@@ -20,6 +21,7 @@ from qsd.spiking import (
 )
 
 __all__ = [
+    "IntegerNetwork",
     "QsdError",
     "SpikingNetwork",
     "__version__",
@@ -37,5 +39,6 @@ __all__ = [
     "save_packed",
     "save_pretrained",
     "set_lean",
+    "to_integer",
     "to_spike_driven",
 ]

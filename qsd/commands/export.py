@@ -1,11 +1,12 @@
-"""Write the network of a checkpoint for other programs: an ONNX file in floats or in integers, a packed file, or NIR.
+"""Write the network of a checkpoint for other programs: ONNX in floats or in integers, a packed file, NIR, integers, C.
 
-Ranges and energy are measured on validation images, which --config or --data names. Use the file with qsd run.
+Ranges, widths and energy are measured on validation images, which --config or --data names. Use the file with qsd run.
 
 Examples:
   qsd export CHECKPOINT --format onnx-int8 --config configs/digits.yaml
   qsd export CHECKPOINT --format packed --data ImageFolderData --data.root DIR
   qsd export CHECKPOINT --format nir --part stem --config configs/digits.yaml
+  qsd export CHECKPOINT --format integers --out DIR --merged-bits 8 --config configs/digits.yaml
 """
 
 from argparse import RawDescriptionHelpFormatter
@@ -44,14 +45,17 @@ def _command(args: list[str]) -> None:
     options = parse_with_config(_parser, args)
     target = _export(options)
     use = FORMATS[options.format].use.format(path=target)
-    print(f"{target}: {target.stat().st_size / 1e6:.2f} MB; use it with {use}")
+    files = [target] if target.is_file() else [path for path in target.rglob("*") if path.is_file()]
+    print(f"{target}: {sum(path.stat().st_size for path in files) / 1e6:.2f} MB; use it with {use}")
 
 
 def _parser(config: str | Path | None) -> DataParser:
     parser = DataParser(prog="qsd export", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help=".ckpt of a training, or a packed .safetensors file")
     parser.add_argument("--format", choices=tuple(FORMATS), default="onnx-int8", help="format of the file")
-    parser.add_argument("--out", help="file to write; the default is the checkpoint's name with another ending")
+    parser.add_argument(
+        "--out", help="file or folder to write; the default is the checkpoint's name with another ending"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--max-images", type=whole(1), default=200, help="number of validation images to "
                         "measure ranges and energy on")  # fmt: skip
@@ -61,6 +65,12 @@ def _parser(config: str | Path | None) -> DataParser:
     parser.add_argument("--part", default="", help="dotted name of the module that is written (format nir)")
     parser.add_argument("--round-inner", choices=MERGES, default="all", help="chains of convolutions whose "
                         "inner values become integers (format onnx-int8)")  # fmt: skip
+    integers = parser.add_argument_group("formats integers and c")
+    integers.add_argument("--fractional-bits", type=whole(1, 30), help="bits behind the point of running sums; the "
+                          "default is the fewest that keep all counts on up to 64 of the images")  # fmt: skip
+    integers.add_argument("--inner-bits", type=whole(4, 24), default=24, help="most bits of values between the "
+                          "convolutions of a chain that is not merged")  # fmt: skip
+    integers.add_argument("--vectors", type=whole(0), default=4, help="number of images whose spikes are test vectors")
     add_data_arguments(parser, config)
     return parser
 
@@ -91,12 +101,14 @@ def _export(options: Namespace) -> Path:
         return target
     if options.part:
         raise QsdError(f"--part={options.part} is for --format nir; other formats hold whole networks.")
+    trained = trained.double() if form.exact else trained
     spiking = to_spike_driven(trained.eval(), merged_bits=options.merged_bits)
     batches = image_batches(data.whole_part("val"), spiking, options.max_images, "reading validation images")
     images = [batch for batch, _ in batches]
     energy = measure_energy(spiking, images)
     notes = {**image_notes(data), "energy_mj": energy.total_mj, "energy_images": energy.images}
-    form.write(spiking, target, ExportOptions(images, notes, options.round_inner))
+    widths = (options.fractional_bits, options.inner_bits, options.vectors)
+    form.write(spiking, target, ExportOptions(images, notes, options.round_inner, *widths))
     return target
 
 

@@ -20,6 +20,8 @@ from qsd.export.writers import Writers
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.layers import DelayedNeuron, TimedLayer
 
+# Versions of the files: the first ones with integers of 4 bits. Runtimes that know them read the files.
+OPSET, IR_VERSION = 21, 10
 DOMAIN = "qsd"  # Operator domain of the nodes that stand for a whole layer.
 
 
@@ -79,7 +81,22 @@ def trace(spiking: SpikingNetwork, example: Tensor, writers: Writers | None = No
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    _pin_versions(model)
+    return model
+
+
+def _pin_versions(model: Any) -> None:
+    """Set the versions of the format and of ONNX's operations, whatever PyTorch's exporter of today chooses.
+
+    The operations of a converted network mean the same in all versions from 18, where `ReduceMean` got its axes as an
+    input, to 21.
+    """
+    for entry in model.opset_import:
+        if entry.domain == "":
+            assert 18 <= entry.version <= OPSET
+            entry.version = OPSET
+    model.ir_version = IR_VERSION
 
 
 @torch.no_grad()

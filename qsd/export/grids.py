@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
-from qsd.export.integer_weights import IntegerWeights, chain_weights, evaluated_convolutions
+from qsd.integer.weights import IntegerWeights, chain_weights, evaluated_convolutions
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.layers import Convolution, SpikingChain

@@ -7,9 +7,9 @@ import numpy as np
 from qsd.export.graph import LayerCall
 from qsd.export.grids import Grid
 from qsd.export.integer_sums import add_currents
-from qsd.export.integer_weights import IntegerWeights, chain_weights, evaluated_convolutions
 from qsd.export.integers import IntegerGraph, writes
 from qsd.export.requantization import Requantization
+from qsd.integer.weights import IntegerWeights, chain_weights, evaluated_convolutions
 from qsd.spiking.layers import (
     Convolution,
     DelayedNeuron,
@@ -45,12 +45,37 @@ def _half_even_neuron(neuron: HalfEvenNeuron, call: LayerCall, graph: IntegerGra
 
 def _add_neuron(neuron: DelayedNeuron, threshold: np.float32, call: LayerCall, graph: IntegerGraph) -> None:
     name = neuron.name
+    if graph.standard:
+        _add_clip(neuron, _rounded(neuron, threshold, call.inputs[0], graph), call.output, graph)
+        return
     inputs = [
         call.inputs[0],
         graph.constant(f"{name}.threshold", threshold, np.float32),
         graph.constant(f"{name}.zero", 0, np.uint8),
     ]
     _add_clip(neuron, graph.add("QuantizeLinear", inputs, f"{name}.drive"), call.output, graph)
+
+
+def _rounded(neuron: DelayedNeuron, threshold: np.float32, x: str, graph: IntegerGraph) -> str:
+    """Currents over the threshold, rounded to bytes, by operations that all runtimes compute alike.
+
+    OpenVINO decides ties of QuantizeLinear otherwise.
+    """
+    name = neuron.name
+    value = graph.add("Div", [x, graph.constant(f"{name}.threshold", threshold, np.float32)], f"{name}.quotient")
+    if type(neuron) is HalfEvenNeuron:
+        value = graph.add("Round", [value], f"{name}.rounded")
+    else:
+        half = graph.constant(f"{name}.half", 0.5, np.float32)
+        value = graph.add("Floor", [graph.add("Add", [value, half], f"{name}.raised")], f"{name}.rounded")
+    return _add_bytes(value, name, f"{name}.drive", graph)
+
+
+def _add_bytes(value: str, label: str, output: str, graph: IntegerGraph) -> str:
+    """Whole floats as unsigned bytes, cut off at both ends."""
+    ends = [graph.constant(f"{label}.{key}", end, np.float32) for key, end in (("least", 0), ("most", 255))]
+    value = graph.add("Clip", [value, *ends], f"{label}.byte")
+    return graph.add("Cast", [value], output, to=graph.onnx.TensorProto.UINT8)
 
 
 def _add_clip(neuron: DelayedNeuron, drive: str, output: str, graph: IntegerGraph) -> None:
@@ -82,7 +107,7 @@ def _add_float_chain(chain: SpikingChain, x: str, output: str, graph: IntegerGra
     factors = evaluated_convolutions(chain)
     for key, factor in factors.items():
         weights, label = chain_weights(chain, key, graph.spiking), f"{chain.name}.{key}"
-        whole = graph.constant(f"{label}.weight", weights.integers, np.int8)
+        whole = graph.weights(f"{label}.weight", weights.integers)
         unit = graph.constant(f"{label}.unit", weights.scale, np.float32)
         floats = graph.add("DequantizeLinear", [whole, unit], f"{label}.floats", axis=0)
         bias = graph.constant(f"{label}.bias", weights.bias, np.float32)
@@ -144,12 +169,14 @@ def _add_convolution(
 ) -> str:
     """An integer convolution; the grids are those of its input and output, ``None`` for counts."""
     label, (zero_in, zero_out) = f"{chain.name}.{key}", (grid.zero_point if grid else 0 for grid in grids)
+    if graph.standard:
+        return _add_plain_convolution(chain, key, numbers, x, (zero_in, zero_out), output, graph)
     # ONNX multiplies by input scale times weight scale over output scale; the multiplier is that product.
     inputs = [
         x,
         graph.constant(f"{label}.input_scale", 1, np.float32),
         graph.constant(f"{label}.input_zero", zero_in, np.uint8),
-        graph.constant(f"{label}.weight", numbers.weight, np.int8),
+        graph.weights(f"{label}.weight", numbers.weight),
         graph.constant(f"{label}.multiplier", numbers.multiplier, np.float32),
         graph.constant(f"{label}.weight_zero", np.zeros(len(numbers.bias)), np.int8),
         graph.constant(f"{label}.output_scale", 1, np.float32),
@@ -157,6 +184,29 @@ def _add_convolution(
         graph.constant(f"{label}.bias", numbers.bias, np.int32),
     ]
     return graph.add("QLinearConv", inputs, output, **_geometry(evaluated_convolutions(chain)[key]))
+
+
+def _add_plain_convolution(
+    chain: SpikingChain,
+    key: str,
+    numbers: Requantization,
+    x: str,
+    zeros: tuple[int, int],
+    output: str,
+    graph: IntegerGraph,
+) -> str:
+    """The same as QLinearConv in several operations: OpenVINO takes its scales for those of input channels."""
+    label, channels = f"{chain.name}.{key}", (-1, 1, 1)
+    weight = graph.weights(f"{label}.weight", numbers.weight)
+    zero = graph.constant(f"{label}.input_zero", zeros[0], np.uint8)
+    total = graph.add("ConvInteger", [x, weight, zero], f"{label}.map", **_geometry(evaluated_convolutions(chain)[key]))
+    bias = graph.constant(f"{label}.bias", numbers.bias.reshape(channels), np.int32)
+    total = graph.floats(graph.add("Add", [total, bias], f"{label}.sum"), f"{label}.float")
+    multiplier = graph.constant(f"{label}.multiplier", numbers.multiplier.reshape(channels), np.float32)
+    values = graph.add("Mul", [total, multiplier], f"{label}.scaled")
+    level = graph.constant(f"{label}.output_zero", zeros[1], np.float32)
+    levels = graph.add("Add", [graph.add("Round", [values], f"{label}.rounded"), level], f"{label}.levels")
+    return _add_bytes(levels, label, output, graph)
 
 
 def _geometry(factor: Convolution) -> dict[str, Any]:
@@ -189,7 +239,7 @@ def _pooled_dense(layer: SpikingPooledDense, call: LayerCall, graph: IntegerGrap
 def _add_dense(layer: SpikingDense, x: str, counts: bool, output: str, graph: IntegerGraph) -> None:
     """A fully connected layer on counts or on floats, from weights of 8 bits."""
     name, weights = layer.name, IntegerWeights.of(layer, f"{layer.name}.weight", layer.name, graph.spiking)
-    whole = graph.constant(f"{name}.weight", weights.integers.T, np.int8)
+    whole = graph.weights(f"{name}.weight", weights.integers.T)
     unit = graph.constant(f"{name}.unit", weights.scale, np.float32)
     if counts:
         total = graph.floats(graph.add("MatMulInteger", [x, whole], f"{name}.sum"), f"{name}.float")

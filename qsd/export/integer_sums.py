@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qsd.export.integer_weights import IntegerWeights
 from qsd.export.integers import RUNTIME_DOMAIN, IntegerGraph
+from qsd.integer.weights import IntegerWeights
 
 
 def add_currents(
@@ -36,7 +36,7 @@ def add_currents(
     unit = graph.constant(f"{label}.unit", weights.scale.reshape(-1), np.float32)
     bias = graph.constant(f"{label}.bias", weights.bias.reshape(-1), np.float32)
     if geometry["group"] > 1 or not _is_square(geometry):
-        whole = graph.constant(f"{label}.weight", weights.integers, np.int8)
+        whole = graph.weights(f"{label}.weight", weights.integers)
         total = graph.add("ConvInteger", [x, whole, zero], f"{label}.map", **geometry)
         total = graph.add("Transpose", [total], f"{label}.sum", perm=[0, 2, 3, 1])
     else:
@@ -46,12 +46,19 @@ def add_currents(
             around = graph.constant(f"{label}.pads", [0, top, left, 0, 0, bottom, right, 0], np.int64)
             x = graph.add("Pad", [x, around, zero], f"{label}.padded")
         if geometry["kernel_shape"] == geometry["strides"] == [1, 1]:
-            matrix = graph.constant(f"{label}.weight", weights.integers[:, :, 0, 0].T, np.int8)
+            matrix = graph.weights(f"{label}.weight", weights.integers[:, :, 0, 0].T)
+            if graph.standard:
+                total = graph.add("MatMulInteger", [x, matrix, zero], f"{label}.sum")
+                return _add_scale(graph, label, total, unit, bias)
             one = graph.constant(f"{label}.input_scale", 1, np.float32)
             inputs = [x, matrix, one, unit, zero, "", bias]
             return graph.add("MatMulIntegerToFloat", inputs, f"{label}.current", domain=RUNTIME_DOMAIN)
         total = _add_sums(graph, label, weights.integers, x, zero, width, geometry)
-    # DequantizeLinear would do the same, on one thread.
+    return _add_scale(graph, label, total, unit, bias)
+
+
+def _add_scale(graph: IntegerGraph, label: str, total: str, unit: str, bias: str) -> str:
+    """Currents of integer sums. DequantizeLinear would do the same, on one thread."""
     values = graph.add("Mul", [graph.floats(total, f"{label}.float"), unit], f"{label}.scaled")
     return graph.add("Add", [values, bias], f"{label}.current")
 
@@ -74,14 +81,14 @@ def _add_sums(
     x = graph.add("Reshape", [x, graph.constant(f"{label}.flat", [0, 0, 0, -1], np.int64)], f"{label}.rows")
     if stride == 1:
         matrix = weight.transpose(3, 1, 2, 0).reshape(-1, side * outputs)
-        whole = graph.constant(f"{label}.weight", matrix, np.int8)
+        whole = graph.weights(f"{label}.weight", matrix)
         product = graph.add("MatMulInteger", [x, whole, zero], f"{label}.product")
         parts = [_add_rows(graph, f"{label}.part{i}", product, i, side, 1, outputs) for i in range(side)]
     else:  # Rows that the stride skips need no product.
         parts = []
         for i in range(side):
             matrix = weight[:, :, i].transpose(2, 1, 0).reshape(-1, outputs)
-            whole = graph.constant(f"{label}.weight{i}", matrix, np.int8)
+            whole = graph.weights(f"{label}.weight{i}", matrix)
             rows = _add_rows(graph, f"{label}.rows{i}", x, i, side, stride)
             parts.append(graph.add("MatMulInteger", [rows, whole, zero], f"{label}.part{i}"))
     total = parts[0]

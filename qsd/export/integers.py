@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qsd.export.four_bits import FourBits
 from qsd.export.graph import DOMAIN, LayerCall, layer_call, layers_by_name
 from qsd.export.grids import Grid
 from qsd.export.writers import Writers
@@ -27,11 +28,13 @@ class IntegerGraph:
         spiking: The network.
         model: ONNX model, whose graph is changed.
         grids: Grids of inner activations, see `qsd.export.grids.calibrate`.
+        standard: Whether to leave out operations of ONNX Runtime itself, so that other runtimes read the file.
     """
 
     spiking: SpikingNetwork
     model: Any
     grids: dict[str, Grid]
+    standard: bool = False
     _nodes: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -67,7 +70,8 @@ class IntegerGraph:
         imports = [entry for entry in self.model.opset_import if entry.domain != DOMAIN]
         del self.model.opset_import[:]
         self.model.opset_import.extend(imports)
-        self.model.opset_import.append(self.onnx.helper.make_opsetid(RUNTIME_DOMAIN, 1))
+        if any(node.domain == RUNTIME_DOMAIN for node in self._nodes):
+            self.model.opset_import.append(self.onnx.helper.make_opsetid(RUNTIME_DOMAIN, 1))
 
     # -- facts for writers --------------------------------------------------------------------------------------------
 
@@ -130,6 +134,30 @@ class IntegerGraph:
         tensor = self.onnx.numpy_helper.from_array(np.asarray(values, dtype), name)
         self.model.graph.initializer.append(tensor)
         return name
+
+    def weights(self, name: str, values: Any) -> str:
+        """Add weights of at most 8 bits, which take 4 bits each in the file where that is possible.
+
+        Args:
+            name: Name of the weights.
+            values: Integers; powers of two by row, column, ... may be factors of them.
+
+        Returns:
+            The name of the weights as signed bytes. Runtimes compute them once, when they load the file.
+        """
+        small = FourBits.of(np.asarray(values, np.int64))
+        if small is None:
+            return self.constant(name, values, np.int8)
+        types = self.onnx.TensorProto
+        tensor = types(name=f"{name}.int4", data_type=types.INT4, dims=small.integers.shape, raw_data=small.packed())
+        self.model.graph.initializer.append(tensor)
+        value = tensor.name
+        if small.factors:
+            value = self.add("Cast", [value], f"{name}.wide", to=types.INT32)
+        for number, factor in enumerate(small.factors):
+            inputs = [value, self.constant(f"{name}.factor{number}", factor, np.int32)]
+            value = self.add("Mul", inputs, f"{name}.scaled{number}")
+        return self.add("Cast", [value], name, to=types.INT8)
 
     def floats(self, value: str, output: str) -> str:
         """Add a conversion to floats.

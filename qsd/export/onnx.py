@@ -37,6 +37,7 @@ def to_onnx(
     images: Images | None = None,
     notes: Mapping[str, Any] | None = None,
     round_inner: Merge = "all",
+    standard: bool = False,
 ) -> None:
     """Write a converted network as an ONNX file, for any runtime: its count domain, in one pass.
 
@@ -54,6 +55,8 @@ def to_onnx(
         notes: Further facts to keep, as JSON: names of classes, normalisation.
         round_inner: Chains whose inner values become integers: ``"all"``, ``"none"``, ``"rep"`` (RepConv) or ``"sep"``
             (SepConv); True and False stand for all and none.
+        standard: Whether an integer file has operations of the ONNX standard alone, which OpenVINO runs too. Else it
+            has one of ONNX Runtime itself, which is faster there.
 
     Raises:
         QsdError: If packages are missing, a delay is below T - 1, weights are floats where integers are asked for, a
@@ -68,7 +71,7 @@ def to_onnx(
     example = spiking.example if images is None else next(image_batches(images, spiking, max_images=1))[0]
     model = trace(spiking, example, writes if integer else None)
     if integer:
-        IntegerGraph(spiking, model, grids).write_out()
+        IntegerGraph(spiking, model, grids, standard).write_out()
     model.producer_name, model.producer_version = "qsd", __version__
     kind = "integer" if integer else "float"
     for key, value in write_note(kind, spiking.time_steps, example.shape[1:], grids, facts).items():

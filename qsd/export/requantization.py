@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qsd.export.integer_weights import IntegerWeights, times_channels
+from qsd.integer.weights import IntegerWeights, times_channels
 
 Array = NDArray[np.float64]
 

@@ -8,9 +8,10 @@ import torch
 
 import qsd
 from qsd.export import to_onnx
+from qsd.export.four_bits import FourBits
 from qsd.export.grids import calibrate
-from qsd.export.integer_weights import IntegerWeights
 from qsd.export.requantization import Requantization
+from qsd.integer.weights import IntegerWeights
 from tests.helpers import sample
 from tests.helpers.exporting import CSD, ESF, QSD, run_onnx, spiking_network
 
@@ -26,7 +27,7 @@ def operations(path):
 EXACT = [
     (CSD, {}, {}),  # No chains, so that nothing is rounded.
     (QSD, {}, {"round_inner": "none"}),
-    ((ESF[0], {**ESF[1], "rounding": "half_even"}), {}, {}),  # No chains, and many ties.
+    ((ESF[0], {**ESF[1], "rounding": "half_even"}), {}, {"standard": True}),  # No chains, and many ties.
     (QSD, {"merged_bits": 8}, {}),  # No inner values.
     (ESF, {}, {}),
 ]
@@ -43,11 +44,14 @@ def test_without_inner_rounding_an_integer_file_has_the_same_counts(network, con
         np.testing.assert_array_equal(counts[name], count.numpy(), err_msg=name)
     torch.testing.assert_close(torch.from_numpy(logits), spiking(images), rtol=1e-4, atol=1e-5)
     assert operations(tmp_path / "int.onnx").count("Conv") <= 1 + 2 * 16  # The stem, and unrounded chains.
+    domains = {node.domain for node in onnx.load(tmp_path / "int.onnx").graph.node}
+    assert domains == ({""} if export.get("standard") else {"", "com.microsoft"})
 
 
 def test_inner_rounding_is_at_most_half_a_level(tmp_path):
     spiking, images = spiking_network(*QSD)
     to_onnx(spiking, tmp_path / "int.onnx", True, images)
+    check_versions_and_widths(tmp_path / "int.onnx")
     assert operations(tmp_path / "int.onnx").count("Conv") == 1  # The stem, on the image.
     assert operations(tmp_path / "int.onnx").count("QLinearConv") > 10
     name = "stem.blocks.0.sep_conv.reduce"  # The first chain, whose input is exact.
@@ -88,6 +92,34 @@ def test_the_float_file_takes_any_number_of_images_and_gives_the_same_logits(tmp
     header = json.loads(session.get_modelmeta().custom_metadata_map["qsd"])
     assert header["notes"] == {"class_names": ["a"]}
     assert header["image"] == [3, 32, 32]
+
+
+def check_versions_and_widths(path):
+    """The versions are those that the documentation names, and all large weights of 4 bits take 4 bits."""
+    model = onnx.load(path)
+    assert (model.ir_version, {entry.domain: entry.version for entry in model.opset_import}[""]) == (10, 21)
+    types, weights = onnx.TensorProto, model.graph.initializer
+    assert len([tensor for tensor in weights if tensor.data_type == types.INT4]) > 20
+    wide = [tensor for tensor in weights if tensor.data_type == types.INT8 and np.prod(tensor.dims) >= 64]
+    assert all(tensor.name.endswith(".weight_zero") for tensor in wide)
+
+
+def test_four_bits_and_powers_of_two_are_the_weights():
+    generator = np.random.default_rng(0)
+    base = generator.integers(-8, 8, (12, 9, 3))
+    rows, columns = 2 ** generator.integers(0, 4, (12, 1, 1)), 2 ** generator.integers(0, 3, (1, 9, 1))
+    signs = np.where(np.arange(12) % 3 == 0, -1, 1)[:, None, None]  # -8 turned around needs a factor.
+    small = FourBits.of(base * rows * columns * signs)
+    assert small is not None
+    product = small.integers
+    for factor in small.factors:
+        assert (np.abs(factor) & (np.abs(factor) - 1) == 0).all()
+        product = product * factor
+    np.testing.assert_array_equal(product, base * rows * columns * signs)
+    tensor = onnx.TensorProto(data_type=onnx.TensorProto.INT4, dims=base.shape, raw_data=small.packed())
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor).astype(int), small.integers)
+    assert len(small.packed()) == base.size // 2
+    assert FourBits.of(np.arange(-20, 20).reshape(8, 5).repeat(2, 0)) is None
 
 
 @pytest.mark.parametrize("time_steps", [1, 3, 4, 8])

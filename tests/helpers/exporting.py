@@ -15,10 +15,11 @@ ESF_SIZES = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 4, "strides"
 ESF = ("e_spikeformer_tiny", ESF_SIZES)
 
 
-def spiking_network(name, sizes, part=None, **options):
+def spiking_network(name, sizes, part=None, double=False, **options):
     """With statistics, biases and layer scales that make every layer matter."""
     model, images = copy.deepcopy(_trained(name, tuple(sizes.items())))
     model = model if part is None else model.get_submodule(part)
+    model = model.double() if double else model
     return qsd.to_spike_driven(model, **options), images
 
 

@@ -1,4 +1,4 @@
-"""The integers of a converted layer's weights (ours)."""
+"""The integers of a converted layer's weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +13,50 @@ from qsd.spiking.layers import Convolution, SpikingChain
 
 # x86 processors without VNNI add two products of 8 bits in 16 bits, and saturate.
 PAIR_LIMIT = 32767
+
+
+@dataclass(frozen=True)
+class TrainedIntegers:
+    """Weights of a layer as the integers of the training (or of the merging), times a scale by output channel.
+
+    Attributes:
+        integers: ``[C_out, ...]``.
+        scale: Value of one unit of the integers, with the sign of the norm behind the layer; 0 for a channel that a
+            norm silences. float64 ``[C_out]``.
+        bias: float64 ``[C_out]``.
+        bits: Width of the integers.
+        framed: Whether one pixel of the bias is put around the output.
+    """
+
+    integers: NDArray[np.int64]
+    scale: NDArray[np.float64]
+    bias: NDArray[np.float64]
+    bits: int
+    framed: bool
+
+    @classmethod
+    def of(cls, layer: Any, key: str, name: str, spiking: SpikingNetwork) -> "TrainedIntegers":
+        """Recover the integers from a layer's weights, see `IntegerWeights.of`.
+
+        Raises:
+            QsdError: For float weights, and for a frame that is not the bias.
+        """
+        if getattr(layer, "scale", None) is not None:
+            assert spiking.merged_bits is not None
+            integers, bits = layer.integers(), spiking.merged_bits
+        elif key in spiking.trained.bits:
+            integers, bits = spiking.trained.tensors[key], spiking.trained.bits[key]
+        else:
+            raise QsdError(
+                f"layer {name} has float weights: an integer file needs weights of 2 to 8 bits; train with "
+                "weight_bits, or write floats (integer=False)."
+            )
+        whole = integers.cpu().numpy().astype(np.int64)
+        folded, bias = layer.weight.cpu().double().numpy(), layer.bias.cpu().double().numpy()
+        frame = getattr(layer, "frame", None)
+        if frame is not None and not (layer.weight.shape[-1] == 1 and np.allclose(frame.cpu().double().numpy(), bias)):
+            raise QsdError(f"the frame of layer {name} is not its response to zeros; write floats (integer=False).")
+        return cls(whole, _scale_between(whole.astype(np.float64), folded), bias, bits, frame is not None)
 
 
 @dataclass
@@ -44,26 +88,12 @@ class IntegerWeights:
         Raises:
             QsdError: For float weights, and for a frame that is not the bias.
         """
-        if getattr(layer, "scale", None) is not None:
-            integers = layer.integers()
-        elif key in spiking.trained.bits:
-            integers = spiking.trained.tensors[key]
-        else:
-            raise QsdError(
-                f"layer {name} has float weights: an integer file needs weights of 2 to 8 bits; train with "
-                "weight_bits, or write floats (integer=False)."
-            )
-        trained = integers.cpu().double().numpy()
-        folded, bias = layer.weight.cpu().double().numpy(), layer.bias.cpu().double().numpy()
-        scale = _scale_between(trained, folded)
+        trained = TrainedIntegers.of(layer, key, name, spiking)
         # A batch norm of negative gain turns a channel around. The integers take the sign, so that scales are
         # positive; a channel of gain 0 gets zeros and any scale.
-        whole = times_channels(np.sign(scale), trained)
-        scale = np.where(scale == 0, 1.0, np.abs(scale))
-        frame = getattr(layer, "frame", None)
-        if frame is not None and not (layer.weight.shape[-1] == 1 and np.allclose(frame.cpu().double().numpy(), bias)):
-            raise QsdError(f"the frame of layer {name} is not its response to zeros; write floats (integer=False).")
-        return cls(whole, scale, bias, 0 if frame is None else 1)
+        whole = times_channels(np.sign(trained.scale), trained.integers.astype(np.float64))
+        scale = np.where(trained.scale == 0, 1.0, np.abs(trained.scale))
+        return cls(whole, scale, trained.bias, 1 if trained.framed else 0)
 
     def finer(self, largest_input: int) -> NDArray[Any]:
         """Powers of two ``[C_out]`` by which a channel's integers can grow, which gives its bias a finer grid.
@@ -137,7 +167,17 @@ def chain_weights(chain: SpikingChain, key: str, spiking: SpikingNetwork) -> Int
     Raises:
         QsdError: See `IntegerWeights.of`.
     """
-    weight = f"{chain.name}.{key}.weight"
-    if weight not in spiking.trained.tensors:  # A convolution by itself has the name of its chain.
-        weight = f"{chain.name}.weight"
-    return IntegerWeights.of(evaluated_convolutions(chain)[key], weight, chain.name, spiking)
+    return IntegerWeights.of(evaluated_convolutions(chain)[key], weight_name(chain, key, spiking), chain.name, spiking)
+
+
+def weight_name(chain: SpikingChain, key: str, spiking: SpikingNetwork) -> str:
+    """The name in the trained model of the weights of one convolution of a chain.
+
+    Args:
+        chain: A chain of the network.
+        key: Name of the convolution, as `evaluated_convolutions` gives it.
+        spiking: The network.
+    """
+    name = f"{chain.name}.{key}.weight"
+    # A convolution by itself has the name of its chain.
+    return name if name in spiking.trained.tensors else f"{chain.name}.weight"
