@@ -25,7 +25,10 @@ from qsd.spiking.counts import count_spikes
 IMAGE = "image"
 _TRIED_BITS = (8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28)
 _TRIAL_BITS = 16
-_SEARCHED_IMAGES = 64
+# Images on which bits are searched: so many of 64 x 64 pixels or less, fewer of larger ones.
+_SEARCHED_IMAGES, _SEARCHED_PIXELS = 64, 64**3
+# A search ends when so many further trials have changed nothing.
+_PATIENCE = 2
 
 
 @torch.no_grad()
@@ -70,6 +73,7 @@ def to_integer(
     exact = copy.deepcopy(spiking).cpu().double()
     batches = [batch for batch, _ in image_batches(images, exact, _SEARCHED_IMAGES)]
     examples = torch.cat([batch for batch in batches if batch.shape[1:] == batches[0].shape[1:]])
+    examples = examples[: max(1, _SEARCHED_PIXELS // examples.shape[2:].numel())]
     grid = PixelGrid.of_events(examples) if events else PixelGrid.of(examples, mean, std)
     flow, pixels = trace(exact, examples[:1]), grid.pixels(examples)
     if fractional_bits is not None:
@@ -108,7 +112,9 @@ def _searched(exact: SpikingNetwork, flow: Flow, grid: PixelGrid, inner_bits: in
         search[bits] = _changed(network, pixels, expected)
         if best is None or search[bits] < min(search[tried] for tried in search if tried != bits):
             best = network
-        if not search[bits]:
+        last = [*search.values()][-1 - _PATIENCE :]
+        stuck = len(last) > _PATIENCE and len({*last}) == 1 and last[0] < len(pixels)
+        if not search[bits] or stuck:
             break
     assert best is not None
     best.search = search
