@@ -23,8 +23,8 @@ from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.counts import count_spikes
 
 IMAGE = "image"
-_TRIED_BITS = (8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28)
-_TRIAL_BITS = 16
+_TRIED_BITS = (8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+_TRIAL_BITS = 20
 # Images on which bits are searched: so many of 64 x 64 pixels or less, fewer of larger ones.
 _SEARCHED_IMAGES, _SEARCHED_PIXELS = 64, 64**3
 # A search ends when so many further trials have changed nothing.
@@ -53,7 +53,7 @@ def to_integer(
         images: Normalised images ``[B, C, H, W]``, or a data loader. They set the size of images, and on up to 64 of
             them the fractional bits are searched.
         fractional_bits: Bits behind the point of running sums, in thresholds; a channel whose range leaves room for
-            fewer in 32 bits has fewer. ``None`` for the fewest (8 to 28) with which all counts on the images are those
+            fewer in 32 bits has fewer. ``None`` for the fewest (8 to 30) with which all counts on the images are those
             of the network in float64, or as many as possible are.
         inner_bits: Largest width of the values between the convolutions of a chain that is not merged, 4 to 24. They
             are narrower where the sums behind them would else need more than 32 bits.
@@ -142,8 +142,8 @@ def _build(exact: SpikingNetwork, flow: Flow, grid: PixelGrid, fractional_bits: 
     scale_of = partial(first_scale, spiking=exact, image_unit=image_unit)
     streams = Streams.of(flow, _TRIAL_BITS, scale_of)
     signals = _convert(flow, grid, Builder(exact, streams, inner_bits, trial=True))
-    room = streams.room(flow, signals, _TRIAL_BITS)
-    builder = Builder(exact, Streams.of(flow, fractional_bits, scale_of, room), inner_bits)
+    least = streams.least(flow, signals)
+    builder = Builder(exact, Streams.of(flow, fractional_bits, scale_of, least), inner_bits)
     output = _convert(flow, grid, builder)[flow.output]
     if output.content != "currents" or np.ptp(output.unit) or output.offset.any():
         raise QsdError(
