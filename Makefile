@@ -1,14 +1,18 @@
-# Commands for a fresh machine with Python >= 3.10: `make demo`, `make demo-detection`, `make demo-segmentation` and
-# `make test`. All reuse what is there.
+# Commands for a fresh machine with Python >= 3.10: `make demo`, `make demo-events`, `make demo-detection`,
+# `make demo-segmentation` and `make test`. All reuse what is there.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-detection demo-segmentation test check test-long test-cuda docs lint clean
+.PHONY: demo demo-events demo-detection demo-segmentation test check test-long test-cuda docs lint clean
 
 # Train configs/digits.yaml, test it, print a table.
 demo: $(VENV)/.installed
 	$(BIN)/qsd demo
+
+# Train configs/digit_events.yaml, on digits that move in front of a simulated event camera.
+demo-events: $(VENV)/.installed
+	$(BIN)/qsd demo events
 
 # Train configs/digits_det.py or configs/digits_seg.py on scenes of digits, test it, draw predictions, print a table.
 demo-detection demo-segmentation: demo-%: $(VENV)/.installed-mm
@@ -54,7 +58,7 @@ $(VENV)/.installed-mm: pyproject.toml | $(BIN)/python
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[dev,export,mm]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,export,events,mm]'
 	touch $@ $(VENV)/.installed $(VENV)/.installed-mm
 
 # Remove the environment and caches, not the runs.

@@ -16,6 +16,26 @@ _Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1,
 _Side = Annotated[int, Field(ge=1, le=2**14)]
 
 
+class RecordingNotes(Schema):
+    """Facts about the recordings of an event camera, which tell how their events become frames.
+
+    Attributes:
+        frames: Number of frames.
+        bin_ms: Length of a bin in milliseconds; ``None`` for equal parts of each recording.
+        sensor: Height and width of the sensor; ``None`` for those of each recording.
+        layout: Layout of files whose ending does not tell it.
+        time_unit: Unit of the times in structured arrays.
+        denoise_ms: Time within which an event needs another one beside it; ``None`` for any.
+    """
+
+    frames: Annotated[int, Field(ge=1, le=1024)]
+    bin_ms: Annotated[float, Field(gt=0)] | None = None
+    sensor: Annotated[list[_Side], Field(min_length=2, max_length=2)] | None = None
+    layout: Literal["auto", "dvs128", "ibm", "gesture"] = "auto"
+    time_unit: Literal["us", "ms", "s", "ns"] = "us"
+    denoise_ms: Annotated[float, Field(gt=0)] | None = None
+
+
 class ImageNotes(Schema):
     """Facts about images; a file may hold further ones, which are not checked.
 
@@ -28,6 +48,7 @@ class ImageNotes(Schema):
         interpolation: Name of the interpolation for resizing.
         exif_orientation: Whether images are turned as their EXIF orientation asks.
         energy_mj: Energy per image in mJ by convention, measured at the export.
+        recordings: Facts about recordings; ``None`` for images.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -40,6 +61,7 @@ class ImageNotes(Schema):
     interpolation: Interpolation = "bilinear"
     exif_orientation: Literal["upright", "ignore"] = "upright"
     energy_mj: dict[str, float | None] = Field(default_factory=dict)
+    recordings: RecordingNotes | None = None
 
 
 def read_image_notes(notes: Mapping[str, Any], path: str | Path) -> ImageNotes:

@@ -217,7 +217,7 @@ class InformationMeter:
         def hook(neuron: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
             with torch.no_grad():
                 if isinstance(neuron, SpikeNeuron):
-                    meter.update(neuron.drive(*inputs) / neuron.time_steps, neuron.counts(*inputs))
+                    meter.update(neuron.potential(*inputs) / neuron.time_steps, neuron.counts(*inputs))
                 else:
                     meter.update(inputs[0], None)
 

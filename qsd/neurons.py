@@ -20,7 +20,7 @@ from qsd import functional, lean
 from qsd.collapse import expect_steps, watch_step
 from qsd.errors import QsdError
 from qsd.functional import CountRule, fixed_drive, scale_gradient, spike_count
-from qsd.rounding import tie_slack
+from qsd.recurrence import FrameMemory, frame_slack, membrane_potentials
 
 # The name of a kind of neuron, see `register_neuron`.
 NeuronKind = str
@@ -42,6 +42,12 @@ class SpikeNeuron(nn.Module):
     It has no state and needs no reset call: a sample's spikes depend on nothing but its own input. For the backward
     pass it keeps half a byte per element, see `qsd.lean`; `qsd.set_lean` switches that off.
 
+    With a `memory` it gets all frames of its recordings in one call, ``[F * B, ...]``, and the remainder of a frame
+    lives on in the next one (`qsd.recurrence`). The remainder of the last frame is dropped before the call returns.
+
+    Attributes:
+        memory: Number of frames and decay of the remainder; ``None`` for a neuron of images.
+
     Args:
         time_steps: T, the most spikes per window, 1 to 255. T = 1 is a binary neuron.
         threshold: Accumulated input for each spike, in units of the input; ``None`` means ``1 / T``.
@@ -58,6 +64,7 @@ class SpikeNeuron(nn.Module):
     """
 
     lean = True
+    memory: FrameMemory | None = None
 
     def __init__(
         self,
@@ -94,19 +101,36 @@ class SpikeNeuron(nn.Module):
         """Input in units of the threshold, see `qsd.functional.fixed_drive`."""
         return fixed_drive(x, self.time_steps, self._threshold)
 
+    def potential(self, x: Tensor, *scale: Any) -> Tensor:
+        """Membrane potential before the spikes, in units of the threshold: the drive, plus what earlier frames left.
+
+        Args:
+            x: Accumulated input ``[B, ...]``, or of all frames ``[F * B, ...]``.
+            scale: Value of a unit of the input, for neurons that take one.
+        """
+        drive = self.drive(x, *scale)
+        if self.memory is None:
+            return drive
+        return membrane_potentials(drive, self.time_steps, self.memory, self.rule, self._slack(x))
+
+    def _slack(self, x: Tensor) -> float:
+        return frame_slack(x, self.time_steps, self._threshold, self.memory)
+
     def counts(self, x: Tensor) -> Tensor:
         """Spike counts ``0..T`` for the accumulated input ``x``, in its shape and dtype."""
-        slack = tie_slack(x, self.time_steps, self._threshold)
-        return spike_count(self.drive(x), self.time_steps, self.rule, slack)
+        return spike_count(self.potential(x), self.time_steps, self.rule, self._slack(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
+        if self.memory is not None:
+            return self.counts(x) * self.amplitude
         spikes = lean.fixed_spikes if self.lean else functional.fixed_spikes
         amplitude = self.threshold if self._amplitude is None else self._amplitude
         return spikes(x, self.time_steps, self._threshold, amplitude, self.rule)
 
     def extra_repr(self) -> str:
         options = ", rounding='half_even'" if self.rule.half_even else ""
+        options += "" if self.memory is None else f", frames={self.memory.frames}, decay={self.memory.decay:g}"
         return f"time_steps={self.time_steps}, threshold={self.threshold:g}, amplitude={self.amplitude:g}{options}"
 
 
@@ -185,6 +209,10 @@ class LearnedStepNeuron(SpikeNeuron):
         return self._spikes(x, scale, None)
 
     def _spikes(self, x: Tensor, scale: Factor | None, amplitude: Tensor | None) -> Tensor:
+        if self.memory is not None:
+            slack = frame_slack(x, self.time_steps, None, self.memory)
+            counts = spike_count(self.potential(x, scale), self.time_steps, self.rule, slack)
+            return counts if amplitude is None else counts * amplitude
         spikes = lean.learned_spikes if self.lean else functional.learned_spikes
         return spikes(x, self._scaled_threshold(x, scale), amplitude, self.time_steps)
 
@@ -196,7 +224,8 @@ class LearnedStepNeuron(SpikeNeuron):
         return self._spikes(x, scale, self.step_size(x.shape[1:].numel()))
 
     def extra_repr(self) -> str:
-        return f"time_steps={self.time_steps}, amplitude={'step' if self._amplitude is None else self._amplitude}"
+        options = "" if self.memory is None else f", frames={self.memory.frames}, decay={self.memory.decay:g}"
+        return f"time_steps={self.time_steps}, amplitude={self._amplitude or 'step'}{options}"
 
 
 class LsqNeuron(LearnedStepNeuron):

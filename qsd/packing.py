@@ -139,7 +139,7 @@ def image_notes(data: Any) -> dict[str, Any]:
     Args:
         data: A data module, such as `qsd.data.ImageData`; facts that it does not have are left out.
     """
-    keys = ("class_names", "mean", "std", "img_size", "crop_pct", "interpolation")
+    keys = ("class_names", "mean", "std", "img_size", "crop_pct", "interpolation", "recordings")
     facts = {key: getattr(data, key, None) for key in keys}
     if getattr(data, "exif_orientation", "upright") != "upright":
         facts["exif_orientation"] = data.exif_orientation

@@ -9,10 +9,12 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from qsd.cli import QsdCLI
 from qsd.neurons import LsqNeuron, SpikeNeuron
 from qsd.quantizers import StepSizeQuantizer
+from qsd.tasks.inputs import sizes_from_data
 from tests.helpers import CONFIGS
 
 BASES = (
     "imagenet", "cifar10", "cifar100", "digits", "digit_crops", "imagenet_e_spikeformer", "digits_e_spikeformer",
+    "digit_events", "n_mnist", "cifar10_dvs", "dvs128_gesture",
     "fashion_mnist",
 )  # fmt: skip
 CSDFORMER = sorted(CONFIGS.glob("csdformer_*.yaml"))
@@ -22,6 +24,7 @@ CSDFORMER = sorted(CONFIGS.glob("csdformer_*.yaml"))
 LARGE = ["imagenet_e_spikeformer", "imagenet_e_spikeformer_83m"]
 OVERLAYS = {
     "cifar_e_spikeformer": ["cifar100", "cifar_finetune"],
+    "cifar10_dvs_transfer": ["cifar10_dvs"],
     "imagenet_e_spikeformer_5m": LARGE[:1],
     "imagenet_e_spikeformer_10m": LARGE[:1],
     "imagenet_e_spikeformer_83m": LARGE[:1],
@@ -68,7 +71,8 @@ def test_config_is_parsed_and_instantiated(path, tmp_path, monkeypatch):
     cli = instantiate(layers_of(path))
     hparams = cli.model.hparams
     with torch.device("meta"):
-        model = timm.create_model(hparams["model"], num_classes=10, **hparams["model_args"])
+        arguments = sizes_from_data(hparams["model_args"], cli.datamodule)
+        model = timm.create_model(hparams["model"], num_classes=10, **arguments)
     bits = {m.bits for m in model.modules() if isinstance(m, StepSizeQuantizer)}
     if path in CSDFORMER:
         assert bits == ({4} if "fashion_mnist" in path.stem else set()), "the paper's weights are floats"

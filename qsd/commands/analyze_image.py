@@ -10,7 +10,7 @@ from torch import Tensor
 from qsd import program, to_spike_driven
 from qsd.commands import openmmlab
 from qsd.commands.data import data_from_arguments
-from qsd.commands.predictor import Predictor
+from qsd.commands.predictor import Predictor, read_recording
 from qsd.data import BadImage, load_image
 from qsd.data.transforms import eval_transform
 from qsd.errors import QsdError
@@ -63,6 +63,9 @@ def _load(path: str, options: Namespace) -> tuple[SpikingNetwork, Tensor, str]:
     notes = json.loads(json.dumps(image_notes(data)))  # As a packed file would hold them.
     facts = read_image_notes(notes, path)
     trained, name = load_trained(path)
+    if facts.recordings is not None:
+        frames = read_recording(options.image, facts.recordings, facts.img_size)
+        return to_spike_driven(trained.to(options.device)), frames.to(options.device), name
     found = load_image(options.image, getattr(data, "exif_orientation", "upright"))
     if isinstance(found, BadImage):
         raise QsdError(f"image {options.image} cannot be read: {found.reason}")

@@ -1,22 +1,72 @@
 """An exported classifier as a function of images, whatever the format of its file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qsd import load_packed, measure_energy, to_spike_driven
 from qsd.data import BadImage, load_image
+from qsd.data.events.frames import Binning, to_tensor
+from qsd.data.events.recordings import read_frames
 from qsd.data.transforms import eval_transform
 from qsd.errors import QsdError
 from qsd.export import read_note
-from qsd.image_notes import read_image_notes
+from qsd.image_notes import RecordingNotes, read_image_notes
 from qsd.packing import read_notes
 from qsd.program import one_line
 from qsd.reading import read_onnx, regular_file
 from qsd.spiking import SpikingNetwork
+
+
+def read_recording(path: str, facts: RecordingNotes, size: Sequence[int]) -> Tensor:
+    """Read a recording of an event camera, and count its events.
+
+    Args:
+        path: The file.
+        facts: How events become frames.
+        size: Height and width of the frames.
+
+    Returns:
+        Frames ``[1, F, 2, H, W]``.
+
+    Raises:
+        QsdError: If the file cannot be read.
+    """
+    regular_file(path, "recording")
+    (height, width), sensor = size, facts.sensor
+    binning = Binning(facts.frames, (height, width), None if sensor is None else (sensor[0], sensor[1]), facts.bin_ms)
+    counts = read_frames(path, binning, facts.layout, facts.time_unit, facts.denoise_ms)
+    if isinstance(counts, BadImage):
+        raise QsdError(f"recording {path} cannot be read: {counts.reason}")
+    return to_tensor(counts).unsqueeze(0)
+
+
+def run_session(session: Any, images: Any) -> Any:
+    """Logits of an ONNX file; the frames of recordings run one after another, and their logits are averaged.
+
+    Args:
+        session: Session of ONNX Runtime.
+        images: Images ``[B, C, H, W]``, or recordings ``[B, F, C, H, W]``, float32.
+
+    Returns:
+        Logits ``[B, classes]``, float32.
+    """
+    inputs = {entry.name: entry.shape for entry in session.get_inputs()}
+    if images.ndim == len(inputs["images"]):
+        return session.run(["logits"], {"images": images})[0]
+    states = {
+        name: np.zeros((len(images), *shape[1:]), np.float32) for name, shape in inputs.items() if name != "images"
+    }
+    following = [f"next.{name.removeprefix('state.')}" for name in states]
+    total: Any = 0.0
+    for frame in np.moveaxis(images, 1, 0):
+        logits, *left = session.run(["logits", *following], {"images": np.ascontiguousarray(frame), **states})
+        states, total = dict(zip(states, left)), total + logits
+    return total / images.shape[1]
 
 
 class Predictor:
@@ -50,8 +100,8 @@ class Predictor:
         self._noted_energy = facts.energy_mj.get("integer")
         self.class_names, self._exif_orientation = facts.class_names, facts.exif_orientation
         self.logits = self._checked(self.logits, path)
-        self._grey = len(facts.mean) == 1
-        height, width = facts.img_size
+        self._grey, self._recordings = len(facts.mean) == 1, facts.recordings
+        height, width = self._size = facts.img_size
         self._transform = eval_transform(
             (height, width), facts.interpolation, facts.crop_pct, mean=tuple(facts.mean), std=tuple(facts.std)
         )
@@ -98,7 +148,7 @@ class Predictor:
 
         def run(images: Tensor) -> Tensor:
             try:
-                return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+                return torch.from_numpy(run_session(session, images.numpy()))
             except Exception as error:  # as above
                 shape = "x".join(map(str, images.shape[1:]))
                 raise QsdError(f"{path} does not run on images of {shape}: {one_line(error)}.") from error
@@ -108,17 +158,19 @@ class Predictor:
         self.energy = lambda _: self._noted_energy
 
     def read(self, path: str) -> Tensor:
-        """Read an image as the network takes it.
+        """Read an image, or a recording of an event camera, as the network takes it.
 
         Args:
-            path: The image file.
+            path: The file.
 
         Returns:
-            The image ``[1, C, H, W]``.
+            The image ``[1, C, H, W]``, or the recording's frames ``[1, F, 2, H, W]``.
 
         Raises:
             QsdError: If the file cannot be read.
         """
+        if self._recordings is not None:
+            return read_recording(path, self._recordings, self._size)
         regular_file(path, "image")
         image = load_image(path, self._exif_orientation)
         if isinstance(image, BadImage):

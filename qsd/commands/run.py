@@ -1,7 +1,8 @@
 """Classify images with an exported file, or draw the predictions of a detector or segmenter.
 
 For a packed or an ONNX file of qsd export, or for weights of the package, the classes, the time and the energy of each
-image are printed. For a checkpoint .pth of a detector or segmenter the pictures go to the folder --out.
+image are printed. A network over frames takes recordings of event cameras (.npy, .npz, .h5, .aedat, .aedat4, .bin) in
+place of images. For a checkpoint .pth of a detector or segmenter the pictures go to the folder --out.
 
 Examples:
   qsd run pictures/digit.png
@@ -59,7 +60,7 @@ def _command(args: list[str]) -> None:
 
 def _parser() -> program.Parser:
     parser = program.Parser(prog="qsd run", description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or recordings")
     parser.add_argument("--model", default=_DEFAULT, metavar="FILE", help="packed or ONNX file, .pth of a training, or "
                         f"weights of the package by their name; the default is {_DEFAULT}")  # fmt: skip
     parser.add_argument("--top", type=whole(1), default=1, help="number of classes to print for each image")

@@ -3,6 +3,7 @@
 from qsd.data.base import ImageData
 from qsd.data.dataset import ImageArray, ImageDataset, ImageFiles
 from qsd.data.digits import DigitsData
+from qsd.data.events import DigitEvents, DvsData, EventData, EventFolderData
 from qsd.data.image_folder import ImageFolderData
 from qsd.data.loading import BadImagePolicy, ImageLoader, TrainLoader
 from qsd.data.photographs import PhotographData
@@ -15,8 +16,12 @@ __all__ = [
     "BadImage",
     "BadImagePolicy",
     "CifarData",
+    "DigitEvents",
     "DigitsData",
+    "DvsData",
     "EvalSampler",
+    "EventData",
+    "EventFolderData",
     "ImageArray",
     "ImageData",
     "ImageDataset",

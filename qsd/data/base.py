@@ -107,6 +107,14 @@ class ImageData(LightningDataModule, ABC):
             part: "train", "val" or "test".
         """
 
+    def find_predicted(self, path: str) -> ImageSource:
+        """The images that a user wants to predict.
+
+        Args:
+            path: An image file, or a folder that is searched recursively.
+        """
+        return ImageFiles(find_images(path), None, self.exif_orientation)
+
     @abstractmethod
     def train_transform(self) -> Transform:
         """Augmentation, from the decoded image to float32 ``[C, H, W]``."""
@@ -123,7 +131,7 @@ class ImageData(LightningDataModule, ABC):
         """
         if stage == "predict" and self.predict_path is not None:
             if self._predict_source is None:
-                self._predict_source = ImageFiles(find_images(self.predict_path), None, self.exif_orientation)
+                self._predict_source = self.find_predicted(self.predict_path)
             return
         for part in _PARTS[stage]:
             if part not in self._sources:

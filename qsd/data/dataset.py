@@ -17,7 +17,8 @@ from qsd.reading.images import BadImage, ExifOrientation, load_image
 # Without an end, a data set of a million broken files would be read through once per sample before anyone is told.
 _MAX_ATTEMPTS = 1000
 
-Transform = Callable[[Image.Image], Tensor]
+# From a decoded image, or from the counts of a recording's events, to a tensor.
+Transform = Callable[[Any], Tensor]
 
 
 class ImageSource(Protocol):
@@ -27,8 +28,8 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> Image.Image | BadImage:
-        """Decode one image.
+    def load(self, index: int) -> Any:
+        """Decode one image, or give the `BadImage` that tells why it cannot be read.
 
         Args:
             index: ``0..len - 1``.

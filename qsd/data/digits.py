@@ -12,8 +12,8 @@ from qsd.data.dataset import ImageArray, Transform
 from qsd.data.sampling import stratified_split
 from qsd.errors import QsdError
 
-_SIZES: dict[Part, int] = {"train": 1197, "val": 200, "test": 400}
-_FULL_SCALE = 16  # The digits' grey levels are 0..16.
+SIZES: dict[Part, int] = {"train": 1197, "val": 200, "test": 400}
+FULL_SCALE = 16  # The digits' grey levels are 0..16.
 
 
 class DigitsData(ImageData):
@@ -48,8 +48,8 @@ class DigitsData(ImageData):
         train_subset: int = 0,
     ) -> None:
         super().__init__(img_size, batch_size, num_workers, seed)
-        if train_images is not None and not 1 <= train_images <= _SIZES["train"]:
-            raise QsdError(f"train_images={train_images} is not from 1 to {_SIZES['train']}.")
+        if train_images is not None and not 1 <= train_images <= SIZES["train"]:
+            raise QsdError(f"train_images={train_images} is not from 1 to {SIZES['train']}.")
         self.train_images, self.train_subset = train_images, train_subset
         if in_chans not in (1, 3):
             raise QsdError(f"in_chans={in_chans} is unknown; choose 1 (grey) or 3 (three equal channels).")
@@ -73,7 +73,7 @@ class DigitsData(ImageData):
 
             digits = load_digits()
             images = np.stack([self._enlarge(image) for image in digits.images])
-            for name, indices in zip(_SIZES, stratified_split(digits.target, list(_SIZES.values()))):
+            for name, indices in zip(SIZES, stratified_split(digits.target, list(SIZES.values()))):
                 if name == "train" and self.train_images is not None:
                     (chosen,) = stratified_split(digits.target[indices], [self.train_images], self.train_subset)
                     indices = indices[chosen]
@@ -100,5 +100,5 @@ class DigitsData(ImageData):
     def _enlarge(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Scale a digit, grey levels 0..16 ``[8, 8]``, to uint8 ``[H, W]``."""
         height, width = self.img_size
-        grey = Image.fromarray((image * (255 / _FULL_SCALE)).astype(np.float32))
+        grey = Image.fromarray((image * (255 / FULL_SCALE)).astype(np.float32))
         return np.rint(np.asarray(grey.resize((width, height), Image.Resampling.BILINEAR))).astype(np.uint8)

@@ -38,15 +38,18 @@ class ImageFinder:
     Hidden files and folders are ignored. Links to folders are followed, except those that lead to a folder above or to
     one that was searched before: such a link would list images twice, or without end.
 
+    Args:
+        endings: Endings of the names that are listed, in lower case; ``None`` for those of images.
+
     Attributes:
         others: Number of files by the ending of their name, of those that are not read.
         links: Links that were not followed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, endings: tuple[str, ...] | None = None) -> None:
         self.others: Counter[str] = Counter()
         self.links: list[str] = []
-        self._endings = image_endings()
+        self._endings = image_endings() if endings is None else endings
 
     def find(self, folder: Path) -> list[str]:
         """The visible image files in a folder and its visible folders, in a fixed order.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from qsd.distillation.attention import AttentionMaps, AttentionRecorder, ProductRecorder, attention_layers
 from qsd.errors import QsdError
 from qsd.layers import LinearChain
+from qsd.layers.frames import channels_last
 from qsd.models.checkpoints import load_weights, read_checkpoint, read_state_dict
 from qsd.models.registered import check_size, model_of_file
 from qsd.reading import part_of
@@ -104,7 +105,7 @@ class Teacher:
                 f"teacher {self.name} expects {self._channels} channels, the images have {images.shape[1]}; choose "
                 "another teacher, or pass in_chans among teacher_args."
             )
-        return images.contiguous(memory_format=torch.channels_last)
+        return channels_last(images)
 
     @torch.no_grad()
     def __call__(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from qsd.errors import QsdError
 from qsd.export.writers import Writers
 from qsd.spiking import SpikingNetwork
-from qsd.spiking.layers import DelayedNeuron, TimedLayer
+from qsd.spiking.layers import DelayedNeuron, SpikingEvents, SpikingFrameAxis, TimedLayer
+from qsd.spiking.streaming import run_frame
 
 # Versions of the files: the first ones with integers of 4 bits. Runtimes that know them read the files.
 OPSET, IR_VERSION = 21, 10
@@ -63,22 +64,35 @@ def trace(spiking: SpikingNetwork, example: Tensor, writers: Writers | None = No
         import onnxscript  # noqa: F401 - PyTorch's exporter needs it
     except ImportError as error:
         raise QsdError("writing ONNX files needs more packages: pip install 'qsd[export]'.") from error
-    network = copy.deepcopy(spiking).cpu().float().network
+    copied = copy.deepcopy(spiking).cpu().float()
+    network, single = copied.network, runs_single_frames(spiking)
     # PyTorch takes a batch of one image for a constant, and would fix the graph to it.
-    images = example[:1].cpu().float().expand(2, -1, -1, -1).clone()
-    if writers is not None:
-        writers.check(network)
-        _replace_layers(network, writers, _output_shapes(network, images))
+    images = example[:1].cpu().float()
+    images = images.expand(2, *images.shape[1:]).clone()
+    images = images[:, 0] if single else images
+    with copied.runtime.running("count", remainders={} if single else None):
+        if writers is not None:
+            writers.check(network)
+            _replace_layers(network, writers, _output_shapes(network, images))
+        states = _states(copied, images) if single else {}
+        return _export(_SingleFrame(copied, [*states]) if single else network, images, states)
+
+
+def _export(network: nn.Module, images: Tensor, states: dict[str, Tensor]) -> Any:
+    """Let PyTorch write the graph; states of neurons are further inputs and outputs."""
+    batch = torch.export.Dim("batch")
+    inputs: tuple[Any, ...] = (images, [*states.values()]) if states else (images,)
+    shapes = ({0: batch}, [{0: batch}] * len(states)) if states else ({0: batch},)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network,
-            (images,),
+            inputs,
             dynamo=True,
             verbose=False,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images", *(f"state.{name}" for name in states)],
+            output_names=["logits", *(f"next.{name}" for name in states)],
+            dynamic_shapes=shapes,
         )
     assert program is not None
     model = program.model_proto
@@ -97,6 +111,45 @@ def _pin_versions(model: Any) -> None:
             assert 18 <= entry.version <= OPSET
             entry.version = OPSET
     model.ir_version = IR_VERSION
+
+
+def runs_single_frames(spiking: SpikingNetwork) -> bool:
+    """Whether a graph of the network takes one frame at a time, unless frames are channels.
+
+    Args:
+        spiking: The network.
+    """
+    return any(isinstance(m, SpikingFrameAxis) and m.mode != "channels" for m in spiking.network.modules())
+
+
+@torch.no_grad()
+def _states(spiking: SpikingNetwork, frame: Tensor) -> dict[str, Tensor]:
+    """Zeros in the shape of every neuron's remainder, by name."""
+    if all(neuron.memory is None for neuron in spiking.neurons().values()):
+        return {}
+    return {name: torch.zeros_like(state) for name, state in run_frame(spiking, frame)[1].items()}
+
+
+class _SingleFrame(nn.Module):
+    """A network that runs one frame, with the neurons' remainders as a further input and output.
+
+    Args:
+        spiking: The network.
+        names: Names of the neurons with a memory, in the order of the states.
+    """
+
+    def __init__(self, spiking: SpikingNetwork, names: list[str]) -> None:
+        super().__init__()
+        self.network, self._runtime, self._names = spiking.network, spiking.runtime, names
+
+    def forward(self, images: Tensor, states: list[Tensor] | None = None) -> Any:
+        """``[B, C, H, W]`` and remainders to logits, and the remainders for the next frame."""
+        remainders = self._runtime.run.remainders
+        assert remainders is not None
+        remainders.clear()
+        remainders.update(zip(self._names, states or []))
+        logits = self.network(images)
+        return logits if states is None else (logits, *(remainders[name] for name in self._names))
 
 
 @torch.no_grad()
@@ -162,7 +215,7 @@ class _LayerNode(nn.Module):
         return torch.onnx.ops.symbolic(f"{DOMAIN}::Layer", inputs, attributes, dtype=dtype, shape=shape, version=1)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        spikes = isinstance(self.layer.source(), DelayedNeuron)
+        spikes = isinstance(self.layer.source(), DelayedNeuron | SpikingEvents)
         return self.node(inputs, torch.uint8 if spikes else torch.float32)
 
 

@@ -16,6 +16,7 @@ from qsd.spiking.layers import (
     HalfEvenNeuron,
     SpikingChain,
     SpikingDense,
+    SpikingEvents,
     SpikingMaxPool,
     SpikingPooledDense,
     SpikingProduct,
@@ -41,6 +42,14 @@ def _neuron(neuron: DelayedNeuron, call: LayerCall, graph: IntegerGraph) -> None
 @writes(HalfEvenNeuron)
 def _half_even_neuron(neuron: HalfEvenNeuron, call: LayerCall, graph: IntegerGraph) -> None:
     _add_neuron(neuron, np.float32(call.threshold), call, graph)
+
+
+@writes(SpikingEvents)
+def _events(events: SpikingEvents, call: LayerCall, graph: IntegerGraph) -> None:
+    # Counts of events are whole numbers, so that it does not matter how halves are rounded.
+    one = graph.constant(f"{events.name}.threshold", 1.0, np.float32)
+    inputs = [call.inputs[0], one, graph.constant(f"{events.name}.zero", 0, np.uint8)]
+    _add_clip(events, graph.add("QuantizeLinear", inputs, f"{events.name}.drive"), call.output, graph)
 
 
 def _add_neuron(neuron: DelayedNeuron, threshold: np.float32, call: LayerCall, graph: IntegerGraph) -> None:
@@ -78,7 +87,7 @@ def _add_bytes(value: str, label: str, output: str, graph: IntegerGraph) -> str:
     return graph.add("Cast", [value], output, to=graph.onnx.TensorProto.UINT8)
 
 
-def _add_clip(neuron: DelayedNeuron, drive: str, output: str, graph: IntegerGraph) -> None:
+def _add_clip(neuron: DelayedNeuron | SpikingEvents, drive: str, output: str, graph: IntegerGraph) -> None:
     """At most T spikes; unsigned bytes are not negative anyway."""
     graph.add("Clip", [drive, "", graph.constant(f"{neuron.name}.time_steps", neuron.time_steps, np.uint8)], output)
 

@@ -26,6 +26,8 @@ writes_nir.leave_to_torch(SpikingProduct, SpikingQuery)
 
 @writes_nir(DelayedNeuron)
 def _neuron(neuron: DelayedNeuron, call: LayerCall, graph: NirGraph) -> Signal:
+    if neuron.memory is not None:
+        raise QsdError(f"neuron {neuron.name} keeps its membrane from frame to frame, which NIR graphs do not hold.")
     x, threshold, steps = graph.signal(call.inputs[0]), call.threshold, neuron.time_steps
     shape = tuple(x.constant.shape)
     below = np.nextafter(np.float32(threshold), np.float32(0))  # NIR fires above a threshold, not at it.

@@ -26,6 +26,7 @@ class OnnxNote(Schema):
         image: ``[C, H, W]``.
         inner: Smallest and largest step size and zero point of the grids of inner activations, by name.
         notes: Further facts, such as names of classes.
+        frames: Frames of a recording; ``None`` for a network of images.
     """
 
     version: Literal[1] = 1
@@ -34,6 +35,7 @@ class OnnxNote(Schema):
     image: Annotated[list[Size], Field(min_length=3, max_length=3)]
     inner: dict[str, tuple[float, float, int]]
     notes: dict[str, Any]
+    frames: Size | None = None
 
 
 def check_notes(notes: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def write_note(
     image: Sequence[int],
     grids: Mapping[str, Any],
     notes: Mapping[str, Any],
+    frames: int | None = None,
 ) -> dict[str, str]:
     """The metadata entries of an ONNX file.
 
@@ -66,12 +69,21 @@ def write_note(
         image: Image size ``(C, H, W)``.
         grids: Grids of the inner activations by name (`qsd.export.grids.Grid`); empty for floats.
         notes: Further facts, see `check_notes`.
+        frames: Frames of a recording; ``None`` for images.
     """
     inner = {name: (float(g.unit.min()), float(g.unit.max()), int(g.zero_point)) for name, g in grids.items()}
     header = OnnxNote.model_validate(
-        {"kind": kind, "time_steps": time_steps, "image": list(image), "inner": inner, "notes": dict(notes)}
+        {
+            "kind": kind,
+            "time_steps": time_steps,
+            "image": list(image),
+            "inner": inner,
+            "notes": dict(notes),
+            "frames": frames,
+        }
     )
-    return {KEY: json.dumps(header.model_dump())}
+    # Notes of networks of images have no frames, so that versions before them read the file.
+    return {KEY: json.dumps(header.model_dump(exclude=set() if frames else {"frames"}))}
 
 
 def read_note(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:

@@ -44,6 +44,10 @@ def to_onnx(
     The graph takes ``images`` ``[B, C, H, W]`` (float32, any B) and gives ``logits`` ``[B, classes]``. Its metadata
     have one entry, ``qsd``: JSON with ``kind``, ``time_steps``, ``image`` (``[C, H, W]``), ``inner`` and ``notes``.
 
+    The graph of a network over frames takes one frame, and the output for a recording is the mean of the logits of its
+    frames (where frames are channels, it takes ``[B, F, C, H, W]``). The membranes of neurons with a memory are further
+    inputs and outputs: ``state.NAME`` is zero for the first frame and ``next.NAME`` of the frame before for the others.
+
     The two kinds of files are described at the head of this module.
 
     Args:
@@ -66,6 +70,12 @@ def to_onnx(
     check_target(spiking, path)
     if round_inner not in (True, False, "all", "none", "rep", "sep"):
         raise QsdError(f"round_inner={round_inner!r} is unknown; use 'all', 'none', 'rep' or 'sep'.")
+    keeping = next((name for name, neuron in spiking.neurons().items() if neuron.memory is not None), None)
+    if integer and keeping is not None:
+        raise QsdError(
+            f"neuron {keeping} keeps its membrane from frame to frame, which integer files do not hold; write floats "
+            "(integer=False)."
+        )
     facts = check_notes(notes)
     grids = calibrate(spiking, images, round_inner) if integer else {}
     example = spiking.example if images is None else next(image_batches(images, spiking, max_images=1))[0]
@@ -74,7 +84,8 @@ def to_onnx(
         IntegerGraph(spiking, model, grids, standard).write_out()
     model.producer_name, model.producer_version = "qsd", __version__
     kind = "integer" if integer else "float"
-    for key, value in write_note(kind, spiking.time_steps, example.shape[1:], grids, facts).items():
+    frames = example.shape[1] if example.dim() == 5 else None
+    for key, value in write_note(kind, spiking.time_steps, example.shape[-3:], grids, facts, frames).items():
         model.metadata_props.add(key=key, value=value)
     with replacing(path) as partial:
         partial.write_bytes(model.SerializeToString())

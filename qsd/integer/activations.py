@@ -18,6 +18,8 @@ from qsd.spiking.layers import DelayedNeuron, HalfEvenNeuron, SpikingMaxPool, Sp
 @converts(DelayedNeuron, HalfEvenNeuron)
 def _neuron(call: Call, signals: list[Signal], builder: Builder) -> Signal:
     neuron, (signal,) = call.layer, signals
+    if neuron.memory is not None:
+        raise QsdError(f"neuron {neuron.name} keeps its membrane from frame to frame, which no integer layer does.")
     if signal.content not in ("currents", "product"):
         raise QsdError(f"neuron {neuron.name} sees {signal.content}; put a convolution of ours before it.")
     if neuron.scaled:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers import LayerScale, QuantLinear
+from qsd.layers.frames import EventCounts, FrameAxis, FrameMean
 from qsd.layers.steps import step_names
 
 
@@ -16,6 +17,9 @@ class ImageClassifier(nn.Module):
 
     A subclass builds ``stem``, the row (an `nn.ModuleList` under the name ``features_name``), ``head`` (by
     `build_head`), ``feature_info`` and ``total_stride``, and writes `forward_head`.
+
+    A network over frames (`qsd.models.frames`) has a frame axis: its input are recordings ``[B, F, C, H, W]``, and the
+    frames of all recordings are its batch of images.
 
     Args:
         num_features: Channels in front of the classifier.
@@ -61,6 +65,9 @@ class ImageClassifier(nn.Module):
         self.time_steps = time_steps
         self.weight_bits = weight_bits
         self.drop_rate = drop_rate
+        self.frame_axis: FrameAxis | None = None
+        self.event_counts: EventCounts | None = None
+        self.frame_mean: FrameMean | None = None
 
     @property
     def _row(self) -> nn.ModuleList:
@@ -100,6 +107,12 @@ class ImageClassifier(nn.Module):
         return x
 
     def _forward_stem(self, x: Tensor) -> Tensor:
+        if self.frame_axis is not None:
+            x = self.frame_axis(x)
+        self._check_images(x)
+        return self.stem(x if self.event_counts is None else self.event_counts(x))
+
+    def _check_images(self, x: Tensor) -> None:
         if x.dim() != 4:
             raise QsdError(
                 f"the input has the shape {list(x.shape)}, where images [B, C, H, W] are expected; add the batch "
@@ -113,7 +126,6 @@ class ImageClassifier(nn.Module):
                 f"images of {height}x{width} pixels are smaller than the network's total stride {self.total_stride}; "
                 f"resize them to at least {self.total_stride}x{self.total_stride} or pass smaller strides."
             )
-        return self.stem(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features ``[B, C, H', W']`` to logits ``[B, num_classes]``.
@@ -125,8 +137,9 @@ class ImageClassifier(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``."""
-        return self.forward_head(self.forward_features(x))
+        """Images ``[B, in_chans, H, W]``, or recordings ``[B, F, C, H, W]``, to logits ``[B, num_classes]``."""
+        output = self.forward_head(self.forward_features(x))
+        return output if self.frame_mean is None else self.frame_mean(output)
 
     def forward_intermediates(
         self,

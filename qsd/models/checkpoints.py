@@ -16,6 +16,7 @@ from qsd.layers.renamed import present_name, rename_parameters
 from qsd.layers.steps import has_no_step, step_names
 from qsd.layers.wrappers import inner_model
 from qsd.models.fetching import local_file
+from qsd.models.first_layer import adapt_first
 from qsd.models.packed_file import KEY, MERGED, read_packed
 from qsd.models.published import PublishedCode, StateDict, shortened, steps_in_name
 from qsd.models.variants import FAMILIES, family_of_code
@@ -253,17 +254,28 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> list[
             )
             optional |= head
             state = {name: tensor for name, tensor in state.items() if name not in head}
+    first = _adapted_first(model, state)
     # A float network has no step sizes, and neither has a checkpoint of a float network.
     steps = step_names(model)
     state = {name: t for name, t in state.items() if name in expected or not has_no_step(model, name)}
     counters = {name for name in expected if name.endswith(".num_batches_tracked")}
     check_weights(state, expected, source, steps, may_lack=optional | steps | counters)
     model.load_state_dict(state, strict=False)
+    if first is not None:
+        initialize_steps(model.get_submodule(first))
     missing = steps - state.keys() - optional
     of_weights = {name for name in missing if name.endswith(".quantizer.step")}
     for name in of_weights:
         initialize_steps(model.get_submodule(name.removesuffix(".quantizer.step")))
     return sorted(missing - of_weights)
+
+
+def _adapted_first(model: nn.Module, state: dict[str, Tensor]) -> str | None:
+    """The first convolution if its weights were adapted: those of images, for a network of recordings."""
+    first = getattr(model, "pretrained_cfg", {}).get("first_conv")
+    if getattr(model, "frame_axis", None) is None or not isinstance(first, str):
+        return None
+    return first if adapt_first(model, state, first) else None
 
 
 def check_weights(

@@ -231,7 +231,10 @@ def _registration(model: nn.Module, compact: CompactModel) -> dict[str, Any] | N
     return registered if same else None
 
 
-def _types(model: nn.Module) -> list[tuple[str, type]]:
+def _types(model: nn.Module) -> list[tuple[str, type, Any]]:
     # SyncBatchNorm is batch norm, on several GPUs
     norms = {nn.SyncBatchNorm: nn.BatchNorm2d}
-    return [(name, norms.get(type(module), type(module))) for name, module in model.named_modules()]
+    return [
+        (name, norms.get(type(module), type(module)), getattr(module, "memory", None))
+        for name, module in model.named_modules()
+    ]

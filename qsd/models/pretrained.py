@@ -1,21 +1,18 @@
 """Weights by timm's own roads: files that ``pretrained=True`` names, folders, and state dicts."""
 
-import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from timm.models._features import FeatureGetterNet
-from torch import Tensor, nn
+from torch import nn
 
 from qsd.errors import QsdError
 from qsd.layers import initialize_steps
 from qsd.models.checkpoints import converted_state, load_state, read_state_dict
 from qsd.models.fetching import HubFileMissing, fetch_from_hub, fetch_url, parse_hub_address
-from qsd.models.published import StateDict, shortened
-
-logger = logging.getLogger(__name__)
+from qsd.models.first_layer import adapt_first
+from qsd.models.published import shortened
 
 # Names of weights in a folder, as timm and the Hugging Face Hub write them, and then any single file of these endings.
 _NAMES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", "model.pth", "model.ckpt")
@@ -51,7 +48,7 @@ def load_pretrained(
         network = model.model
         state = {name: tensor for name, tensor in state.items() if name in network.state_dict()}
     first = cfg.get("first_conv") or first_conv
-    adapted = isinstance(first, str) and _adapt_first(network, state, first)
+    adapted = isinstance(first, str) and adapt_first(network, state, first)
     load_state(network, state, "the state dict" if isinstance(source, Mapping) else str(source))
     if adapted:
         initialize_steps(network.get_submodule(str(first)))
@@ -99,19 +96,3 @@ def weights_file(path: str | Path) -> Path:
         names = shortened([file.name for file in files]) if files else "none"
         raise QsdError(f"the folder {path} needs one file of weights, such as model.safetensors; it has {names}.")
     return files[0]
-
-
-def _adapt_first(network: nn.Module, state: dict[str, Tensor], first: str) -> bool:
-    """Change the weights of the first convolution to the network's number of channels, as timm does."""
-    name = f"{first}.weight"
-    expected: StateDict = network.state_dict()
-    weight, own = state.get(name), expected.get(name)
-    if weight is None or own is None or weight.dim() != 4 or weight.shape[1] == own.shape[1]:
-        return False
-    before, after = weight.shape[1], own.shape[1]
-    if after == 1:
-        state[name] = weight.sum(1, keepdim=True)
-    else:
-        state[name] = weight.repeat(1, math.ceil(after / before), 1, 1)[:, :after] * (before / after)
-    logger.info("adapted the first convolution from %d to %d channels.", before, after)
-    return True

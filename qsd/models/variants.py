@@ -15,6 +15,7 @@ from qsd.models.base import ImageClassifier
 from qsd.models.csdformer import CsdFormer
 from qsd.models.e_spikeformer import ESpikeFormer, ESpikeFormerLarge
 from qsd.models.e_spikeformer_names import BASE_CODE, LARGE_CODE
+from qsd.models.frames import FrameOptions
 from qsd.models.published import PublishedCode, StateDict
 from qsd.models.qsd_transformer import QsdTransformer
 from qsd.models.reference import QSD_CODE
@@ -236,13 +237,18 @@ def _register(family: Family, name: str, arguments: Arguments, description: str)
         shipped = tags_of(name).get(tag) if isinstance(tag, str) else None
         if shipped is not None:  # a tag's defaults are those of its training
             kwargs = {**shipped.arguments, **kwargs}
+        options, own = FrameOptions.taken_from({**arguments, **kwargs})
+        if options.channels(1) > 1:
+            own["in_chans"] = options.channels(own.get("in_chans", 3))
         model: Any = build_model_with_cfg(
             family.cls,
             name,
             False,
             feature_cfg={"out_indices": family.out_indices, "feature_cls": "getter"},
-            **{**arguments, **kwargs},
+            **own,
         )
+        if options != FrameOptions():
+            options.apply(model)
         if pretrained:
             from qsd.models.pretrained import load_pretrained  # which reads files of all families
 
@@ -250,7 +256,7 @@ def _register(family: Family, name: str, arguments: Arguments, description: str)
             load_pretrained(model, hint, family.cfg(arguments).get("first_conv"), kwargs.get("cache_dir"))
         # Packed files store this, so that the model can be built again by its name.
         stored = {k: v for k, v in kwargs.items() if k not in _NOT_STORED}
-        channels = getattr(model, "in_chans", 3)
+        channels = getattr(model, "in_chans", 3) // options.channels(1)
         if channels != arguments.get("in_chans", 3):  # perhaps by the configuration of pretrained weights
             stored["in_chans"] = channels
         model.registered = {"name": name, "arguments": stored}

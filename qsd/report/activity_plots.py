@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from qsd import plots
 from qsd.report.activity_record import ActivityRecord
+from qsd.report.recording_plots import recording_over_time
 from qsd.report.rendering import PageFigure, series
 
 _COLUMNS, _MOST_PANELS = 3, 12
@@ -35,6 +36,7 @@ def figures(record: ActivityRecord) -> dict[str, list[Figure]]:
             _grid(chunk, lambda axes, x: axes.imshow(x, cmap="magma", vmin=0), "") for chunk in _chunks(matrices)
         ],
         "spikes_over_time": [over_time(record.over_time)] if record.over_time else [],
+        "recording": [recording_over_time(record)] if record.frames else [],
     }
     return {name: drawn for name, drawn in found.items() if drawn}
 
@@ -66,6 +68,12 @@ def page_figures(record: ActivityRecord, drawn: Mapping[str, Sequence[Figure]]) 
         "spikes_over_time": (
             f"Spikes per neuron over {record.latency} time steps in {len(record.over_time)} stages",
             "Spikes per neuron of each stage in each time step of the global clock. Measured on one of the images.",
+        ),
+        "recording": (
+            f"Frames of a recording with {', '.join(f'{f.events:.0f}' for f in record.frames or ())} events, and the "
+            f"spikes of {len(record.over_time)} stages over {record.latency} time steps",
+            "A recording of an event camera: its frames (brighter events in orange, darker ones in blue), the events "
+            "of each frame, and the spikes of the network, whose frames follow one another on one clock.",
         ),
     }
     return {name: series(found, *words[name]) for name, found in drawn.items()}

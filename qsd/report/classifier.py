@@ -124,7 +124,8 @@ class ClassifierMeasurements(Measurements):
             name = next((n for n in reversed(names) if n.endswith("q_neuron")), names[-1])
         (images, _), *_ = image_batches(self.loader, self.spiking, _RASTER_IMAGES)
         trace = self.spiking.simulate(images, record=name)
-        spikes = trace.spikes[name].flatten(2).transpose(0, 1)  # [B, T, neurons]
+        # [B, T, neurons]; the windows of a recording's frames after one another
+        spikes = trace.spikes[name].flatten(2).unflatten(1, (self.spiking.frames, -1)).permute(2, 1, 0, 3).flatten(1, 2)
         neurons = spikes.shape[2]
         chosen = torch.linspace(0, neurons - 1, min(neurons, _RASTER_NEURONS)).long()
         return Raster(name=name, neurons=neurons, spikes=spikes[:, :, chosen].int().tolist())

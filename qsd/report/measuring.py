@@ -69,7 +69,7 @@ class SpikeActivity:
         """One entry per neuron layer, in the order of execution.
 
         Args:
-            images: Number of images that were evaluated in all.
+            images: Number of images, or frames, that were evaluated in all.
         """
         found, spikes_of_count = [], self.code.ones(torch.arange(self.code.largest + 1))
         for name, histogram in self.histograms.items():
@@ -208,7 +208,7 @@ def measure(measurements: Measurements, origin: Origin) -> Record:
         comparison=_comparison(measurements) if "compare" in wanted else [],
         delays=measurements.delays() if "delays" in wanted else None,
         latency=records.Latency(steps=spiking.latency(), interval=spiking.interval()),
-        neurons=[] if activity is None else activity.neurons(accuracy.images),
+        neurons=[] if activity is None else activity.neurons(accuracy.images * getattr(spiking, "frames", 1)),
         raster=None if activity is None else measurements.raster(),
         audit=None if audit is None else records.AuditRecord.model_validate(audit.to_dict()),
         energy=None if energy is None else EnergyRecord.model_validate(energy.to_dict()),

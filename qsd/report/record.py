@@ -44,7 +44,7 @@ class Data(Schema):
 
     Attributes:
         description: Their number and origin in words.
-        image_size: ``[C, H, W]``.
+        image_size: ``[C, H, W]``, or ``[F, C, H, W]`` of recordings.
     """
 
     description: str

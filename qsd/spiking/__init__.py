@@ -9,6 +9,7 @@ from qsd.spiking.lost_spikes import LostSpikes, measure_lost_spikes
 from qsd.spiking.network import SpikingNetwork
 from qsd.spiking.results import Stream, Trace
 from qsd.spiking.rules import Conversion, register_conversion
+from qsd.spiking.streaming import run_frame
 
 __all__ = [
     "Audit",
@@ -25,5 +26,6 @@ __all__ = [
     "count_spikes",
     "measure_lost_spikes",
     "register_conversion",
+    "run_frame",
     "to_spike_driven",
 ]

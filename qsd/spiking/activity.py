@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qsd.errors import QsdError
 from qsd.spiking.codes import Code
-from qsd.spiking.layers import DelayedNeuron
+from qsd.spiking.layers import TimedLayer
 from qsd.spiking.network import SpikingNetwork
 
 
@@ -60,7 +60,7 @@ def measure_activity(spiking: SpikingNetwork, image: Tensor) -> Activity:
 
     Args:
         spiking: The converted network.
-        image: ``[1, C, H, W]``.
+        image: ``[1, C, H, W]``, or a recording ``[1, F, C, H, W]``. Rates are means over its frames.
 
     Raises:
         QsdError: If there is not exactly one image.
@@ -69,20 +69,23 @@ def measure_activity(spiking: SpikingNetwork, image: Tensor) -> Activity:
         raise QsdError(f"{len(image)} images: the activity of one image is drawn at a time.")
     timeline: dict[str, dict[int, float]] = {}
     sizes: dict[str, int] = {}
-    steps: dict[str, int] = {}
 
-    def hook(neuron: DelayedNeuron, _inputs: Any, output: Any) -> None:
+    def hook(neuron: TimedLayer, _inputs: Any, output: Any) -> None:
         if spiking.runtime.mode != "step":
             return
-        spikes = spiking.runtime.split(output.as_subclass(Tensor))
+        # [steps, F * B, ...]: frames follow one another, each an interval later.
+        spikes = spiking.runtime.split(output.as_subclass(Tensor)).unflatten(1, (spiking.frames, -1))
         stage = stage_of(neuron.call)
-        sizes[stage] = sizes.get(stage, 0) + spikes[0].numel()
-        steps[neuron.call] = len(spikes)
+        sizes[stage] = sizes.get(stage, 0) + spikes[0, 0].numel()
         fired = timeline.setdefault(stage, {})
-        for step, count in enumerate(torch.count_nonzero(spikes.flatten(1), 1).tolist()):
-            fired[output.arrival + step] = fired.get(output.arrival + step, 0.0) + count
+        for step, counts in enumerate(torch.count_nonzero(spikes.flatten(2), 2).tolist()):
+            for frame, count in enumerate(counts):
+                at = output.arrival + step + frame * interval
+                fired[at] = fired.get(at, 0.0) + count
 
-    handles = [neuron.register_forward_hook(hook) for neuron in spiking.neurons().values()]
+    neurons = [layer for layer in spiking.layers().values() if layer.role == "neuron"]
+    interval = spiking.interval()
+    handles = [neuron.register_forward_hook(hook) for neuron in neurons]
     try:
         trace = spiking.simulate(image)
     finally:
@@ -101,7 +104,8 @@ def _add_rates(activity: Activity, counts: dict[str, Tensor], code: Code) -> Non
     maps: dict[str, list[Tensor]] = {}
     for call, count in counts.items():
         if count.dim() == 4 and not call.partition("@")[0].endswith("score_neuron"):
-            maps.setdefault(stage_of(call), []).append(code.ones(count).double().mean(1) / code.steps)
+            rates = code.ones(count).double().mean(1) / code.steps
+            maps.setdefault(stage_of(call), []).append(rates.mean(0, keepdim=True))
     for stage, found in maps.items():
         height, width = (max(x.shape[axis] for x in found) for axis in (1, 2))
         sized = [F.interpolate(x[None], (height, width), mode="nearest")[0, 0] for x in found]
@@ -116,8 +120,8 @@ def _add_attention(activity: Activity, counts: dict[str, Tensor], time_steps: in
         if query is None:
             continue
         if neuron == "score_neuron":
-            matrix = count[0].double().mean(0) / time_steps
+            matrix = count.double().mean(0).mean(0) / time_steps
             activity.matrices[layer] = matrix
             activity.received[layer] = matrix.mean(0).view(query.shape[-2:])
         elif neuron == "attn_neuron" and f"{path}.score_neuron" not in counts:
-            activity.responses[layer] = count[0].double().mean(0) / time_steps
+            activity.responses[layer] = count.double().mean(0).mean(0) / time_steps

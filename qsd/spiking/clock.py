@@ -23,12 +23,14 @@ class Window:
         time_steps: Steps of a window.
         constant: Whether the input is an image, which is present for the whole window.
         state: State of the layer, kept between ticks.
+        first: Whether the image is the first frame of a recording; a single image is.
     """
 
     step: int
     time_steps: int
     constant: bool
     state: dict[str, Any]
+    first: bool = True
 
     @property
     def begins(self) -> bool:
@@ -58,12 +60,14 @@ class Clock:
         time_steps: Steps of a window.
         images: Number of images that follow one another.
         interval: Ticks from one image to the next.
+        frames: Images that are the frames of one recording.
         tick: Number of the present tick, from 1.
     """
 
     time_steps: int
     images: int
     interval: int
+    frames: int = 1
     tick: int = 0
     _states: dict[str, dict[str, Any]] = field(default_factory=dict)
     _queues: list[deque[Tensor]] = field(default_factory=list)
@@ -91,7 +95,9 @@ class Clock:
             arrival: Window offset of its input.
             constant: Whether the input is an image.
         """
-        return Window(self.image(arrival)[1], self.time_steps, constant, self._states.setdefault(name, {}))
+        number, step = self.image(arrival)
+        state = self._states.setdefault(name, {})
+        return Window(step, self.time_steps, constant, state, number % self.frames == 0)
 
     def hold(self, x: Tensor, ticks: int) -> Tensor:
         """Delay a signal; zeros come out at first. Calls are told apart by their order in a tick.

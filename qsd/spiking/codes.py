@@ -130,6 +130,15 @@ class Code(ABC):
         """
 
     @abstractmethod
+    def excess(self, membrane: Tensor, threshold: Any) -> Tensor | None:
+        """What `saturate` cuts off, which a membrane that persists to the next frame keeps; ``None`` for nothing.
+
+        Args:
+            membrane: Potential before the first spike.
+            threshold: A number, or a tensor of the same shape.
+        """
+
+    @abstractmethod
     def level(self, threshold: Any, step: int) -> Any:
         """The potential at which a neuron fires in a step of its firing window, and by which the spike lowers it.
 
@@ -212,6 +221,10 @@ class UnaryCode(Code):
     def saturate(self, membrane: Tensor, threshold: Any) -> None:
         pass  # A window has T steps, and a neuron fires once in each at most.
 
+    def excess(self, membrane: Tensor, threshold: Any) -> Tensor | None:
+        del membrane, threshold
+        return None  # It stays in the membrane.
+
     def level(self, threshold: Any, step: int) -> Any:
         del step
         return threshold
@@ -273,7 +286,13 @@ class BinaryCode(Code):
 
     def saturate(self, membrane: Tensor, threshold: Any) -> None:
         # Half a threshold above T of them: the product T * threshold may be rounded down, and the last digit be lost.
-        membrane.clamp_(max=(self.largest + 0.5) * threshold)
+        membrane.clamp_(max=self._most(threshold))
+
+    def excess(self, membrane: Tensor, threshold: Any) -> Tensor | None:
+        return (membrane - self._most(threshold)).clamp_(min=0)
+
+    def _most(self, threshold: Any) -> Any:
+        return (self.largest + 0.5) * threshold
 
     def level(self, threshold: Any, step: int) -> Any:
         return threshold * 2 ** self.places(step)

@@ -87,7 +87,7 @@ def compare_counts(
         comparison.dtype = str(batch.dtype).removeprefix("torch.")
         comparison.images += len(batch)
         comparison.equal_classes += int((logits.argmax(-1) == expected.argmax(-1)).sum())
-        _explain(comparison, named_calls(calls), counts)
+        _explain(comparison, named_calls(calls), counts, spiking.frames)
     return comparison
 
 
@@ -98,7 +98,7 @@ def counts_and_drives(neuron: SpikeNeuron, *inputs: Any) -> tuple[Tensor, Tensor
         neuron: The neuron.
         inputs: Its inputs.
     """
-    return neuron.counts(*inputs), neuron.drive(*inputs)
+    return neuron.counts(*inputs), neuron.potential(*inputs)
 
 
 def distance_to_threshold(drive: Tensor) -> float:
@@ -111,15 +111,23 @@ def distance_to_threshold(drive: Tensor) -> float:
     return float((above - above.round()).abs().max())
 
 
-def _explain(comparison: Comparison, calls: dict[str, tuple[Tensor, Tensor]], counts: dict[str, Tensor]) -> None:
-    """Find each image's first neuron (in the order of execution) that differs, and how far it is from a threshold."""
+def _explain(
+    comparison: Comparison, calls: dict[str, tuple[Tensor, Tensor]], counts: dict[str, Tensor], frames: int
+) -> None:
+    """Find each image's first neuron (in the order of execution) that differs, and how far it is from a threshold.
+
+    Of a recording the first frame in which that neuron differs is looked at: a memory carries the difference on.
+    """
     changed: Tensor | None = None
-    for name, (expected, drive) in calls.items():
-        different = (expected != counts[name]).flatten(1)
-        changed = different.new_zeros(len(drive)) if changed is None else changed
-        first = different.any(1) & ~changed
+    for name, (expected, potential) in calls.items():
+        different = (expected != counts[name]).unflatten(0, (frames, -1)).flatten(2)  # [F, B, neurons]
+        changed = different.new_zeros(different.shape[1]) if changed is None else changed
+        in_frame = different.any(2)
+        first = in_frame.any(0) & ~changed
         if bool(first.any()):
-            distance = distance_to_threshold(drive.flatten(1)[first][different[first]])
+            earliest = (in_frame.cumsum(0) == 1) & in_frame & first
+            drive = potential.unflatten(0, (frames, -1)).flatten(2)
+            distance = distance_to_threshold(drive[earliest][different[earliest]])
             comparison.farthest_first_difference = max(distance, comparison.farthest_first_difference or 0.0)
         changed |= first
     comparison.changed_images += 0 if changed is None else int(changed.sum())

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from qsd.errors import QsdError
 from qsd.layers import QuantConv2d
+from qsd.layers.frames import EventCounts, FrameAxis, event_example
 from qsd.layers.wrappers import unwrapped
 from qsd.models.compact import CompactModel
 from qsd.neurons import LearnedStepNeuron, SpikeNeuron
@@ -138,7 +139,10 @@ def _random_image(model: nn.Module) -> Tensor:
     channels = getattr(model, "in_chans", first)
     generator = torch.Generator().manual_seed(0)
     side = max(32, getattr(model, "total_stride", 1))
-    return torch.randn(1, channels, side, side, generator=generator, dtype=torch.float64)
+    image = torch.randn(1, channels, side, side, generator=generator, dtype=torch.float64)
+    axis = next((m for m in model.modules() if isinstance(m, FrameAxis)), None)
+    events = next((m.time_steps for m in model.modules() if isinstance(m, EventCounts)), None)
+    return event_example(axis, image, events, generator)
 
 
 def _with_time_steps(model: nn.Module, time_steps: int) -> nn.Module:

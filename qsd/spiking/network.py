@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qsd.errors import QsdError
 from qsd.models.compact import CompactModel
@@ -18,6 +18,7 @@ from qsd.spiking.names import Delay, check_delay, delay_choice, matches
 from qsd.spiking.results import Stream, Trace, join_traces
 from qsd.spiking.runtime import Paths, Runtime
 from qsd.spiking.signals import IMAGE, MarkedTensor, plain
+from qsd.spiking.streaming import in_a_row, read_output
 
 # A simulation takes as many images at a time as have this number of pixels, counted once for every time step. Currents
 # have many channels; about as many values belong to one pixel of an image as the largest layer has per pixel.
@@ -96,13 +97,18 @@ class SpikingNetwork(nn.Module):
         """All chains of convolutions, by their dotted names in the trained model."""
         return {m.name: m for m in self.network.modules() if isinstance(m, SpikingChain)}
 
+    @property
+    def frames(self) -> int:
+        """Frames of a recording that follow one another; 1 for images."""
+        return self.runtime.frames
+
     def has(self, pattern: str) -> bool:
-        """Whether a name or glob matches one of the neurons or of their calls.
+        """Whether a name or glob matches one of the neurons or of their calls, or the layer of event counts.
 
         Args:
             pattern: Name or glob.
         """
-        neurons = self.neurons()
+        neurons = {name for name, layer in self.layers().items() if layer.role == "neuron"}
         return any(
             matches(call, [pattern]) for call in self.runtime.paths.busy_steps if call.partition("@")[0] in neurons
         )
@@ -165,12 +171,14 @@ class SpikingNetwork(nn.Module):
         """Run the network on binary spikes, a layer at a time over all steps of its window.
 
         Args:
-            images: ``[B, C, H, W]``; of a network that takes currents, their sums over the window.
+            images: ``[B, C, H, W]``, or recordings ``[B, F, C, H, W]``; of a network that takes currents, their sums
+                over the window.
             delay: Overrides the stored delays: one for all, or by name or glob.
             record: Names or globs of neurons to record; each keeps its spikes and membranes for all steps.
 
         Returns:
-            Output, counts of all neurons, recordings and latency.
+            Output, counts of all neurons, recordings and latency. Counts and recordings of a network over frames are
+            those of all frames, ``[F * B, ...]``, the first ones of all samples first.
 
         Raises:
             QsdError: For an image with values that are not finite, a delay that no neuron can have, and unknown names.
@@ -178,9 +186,12 @@ class SpikingNetwork(nn.Module):
         self._check_images(images, finite=True)
         patterns, latency = self._patterns(record), self.latency(delay)
         # A few images at a time: all steps of a layer lie in memory at once.
-        pixels = images.shape[1:].numel() // _VALUES_PER_PIXEL if self.currents else images.shape[2:].numel()
+        pixels = images.shape[1:].numel() // _VALUES_PER_PIXEL if self.currents else images.shape[-2:].numel()
+        pixels *= self.frames
         size = max(1, _PIXELS_AT_A_TIME // (self.code.steps * max(1, pixels)))
-        trace = join_traces([self._simulate(part, delay, patterns, latency) for part in images.split(size)])
+        trace = join_traces(
+            [self._simulate(part, delay, patterns, latency) for part in images.split(size)], self.frames
+        )
         for call, counts in trace.counts.items():
             self.runtime.hand_out(call, counts.to(images.dtype))
         return trace
@@ -199,12 +210,14 @@ class SpikingNetwork(nn.Module):
         """Time steps on one global clock from the first input step to the last output step.
 
         The steps of a window plus the delays on the longest path, plus the steps but one for every attention on it
-        whose query waits for ``k^T v`` to be complete.
+        whose query waits for ``k^T v`` to be complete. The frames of a recording follow one another at the shortest
+        `interval`, and the last one's output completes that of the recording.
 
         Args:
             delay: Overrides the stored delays, as in `simulate`.
         """
-        return self._timing(delay)[0]
+        of_image, interval = self._timing(delay)
+        return of_image + (self.frames - 1) * interval
 
     def interval(self, delay: Delay = None) -> int:
         """Fewest steps between two images: the longest time that one occupies a membrane, a running sum or a matrix.
@@ -215,7 +228,7 @@ class SpikingNetwork(nn.Module):
         return self._timing(delay)[1]
 
     def _timing(self, delay: Delay) -> tuple[int, int]:
-        """Latency and least interval; the network is traced once for every choice of delays."""
+        """Latency of one image and least interval; the network is traced once for every choice of delays."""
         neurons, choose = self.neurons(), delay_choice(delay)
         check_delay(delay, neurons)
         delays = tuple(choose(name, neuron.delay) for name, neuron in neurons.items())
@@ -240,23 +253,24 @@ class SpikingNetwork(nn.Module):
         when it is done with the last.
 
         Args:
-            images: Batches ``[B, C, H, W]`` of one shape, in the order of arrival.
+            images: Batches ``[B, C, H, W]`` of one shape, in the order of arrival; of recordings
+                ``[B, F, C, H, W]``, whose frames follow one another as images do.
             delay: Overrides the stored delays, as in `simulate`.
             interval: Ticks from one image to the next; ``None`` for the least, see `interval`.
             record: Names or globs of neurons whose counts are kept.
 
         Returns:
-            Outputs, and the ticks in which they were complete.
+            Outputs, and the ticks in which they were complete. Counts are those of every image or frame.
 
         Raises:
             QsdError: If the interval is too short, and as `simulate`.
         """
-        batches = [self._check_images(batch, finite=True) for batch in images]
-        latency, interval = self.latency(delay), self._interval(delay, interval)
+        batches = in_a_row(self.network, [self._check_images(batch, True) for batch in images], self.frames)
+        of_image, interval = self._timing(delay)[0], self._interval(delay, interval)
         runtime, patterns = self.runtime, self._patterns(record)
         code = self.code
-        clock = Clock(code.steps, len(batches), interval)
-        stream = Stream([], [], latency, clock.interval)
+        clock = Clock(code.steps, len(batches), interval, self.frames)
+        stream = Stream([], [], of_image + (self.frames - 1) * interval, interval)
         latest = code.steps if self.currents else clock.interval  # An image stays, currents end with their window.
 
         def keep(name: str, counts: Tensor) -> None:
@@ -264,13 +278,13 @@ class SpikingNetwork(nn.Module):
                 stream.counts.setdefault(name, []).append(counts.to(torch.uint8))
 
         with runtime.running("clock", delay_choice(delay), clock=clock) as run, runtime.counting(keep):
-            for _ in range((len(batches) - 1) * clock.interval + latency if batches else 0):
+            for _ in range((len(batches) - 1) * clock.interval + of_image if batches else 0):
                 clock.advance()
                 number, step = clock.image(0)
                 image = batches[number] if 1 <= step <= latest else torch.zeros_like(batches[0])
                 run.calls.clear()
                 output = self.network(self._mark(code.part(image, step) if self.currents else image))
-                self._read(output, clock, stream)
+                read_output(output, clock, stream, runtime)
         return stream
 
     def _interval(self, delay: Delay, chosen: int | None) -> int:
@@ -284,20 +298,6 @@ class SpikingNetwork(nn.Module):
 
     def _mark(self, images: Tensor) -> MarkedTensor:
         return MarkedTensor.mark(images, None if self.currents else IMAGE, 0, self.runtime)
-
-    def _read(self, output: Any, clock: Clock, stream: Stream) -> None:
-        """Accumulate the output, all parts of which wait for the latest, over its window."""
-        leaves, structure = tree_flatten(output)
-        aligned, arrival = self.runtime.aligned(tuple(leaves))
-        parts = [plain(x) for x in aligned]
-        _, step = clock.image(arrival)
-        if step == 1:
-            stream.logits.append(tree_unflatten(parts, structure))
-        elif 1 < step <= clock.time_steps:
-            sums = tree_leaves(stream.logits[-1])
-            stream.logits[-1] = tree_unflatten([total + part for total, part in zip(sums, parts)], structure)
-        if step == clock.time_steps:
-            stream.finished.append(clock.tick)
 
     def _patterns(self, record: str | Iterable[str]) -> tuple[str, ...]:
         patterns = (record,) if isinstance(record, str) else tuple(record)
@@ -334,7 +334,7 @@ class SpikingNetwork(nn.Module):
             for output in self._trace()[0]:
                 if isinstance(output.source, DelayedNeuron):
                     output.source.scaled = True
-            before, found = found, sum(neuron.scaled for neuron in self.neurons().values())
+            before, found = found, sum(getattr(layer, "scaled", False) for layer in self.layers().values())
         for name, layer in self.layers().items():
             source = self.runtime.sources.get(name)
             if layer.role == "synapse" and isinstance(source, DelayedNeuron):

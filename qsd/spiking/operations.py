@@ -129,10 +129,11 @@ def recognize(call: Call) -> Recognized:
     Args:
         call: The call.
     """
-    if any(x.layout != torch.strided for x in call.activations((call.arguments, *call.options.values()))):
+    active = call.activations((call.arguments, *call.options.values()))
+    if any(x.layout != torch.strided for x in active):
         return _other(call, f"{call.name} of sparse tensors, whose values are not followed")
     found = _recognize(call)
-    note = _narrowing(call) if found.kind in (None, "reduction") else ""
+    note = _narrowing(call, active) if found.kind in (None, "reduction") else ""
     return _other(call, note) if note else found
 
 
@@ -227,17 +228,17 @@ def _cast(call: Call) -> Recognized:
     return _other(call, f"a change of type to {result.dtype} rounds".replace("torch.", ""))
 
 
-def _narrowing(call: Call) -> str:
+def _narrowing(call: Call, active: list[Tensor]) -> str:
     """The note on an operation whose result has a type that cannot hold its input, else an empty text.
 
     A sum of fractions as whole numbers rounds, and so does a slice that is set to fractions. Comparisons and changes of
     type are judged by their values.
     """
-    result = next((x for x in tree_leaves(call.output) if isinstance(x, Tensor)), None)
-    if result is None or call.name in _CASTS or call.name in _COMPARISONS:
+    results = tensors_in((call.output,))
+    if not results or call.name in _CASTS or call.name in _COMPARISONS:
         return ""
-    dtype = result.dtype
-    for x in call.activations((call.arguments, *call.options.values())):
+    dtype = results[0].dtype
+    for x in active:
         if torch.promote_types(dtype, x.dtype) != dtype and not torch.equal(x.to(dtype).to(x.dtype), x):
             return f"{call.name} with a result of type {dtype} rounds".replace("torch.", "")
     return ""

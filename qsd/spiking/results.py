@@ -49,19 +49,26 @@ class Stream:
     counts: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
-def join_traces(traces: Sequence[Trace]) -> Trace:
+def join_traces(traces: Sequence[Trace], frames: int = 1) -> Trace:
     """Join the traces of parts of a batch.
 
     Args:
         traces: One for each part, in order.
+        frames: Frames of a recording; counts are those of all first frames, then of all second ones, and so on.
     """
     if len(traces) == 1:
         return traces[0]
     parts, structure = zip(*(tree_flatten(trace.logits) for trace in traces))
     joined = Trace(tree_unflatten([torch.cat(part) for part in zip(*parts)], structure[0]), traces[0].latency)
     for name in traces[0].counts:
-        joined.counts[name] = torch.cat([trace.counts[name] for trace in traces])
+        joined.counts[name] = _join([trace.counts[name] for trace in traces], 0, frames)
     for name in traces[0].spikes:
-        joined.spikes[name] = torch.cat([trace.spikes[name] for trace in traces], dim=1)
-        joined.membrane[name] = torch.cat([trace.membrane[name] for trace in traces], dim=1)
+        joined.spikes[name] = _join([trace.spikes[name] for trace in traces], 1, frames)
+        joined.membrane[name] = _join([trace.membrane[name] for trace in traces], 1, frames)
     return joined
+
+
+def _join(parts: list[Tensor], axis: int, frames: int) -> Tensor:
+    if frames == 1:
+        return torch.cat(parts, axis)
+    return torch.cat([part.unflatten(axis, (frames, -1)) for part in parts], axis + 1).flatten(axis, axis + 1)

@@ -17,12 +17,16 @@ from qsd.layers import (
     TokenMeanLinear,
     quantized_weight,
 )
+from qsd.layers.frames import EventCounts, FrameAxis, FrameMean
 from qsd.neurons import FloatNeuron, LearnedStepNeuron, SpikeNeuron
 from qsd.spiking.layers import (
     DelayedNeuron,
     HalfEvenNeuron,
     SpikingChain,
     SpikingDense,
+    SpikingEvents,
+    SpikingFrameAxis,
+    SpikingFrameMean,
     SpikingMaxPool,
     SpikingPooledDense,
     SpikingProduct,
@@ -143,7 +147,26 @@ def _neuron(module: SpikeNeuron, name: str, conversion: Conversion) -> nn.Module
 def _learned_neuron(module: LearnedStepNeuron, name: str, conversion: Conversion) -> nn.Module:
     # What was learned is fixed now.
     fixed = SpikeNeuron(module.time_steps, module.threshold, module.amplitude)
+    fixed.memory = module.memory
     return DelayedNeuron(fixed, name, conversion.delay(name), conversion.runtime)
+
+
+@register_conversion(EventCounts)
+def _events(module: EventCounts, name: str, conversion: Conversion) -> nn.Module:
+    return SpikingEvents(module, name, conversion.runtime)
+
+
+@register_conversion(FrameAxis)
+def _frame_axis(module: FrameAxis, name: str, conversion: Conversion) -> nn.Module:
+    del name
+    conversion.runtime.frames = module.passes
+    return SpikingFrameAxis(module, conversion.runtime)
+
+
+@register_conversion(FrameMean)
+def _frame_mean(module: FrameMean, name: str, conversion: Conversion) -> nn.Module:
+    del name
+    return SpikingFrameMean(module.frames, conversion.runtime)
 
 
 @register_conversion(nn.MaxPool2d)

@@ -51,6 +51,8 @@ class Run:
         present: Name of every layer's present call.
         paths: Receives what is found, while tracing.
         codes: By layer the codes of its inputs in the present call.
+        remainders: Of one frame in the count domain, the remainder of every neuron with a memory, in thresholds: that
+            of the frame before, which the neurons replace by their own. ``None`` where all frames run at once.
     """
 
     mode: Mode = "count"
@@ -62,6 +64,7 @@ class Run:
     codes: dict[str, tuple[Code, ...]] = field(default_factory=dict)
     present: dict[str, str] = field(default_factory=dict)
     paths: Paths = field(default_factory=Paths)
+    remainders: dict[str, Tensor] | None = None
 
 
 class _Thread(threading.local):
@@ -90,6 +93,7 @@ class Runtime:
         self.code: Code = build_code(code, time_steps)
         self.paths = Paths()
         self.repeated: frozenset[str] = frozenset()
+        self.frames = 1  # images that follow one another as the frames of one recording
         self.converting = True  # while it is still open which neurons' amplitudes go into weights
         self._thread = _Thread()
 

@@ -46,12 +46,13 @@ class Operation:
     note: str = ""
 
 
-# Functions that hand values to another library, of which no operation of PyTorch tells.
+# Functions that hand values to another library, and those that make a tensor of single values: no operation shows them.
 _EXITS = frozenset({"numpy", "tolist", "__array__", "__dlpack__"})
+_CONSTRUCTORS = frozenset({"tensor", "as_tensor", "asarray", "new_tensor"})
 
 
 class _Exits(TorchFunctionMode):
-    """Reports values that leave PyTorch.
+    """Reports values that leave the operations of PyTorch.
 
     Args:
         report: Called with the function's name and the tensor.
@@ -65,8 +66,13 @@ class _Exits(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _EXITS and args and isinstance(args[0], Tensor):
-            self.report(name, args[0])
+        data: list[Any] = []
+        if name in _EXITS:
+            data = [args[0]]
+        elif name in _CONSTRUCTORS:
+            data = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, list | tuple)]
+        for x in tensors_in(data):
+            self.report(name, x)
         return func(*args, **(kwargs or {}))
 
 
@@ -149,7 +155,7 @@ class Watch(TorchDispatchMode):
 
     def _leaves_torch(self, name: str, x: Tensor) -> None:
         if self._is_activation(x) and not self.is_image(x) and self._role() != "neuron" and self.is_watched():
-            note = f"{name} hands values to another library"
+            note = f"{name} passes values on in a way that is not followed"
             self.report(Operation("other", name, *self._place(), (plain(x),), False, (x,), None, note))
 
     def _leave(self, *_: Any) -> None:
@@ -171,7 +177,7 @@ class Watch(TorchDispatchMode):
             kind = self._report(call, image)
             storages = [storage for x in outputs if (storage := _storage(x)) is not None]
             self._activations.update(storages)
-            if image and kind in (None, "pool", "reduction", "other"):
+            if image and call.role != "neuron" and kind in (None, "pool", "reduction", "other"):
                 self._images.update(storages)
         self.follow(name, inputs, outputs)
         return output

@@ -16,11 +16,13 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from qsd.errors import QsdError
+from qsd.layers.frames import channels_last
 from qsd.layers.steps import step_names
 from qsd.limits import check_number
 from qsd.models import load_weights
 from qsd.models.checkpoints import check_weights
 from qsd.tasks.guards import PrecisionNote, StepSizeGuard, check_before_saving, check_loss
+from qsd.tasks.inputs import sizes_from_data
 from qsd.tasks.networks import blaming, build_network, check_name
 from qsd.tasks.neuron_initialization import set_neurons
 from qsd.tasks.optimization import parameter_groups, warmup_and_cosine
@@ -34,9 +36,10 @@ AuxiliaryLoss = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 class ClassificationTask(LightningModule):
     """Train, evaluate and apply an image classifier.
 
-    Batches are ``(images [B, C, H, W], labels [B])``; for prediction ``(images, names)``. A model may return the logits
-    of two heads as a pair in training: a teacher of logits teaches the second one. Logged: ``train/loss``,
-    ``val/loss``, ``val/accuracy``, ``val/accuracy_top5`` (from six classes upwards), the same under ``test/``.
+    Batches are ``(images [B, C, H, W], labels [B])``; for prediction ``(images, names)``. In place of images there may
+    be recordings ``[B, F, C, H, W]``. A model may return the logits of two heads as a pair in training: a teacher of
+    logits teaches the second one. Logged: ``train/loss``, ``val/loss``, ``val/accuracy``, ``val/accuracy_top5`` (from
+    six classes upwards), the same under ``test/``.
 
     Args:
         model: Any name known to ``timm.create_model``, perhaps with the tag of weights (``qsd_tiny.digits``), a folder
@@ -153,9 +156,7 @@ class ClassificationTask(LightningModule):
                 f"the data has {available} classes (labels 0 to {available - 1}), the model only "
                 f"num_classes={num_classes}; raise it, or leave it out to take it from the data."
             )
-        model_args = dict(self.hparams["model_args"] or {})
-        if (channels := getattr(data, "in_chans", None)) is not None:
-            model_args.setdefault("in_chans", channels)
+        model_args = sizes_from_data(self.hparams["model_args"], data)
         # Loggers and checkpoints contain the real sizes.
         self.save_hyperparameters({"num_classes": num_classes, "model_args": model_args})
 
@@ -228,8 +229,7 @@ class ClassificationTask(LightningModule):
 
     def forward(self, images: Tensor) -> Any:
         """Images ``[B, C, H, W]`` to logits ``[B, num_classes]``, in training perhaps to those of two heads."""
-        # Convolutions run up to twice as fast in channels last. All layers keep the layout of their input.
-        return self.model(images.contiguous(memory_format=torch.channels_last))
+        return self.model(channels_last(images))
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Set the learned steps of neurons from the first batch, unless the weights contain them.

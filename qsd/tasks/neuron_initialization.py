@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from qsd.layers.frames import channels_last
 from qsd.training.neuron_initialization import has_contrast, initialize_from_batch
 
 
@@ -28,7 +28,5 @@ def set_neurons(task: Any, images: Tensor) -> bool:
         return reduced
 
     several = task.trainer.world_size > 1
-    initialize_from_batch(
-        task.model, images.contiguous(memory_format=torch.channels_last), average if several else None
-    )
+    initialize_from_batch(task.model, channels_last(images), average if several else None)
     return True

@@ -19,7 +19,8 @@ from PIL import Image
 
 import qsd
 import qsd_launcher
-from qsd.data import DigitsData, ImageArray
+from qsd.data import DigitEvents, DigitsData, ImageArray
+from qsd.data.events import RecordingArrays
 from qsd.export import to_onnx
 from qsd.report import ConversionOptions
 from tests.helpers import LONG, ROOT
@@ -67,7 +68,8 @@ TOOLS = {
     "distill": ([*SHORT, "--trainer.limit_test_batches=1"], "_distill.yaml"),
 }
 MAKE = {
-    "demo": "qsd demo", "demo-detection": "qsd demo detection", "demo-segmentation": "qsd demo segmentation",
+    "demo": "qsd demo", "demo-events": "qsd demo events", "demo-detection": "qsd demo detection",
+    "demo-segmentation": "qsd demo segmentation",
     "test": "pytest", "check": "pytest", "test-long": "QSD_TEST_LONG=1", "test-cuda": "test_cuda.py",
     "lint": "ruff check", "docs": "sphinx",
 }  # fmt: skip
@@ -96,8 +98,15 @@ def _few_digits():
         images = np.stack([np.asarray(source.load(i)) for i in range(16)])
         return ImageArray(images, source.labels[:16], [source.name(i) for i in range(16)])
 
+    record_all = DigitEvents.load_part
+
+    def record_part(self, part):
+        source = record_all(self, part)
+        return RecordingArrays(source.events[:16], source.labels[:16], ["digit"] * 16, self.binning())
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitsData, "load_part", load_part)
+        patch.setattr(DigitEvents, "load_part", record_part)
         yield
 
 
@@ -239,7 +248,7 @@ def test_subcommands(command, workplace, tree, finished, exported, monkeypatch, 
         Image.new("RGB", (40, 30), (200, 100, 0)).save("IMAGE", "PNG")
     if "--calibrate" in command:  # every delay of every neuron is measured: a network with few of them
         _save_tiny_checkpoint("CHECKPOINT")
-    if command == "qsd demo":
+    if command.startswith("qsd demo"):
         shorten_conversions(monkeypatch, stages=("delays", "energy"))
     words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]
     short, says = SUBCOMMANDS[words[0]]
@@ -252,7 +261,8 @@ def test_subcommands(command, workplace, tree, finished, exported, monkeypatch, 
             shutil.copy(target, exported)
     if words[0] == "demo":
         for path in ("report.html", "test/report.html", "checkpoints/best.ckpt"):
-            assert (workplace / "runs/digits/version_0" / path).is_file()
+            name = "digit_events" if "events" in command else "digits"
+            assert (workplace / "runs" / name / "version_0" / path).is_file()
 
 
 @pytest.fixture(scope="module")

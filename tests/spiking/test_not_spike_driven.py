@@ -200,6 +200,8 @@ TRICKS |= {
     "numpy_beside": lambda s, c: 0 * s + torch.from_numpy((plain(c).numpy() > 0.1).astype(float)),
     "array_beside": lambda s, c: 0 * s + torch.from_numpy(np.sign(np.asarray(plain(c)))),
     "list_beside": lambda s, c: 0 * s + torch.tensor(c.tolist(), dtype=s.dtype),
+    "values_beside": lambda s, c: 0 * s + (torch.tensor([*c.flatten()]) > 0.1).to(s.dtype).view(s.shape),
+    "copy_as_data": lambda s, c: (torch.tensor(plain(c)) > 0.1).to(s.dtype),
     "sparse": lambda s, c: plain(c).to_sparse().to_dense() + s,
     "function_of_one_s_own": lambda s, c: Rectified.apply(c),
     "script": lambda s, c: scripted(plain(c)),

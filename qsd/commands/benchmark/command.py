@@ -28,6 +28,7 @@ from qsd.commands.benchmark.cases import cases_of
 from qsd.commands.benchmark.formats import formats, show_formats
 from qsd.commands.benchmark.loading import loading
 from qsd.commands.benchmark.meter import report_peak
+from qsd.commands.benchmark.recordings import recordings
 from qsd.commands.benchmark.settings import Settings
 from qsd.commands.benchmark.suites import compare, growth
 from qsd.commands.benchmark.tables import draw, show, show_loading, show_sizes
@@ -151,7 +152,7 @@ def _measure_and_show(suite: str, settings: Settings, console: Console) -> dict[
         results = growth(settings)
         show_sizes(console, results)
     elif suite == "loading":
-        results = loading(settings.model(), settings)
+        results = {**loading(settings.model(), settings), "recordings": recordings(settings)}
         show_loading(console, results)
         results["formats"] = formats(settings)
         show_formats(console, results["formats"])

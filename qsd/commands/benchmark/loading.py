@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from qsd.commands.benchmark.settings import Settings
 from qsd.data import ImageFolderData
+from qsd.layers.frames import channels_last
 
 
 def write_images(root: Path, count: int) -> None:
@@ -58,7 +59,7 @@ def loading(model: nn.Module, settings: Settings) -> dict[str, Any]:
         next(batches)
         start = time.perf_counter()
         alone = sum(len(images) for images, _ in batches) / (time.perf_counter() - start)
-        waiting, training = _train(model, loader, steps, settings.device)
+        waiting, training = train_steps(model, loader, steps, settings.device)
     return {
         "share_waiting": sum(waiting) / (sum(waiting) + sum(training)),
         "shares": [w / (w + t) for w, t in zip(waiting, training)],
@@ -69,8 +70,15 @@ def loading(model: nn.Module, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _train(model: nn.Module, loader: Any, steps: int, device: torch.device) -> tuple[list[float], list[float]]:
-    """Seconds that each step but the first waits for its batch, and seconds that it computes."""
+def train_steps(model: nn.Module, loader: Any, steps: int, device: torch.device) -> tuple[list[float], list[float]]:
+    """Seconds that each step but the first waits for its batch, and seconds that it computes.
+
+    Args:
+        model: The model to train.
+        loader: Batches of images or recordings, and labels.
+        steps: Number of steps.
+        device: The device to compute on.
+    """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     waiting, training = [], []
@@ -79,7 +87,7 @@ def _train(model: nn.Module, loader: Any, steps: int, device: torch.device) -> t
         images, labels = next(batches)
         loaded = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        images = images.to(device, memory_format=torch.channels_last)
+        images = channels_last(images.to(device))
         F.cross_entropy(model(images), labels.to(device)).backward()
         optimizer.step()
         if device.type == "cuda":

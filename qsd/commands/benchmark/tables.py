@@ -62,6 +62,12 @@ def show_loading(console: Console, results: dict[str, Any]) -> None:
         f"{results['seconds_waiting']:.3f} s waiting and {results['seconds_training']:.3f} s training per step; "
         f"{results['images_per_second']:.0f} images per second from the loader alone"
     )
+    events = results["recordings"]
+    console.print(
+        f"recordings: {events['events_per_second'] / 1e6:.2f} million events per second into frames; "
+        f"{100 * events['share_waiting']:.1f} % of the time waiting, {events['seconds_waiting']:.3f} s waiting and "
+        f"{events['seconds_training']:.3f} s training per step"
+    )
 
 
 def show_sizes(console: Console, results: dict[str, Any]) -> None:

@@ -5,12 +5,14 @@ current folder.
 
   digits         a classifier of 8 x 8 digits (two to three minutes on two cores); with --pretrained the trained network
                  of the package instead (ten seconds)
+  events         a classifier of digits that move in front of a simulated event camera
   detection      a detector of digits on photographs; needs qsd[mm]
   segmentation   a segmenter of digits on photographs; needs qsd[mm]
   scenes         the images of detection and segmentation alone
 
 Examples:
   qsd demo
+  qsd demo events
   qsd demo --pretrained
   qsd demo detection
   qsd demo scenes data/digit_scenes
@@ -39,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _command(args: list[str]) -> int:
-    kinds = {"digits": _digits, "detection": _dense, "segmentation": _dense, "scenes": _scenes}
+    kinds = {"digits": _digits, "events": _digits, "detection": _dense, "segmentation": _dense, "scenes": _scenes}
     parser = program.Parser(prog="qsd demo", description=__doc__)
     parser.add_argument("kind", nargs="?", choices=kinds, default="digits", help="the demonstration; default: digits")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="its options, which qsd demo KIND --help shows")
@@ -49,8 +51,8 @@ def _command(args: list[str]) -> int:
     return kinds[kind](kind, args[1:] if args[:1] == [kind] else args)
 
 
-def _digits(_kind: str, args: list[str]) -> int:
-    parser = program.Parser(prog="qsd demo digits", description="Train, test and convert a classifier of digits.")
+def _digits(kind: str, args: list[str]) -> int:
+    parser = program.Parser(prog=f"qsd demo {kind}", description="Train, test and convert a classifier of digits.")
     parser.add_argument("--max-images", type=whole(1), help="number of test images to convert on; the default is all")
     parser.add_argument("--pretrained", action="store_true", help="load the trained network of the package instead of "
                         "training one, classify the test digits, and show the spikes of one of them")  # fmt: skip
@@ -62,7 +64,7 @@ def _digits(_kind: str, args: list[str]) -> int:
         return show(options.max_images)
     from qsd.commands.demo.digits import run
 
-    return run(options.max_images, options.options)
+    return run(kind, options.max_images, options.options)
 
 
 def _dense(kind: str, args: list[str]) -> int:

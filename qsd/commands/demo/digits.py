@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -9,37 +10,44 @@ from rich.table import Table
 import qsd_launcher
 from qsd import report
 from qsd.commands.runs import last_metrics, newest_run
-from qsd.data import DigitsData
+from qsd.data import DigitEvents, DigitsData, ImageData
 from qsd.packing import image_notes
 from qsd.report.record import ClassifierAccuracy
 from qsd.tasks import load_task
 
-_CONFIG = ["--config", "configs/digits.yaml"]
+# By kind the configuration, which is also the name of the runs, and the title of the table.
+_KINDS: dict[str, tuple[str, type[ImageData], str]] = {
+    "digits": ("digits", DigitsData, "Handwritten digits"),
+    "events": ("digit_events", DigitEvents, "Digits in front of an event camera"),
+}
 
 
-def run(max_images: int | None, options: Sequence[str]) -> int:
+def run(kind: str, max_images: int | None, options: Sequence[str]) -> int:
     """Train, test and convert, and print a table of the results.
 
     The training converts the network on the validation images. Here it is converted again on the test images, which
     chose nothing, and on which every image is also stepped.
 
     Args:
+        kind: ``"digits"`` or ``"events"``.
         max_images: The number of test images to convert on; ``None`` for all.
         options: Further options of ``qsd fit`` and ``qsd test``.
 
     Returns:
         The exit code.
     """
+    name, kind_of_data, title = _KINDS[kind]
+    config = ["--config", f"configs/{name}.yaml"]
     start = time.perf_counter()
-    if code := qsd_launcher.main(["fit", *_CONFIG, *options]):
+    if code := qsd_launcher.main(["fit", *config, *options]):
         return code
     seconds = time.perf_counter() - start
-    folder = newest_run("digits")
+    folder = newest_run(name)
     best = folder / "checkpoints" / "best.ckpt"
-    if code := qsd_launcher.main(["test", *_CONFIG, *options, "--ckpt_path", str(best)]):
+    if code := qsd_launcher.main(["test", *config, *options, "--ckpt_path", str(best)]):
         return code
-    accuracy = float(last_metrics(newest_run("digits"))["test/accuracy"])
-    data = DigitsData()
+    accuracy = float(last_metrics(newest_run(name))["test/accuracy"])
+    data: Any = kind_of_data()  # type: ignore[call-arg]
     images = data.whole_part("test")
     stepped = max_images or len(images.dataset)
     record = report.write_conversion(
@@ -47,12 +55,12 @@ def run(max_images: int | None, options: Sequence[str]) -> int:
         images,
         folder / "test",
         report.ConversionOptions(max_images=max_images, step_images=stepped),
-        report.Origin("qsd_tiny", str(best), "test images of DigitsData"),
+        report.Origin("qsd_tiny", str(best), f"test images of {kind_of_data.__name__}"),
         image_notes(data),
     )
     console = Console()
     console.print(report.summary(record))
-    console.print(_table(record, accuracy, seconds))
+    console.print(_table(record, accuracy, seconds, title))
     # Outside the table, which would shorten the paths.
     print(f"logs: {folder}")
     print(f"checkpoint: {best}")
@@ -61,12 +69,13 @@ def run(max_images: int | None, options: Sequence[str]) -> int:
     return 0
 
 
-def _table(record: report.Record, accuracy: float, seconds: float) -> Table:
+def _table(record: report.Record, accuracy: float, seconds: float, title: str) -> Table:
     """The results in rows; a complete record of a classifier holds all of them."""
     assert isinstance(record.accuracy, ClassifierAccuracy)
     assert record.delays is not None
     assert record.energy is not None
-    table = Table("result", "value", title="Handwritten digits, 4-bit weights, T = 4 time steps", title_justify="left")
+    title = f"{title}, 4-bit weights, T = 4 time steps"
+    table = Table("result", "value", title=title, title_justify="left")
     table.add_row("test accuracy", f"{100 * accuracy:.2f} %")
     table.add_row("test accuracy in binary spikes", f"{100 * record.accuracy.spiking:.2f} %")
     for row in record.delays.rows:

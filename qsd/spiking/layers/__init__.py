@@ -3,6 +3,7 @@
 from qsd.spiking.layers.base import Role, TimedLayer, missing_parts
 from qsd.spiking.layers.convolution import Convolution
 from qsd.spiking.layers.costs import LayerInputs, Operations, both, synaptic_operations
+from qsd.spiking.layers.frames import SpikingEvents, SpikingFrameAxis, SpikingFrameMean
 from qsd.spiking.layers.geometry import Geometry, dense_macs, fan_out
 from qsd.spiking.layers.neuron import DelayedNeuron, HalfEvenNeuron
 from qsd.spiking.layers.pooling import SpikingMaxPool
@@ -19,6 +20,9 @@ __all__ = [
     "Role",
     "SpikingChain",
     "SpikingDense",
+    "SpikingEvents",
+    "SpikingFrameAxis",
+    "SpikingFrameMean",
     "SpikingLinear",
     "SpikingMaxPool",
     "SpikingPooledDense",

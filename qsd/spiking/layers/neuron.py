@@ -9,7 +9,7 @@ from torch import Tensor
 from qsd.errors import QsdError
 from qsd.functional import spike_count
 from qsd.neurons import SpikeNeuron
-from qsd.rounding import tie_slack
+from qsd.recurrence import frame_slack, membrane_potentials
 from qsd.spiking.clock import Window
 from qsd.spiking.layers.base import TimedLayer
 from qsd.spiking.layers.costs import LayerInputs, Operations
@@ -33,6 +33,10 @@ class DelayedNeuron(TimedLayer):
     spikes meet an operation that is no layer of the engine (``scaled``), they are multiplied by it, and by their value,
     here, which is exact too, but not spike-driven.
 
+    A neuron with a memory keeps what it did not fire: the window of the next frame starts at half a threshold plus the
+    decay times the remainder. So its counts are those of the trained neuron, frame by frame. In the binary code the
+    excess above saturation is kept beside the membrane, and belongs to the remainder.
+
     A neuron whose input is a product of spikes gets, beside the integer currents, the value of their unit. Its
     threshold is divided by that value, anew for every size of the image.
 
@@ -52,7 +56,7 @@ class DelayedNeuron(TimedLayer):
         super().__init__(name, runtime)
         self.delay = delay
         self.time_steps, self.threshold, self.amplitude = trained.time_steps, trained.threshold, trained.amplitude
-        self.drive, self.rule = trained.drive, trained.rule
+        self.drive, self.rule, self.memory = trained.drive, trained.rule, trained.memory
         self.scaled = False
 
     def step_size(self, features: int) -> float:
@@ -120,12 +124,24 @@ class DelayedNeuron(TimedLayer):
             scale: Value of one unit of the input, where the input is a product of spikes.
         """
         threshold = self.threshold_at(*scale)
-        drive = x / threshold if scale else self.drive(x)
-        return spike_count(drive, self.time_steps, self.rule, tie_slack(x, self.time_steps, threshold))
+        drive, slack = x / threshold if scale else self.drive(x), self._slack(x, threshold)
+        remainders = self.runtime.run.remainders
+        if self.memory is not None and remainders is not None:
+            if (left := remainders.get(self.call)) is not None:
+                drive = drive + self.memory.decay * left
+            counts = spike_count(drive, self.time_steps, self.rule, slack)
+            remainders[self.call] = drive - counts
+            return counts
+        if self.memory is not None:
+            drive = membrane_potentials(drive, self.time_steps, self.memory, self.rule, slack)
+        return spike_count(drive, self.time_steps, self.rule, slack)
+
+    def _slack(self, x: Tensor, threshold: Potential) -> float:
+        return frame_slack(x, self.time_steps, threshold, self.memory)
 
     def _start(self, threshold: Potential, x: Tensor) -> Potential:
-        """The beginning of a window, with the slack for ties."""
-        start, slack = self.start(threshold), tie_slack(x, self.time_steps, threshold)
+        """The beginning of a window without a remainder, with the slack for ties."""
+        start, slack = self.start(threshold), self._slack(x, threshold)
         return start + slack * threshold if slack and not self.rule.half_even else start
 
     # -- the three ways to run -----------------------------------------------------------------------------------------
@@ -171,34 +187,63 @@ class DelayedNeuron(TimedLayer):
         x, *scale = inputs
         if constant:
             raise self._sees_an_image()
-        run, code, delay = self.runtime.run, self.runtime.code, self.window_offset()
+        run, code = self.runtime.run, self.runtime.code
         threshold, records = self.threshold_at(*scale), matches(self.call, run.record)
         if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
         currents = self.runtime.split(x)
-        spikes = torch.empty_like(currents)
-        shape = (code.steps + delay if records else 0, *currents.shape[1:])
-        potentials = currents.new_empty_strided(shape, currents.stride())
-        chunks = zip(
-            *(_chunks(tensor) for tensor in (currents, spikes, potentials)),
-            _as_chunks(self._start(threshold, x), currents[0]),
-            _as_chunks(self.limit(threshold), currents[0]),
-        )
-        for current, spike, potential, start, limit in chunks:
-            membrane = start[0].clone() if isinstance(start, Tensor) else torch.full_like(current[0], start)
-            limit = limit[0].clone() if isinstance(limit, Tensor) else limit
-            for t in range(code.steps + delay):
-                if t < code.steps:
-                    self.charge(membrane, current[t])
-                if records:
-                    potential[t] = membrane
-                if t >= delay:
-                    self._fire_step(membrane, limit, spike[t - delay], t - delay + 1)
+        start = self._start(threshold, x)
+        if self.memory is None or self.memory.frames == 1:
+            spikes, potentials, _ = self._window(currents, start, threshold, records)
+        else:
+            spikes, potentials = self._windows(currents, start, threshold, records)
         run.trace.counts[self.call] = code.counts(spikes)
         if records:
             run.trace.spikes[self.call], run.trace.membrane[self.call] = spikes.bool(), potentials
         spikes = spikes.flatten(0, 1)
         return self._emit(code.weigh(spikes) if self.scaled else spikes)
+
+    def _windows(
+        self, currents: Tensor, start: Potential, threshold: Potential, records: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Spikes and potentials of all frames, ``[steps, F * B, ...]``, one window after the other."""
+        assert self.memory is not None
+        first, found = start, []
+        for current in currents.chunk(self.memory.frames, dim=1):
+            spikes, potentials, left = self._window(current.contiguous(), first, threshold, records)
+            found.append((spikes, potentials))
+            first = start + self.memory.decay * (left - start)
+        return torch.cat([spikes for spikes, _ in found], 1), torch.cat([potentials for _, potentials in found], 1)
+
+    def _window(
+        self, currents: Tensor, start: Potential, threshold: Potential, records: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Spikes of a window, potentials after each charge (of no step unless recorded), and the last potential."""
+        code, delay = self.runtime.code, self.window_offset()
+        spikes, last = torch.empty_like(currents), torch.empty_like(currents[:1])
+        shape = (code.steps + delay if records else 0, *currents.shape[1:])
+        potentials = currents.new_empty_strided(shape, currents.stride())
+        chunks = zip(
+            *(_chunks(tensor) for tensor in (currents, spikes, potentials, last)),
+            _as_chunks(start, currents[0]),
+            _as_chunks(self.limit(threshold), currents[0]),
+        )
+        for current, spike, potential, end, begin, limit in chunks:
+            membrane = begin[0].clone() if isinstance(begin, Tensor) else torch.full_like(current[0], begin)
+            limit = limit[0].clone() if isinstance(limit, Tensor) else limit
+            excess = None
+            for t in range(code.steps + delay):
+                if t < code.steps:
+                    self.charge(membrane, current[t])
+                if records:
+                    potential[t] = membrane
+                if t == delay and self.memory is not None:
+                    excess = code.excess(membrane, limit)
+                if t >= delay:
+                    self._fire_step(membrane, limit, spike[t - delay], t - delay + 1)
+            if self.memory is not None:
+                end[0] = membrane if excess is None else membrane + excess
+        return spikes, potentials, last[0]
 
     def _fire_step(self, membrane: Tensor, threshold: Any, spikes: Tensor, step: int) -> None:
         """`fire` in a step of the firing window, as the code says."""
@@ -215,11 +260,17 @@ class DelayedNeuron(TimedLayer):
         step = window.step - delay
         if window.begins:
             threshold = self.threshold_at(*scale)
-            state["membrane"], state["count"] = _filled(self._start(threshold, x), x), torch.zeros_like(x)
+            start = _filled(self._start(threshold, x), x)
+            if self.memory is not None and not window.first:
+                left = state["membrane"] if state["excess"] is None else state["membrane"] + state["excess"]
+                start += self.memory.decay * (left - start)
+            state["membrane"], state["count"] = start, torch.zeros_like(x)
             limit = self.limit(threshold)
             state["threshold"] = _filled(limit, x) if isinstance(limit, Tensor) else limit
         if window.open:
             self.charge(state["membrane"], x)
+        if step == 1 and self.memory is not None:
+            state["excess"] = code.excess(state["membrane"], state["threshold"])
         if window.within(delay, code.steps):
             self._fire_step(state["membrane"], state["threshold"], spikes, step)
             state["count"] = state["count"] + shift(spikes, code.places(step))
