@@ -65,9 +65,8 @@ class Streams:
         for values in members:
             wanted = _base(flow, values) * 2.0**-fractional_bits
             bound = np.zeros(1) if least is None else least[values[0]]
-            if flow.output in values:
-                unit = np.full(1, max(wanted, float(bound.max())))
-            else:
+            unit: Floats = np.full(1, max(wanted, float(bound.max())))
+            if flow.output not in values:
                 scales = (scale_of(call) for call in flow.calls if call.output in values)
                 unit = _shared(next((np.abs(scale) for scale in scales if scale is not None), None), wanted, bound)
             units |= dict.fromkeys(values, unit)
