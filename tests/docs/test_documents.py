@@ -22,8 +22,8 @@ import qsd_launcher
 from qsd.data import DigitEvents, DigitsData, ImageArray
 from qsd.data.events import RecordingArrays
 from qsd.export import to_onnx
-from qsd.report import ConversionOptions
 from tests.helpers import LONG, ROOT
+from tests.helpers.conversions import shorten_conversions
 from tests.helpers.documents import MM, PAGES, blocks, commands, inline_commands, read, subcommand
 
 try:
@@ -111,18 +111,6 @@ def _few_digits():
 
 
 # -- trainings ---------------------------------------------------------------------------------------------------------
-
-
-def shorten_conversions(patch, **values):
-    """Let conversions measure on two images, and nothing beside the accuracy unless ``stages`` are given."""
-    check = ConversionOptions.__post_init__
-
-    def shorten(options):
-        for name, value in {"stages": (), "max_images": 2, "step_images": 1, **values}.items():
-            object.__setattr__(options, name, value)
-        check(options)
-
-    patch.setattr(ConversionOptions, "__post_init__", shorten)
 
 
 @pytest.fixture(scope="module")
