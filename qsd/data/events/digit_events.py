@@ -47,13 +47,13 @@ class DigitEvents(EventData):
 
     def __init__(
         self,
-        frames: int = 6,
+        frames: int = 3,
         img_size: int | tuple[int, int] = 16,
         batch_size: int = 64,
         num_workers: int | None = 0,
-        degrees: float = 10.0,
+        degrees: float = 0.0,
         shift: float = 0.06,
-        scale: float = 0.1,
+        scale: float = 0.0,
         drop: float = 0.1,
         threshold: float = 0.3,
         refractory_ms: float = 2.0,
