@@ -20,16 +20,16 @@ demo-detection demo-segmentation: demo-%: $(VENV)/.installed-mm
 
 # The linters, the type checker, the layers of the package, then the tests: what CI runs. They compare bits, on a CPU.
 test: lint
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # The core of it, in two minutes: the mathematics, the layers, the models, the conversion.
 CORE := $(addprefix tests/,test_functional.py test_neurons.py test_quantizers.py lean layers models/test_models.py spiking)
 check: lint
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(CORE) -k "not compile and not export"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(CORE) -k "not compile and not export"
 
 # The same tests on every value and with many more tries than `make test` takes.
 test-long: $(VENV)/.installed-dev
-	QSD_TEST_LONG=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --timeout=3600
+	QSD_TEST_LONG=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --timeout=3600
 
 # What only a CUDA device can show.
 test-cuda: $(VENV)/.installed-dev

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,6 +87,10 @@ def check_trainer(settings: Mapping[str, Any], seed: Any) -> None:
         check_number("seed_everything", seed, 0, LARGEST_SEED)
     for name, (least, most) in _TRAINER.items():
         check_number(f"trainer.{name}", settings.get(name), least, most)
+    devices = settings.get("devices")
+    if settings.get("accelerator", "auto") in ("auto", "cpu") and str(devices).isdecimal():
+        # Each process of a training on a processor takes a gigabyte of memory or more.
+        check_number("trainer.devices", int(str(devices)), 1, max(16, 4 * (os.cpu_count() or 1)))
     interval = settings.get("val_check_interval")
     if isinstance(interval, int | float):
         check_number("trainer.val_check_interval", interval, 0)

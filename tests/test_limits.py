@@ -20,6 +20,8 @@ TRAINER = [
     ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches=0 is below 1"),
     ({"limit_train_batches": float("inf")}, "trainer.limit_train_batches=inf is not finite"),
     ({"log_every_n_steps": -1}, "trainer.log_every_n_steps=-1 is negative"),
+    ({"devices": 1000000}, "trainer.devices=1000000 is not from 1 to"),
+    ({"accelerator": "cpu", "devices": "1000000"}, "trainer.devices=1000000 is not from 1 to"),
 ]
 # Each builds the parsers of Lightning, which takes a second.
 COMMANDS = sample(

@@ -51,11 +51,12 @@ def ship(training: Path, test: Path, tag: str, data: str, recipe: str | None = N
     module: Any = instantiate_class((), yaml.safe_load((training / "config.yaml").read_text())["data"])
     module.setup("test")  # the mean of digits is known when they are read
     module.load_part("train")
+    count = tested.images["test"]
     notes = {
         **image_notes(module),
         "data": data,
-        "accuracy": tested.metrics["test/accuracy"],
-        "test_images": tested.images["test"],
+        "accuracy": round(tested.metrics["test/accuracy"] * count) / count,  # the metric is a 32-bit number
+        "test_images": count,
         "recipe": recipe,
         "seed": fit.seed,
         "versions": fit.versions,

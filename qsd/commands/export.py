@@ -67,7 +67,7 @@ def _parser(config: str | Path | None) -> DataParser:
                         "inner values become integers (format onnx-int8)")  # fmt: skip
     integers = parser.add_argument_group("formats integers and c")
     integers.add_argument("--fractional-bits", type=whole(1, 30), help="bits behind the point of running sums; the "
-                          "default is the fewest that keep all counts on up to 64 of the images")  # fmt: skip
+                          "default is the fewest that keep all counts on the images")  # fmt: skip
     integers.add_argument("--inner-bits", type=whole(4, 24), default=24, help="most bits of values between the "
                           "convolutions of a chain that is not merged")  # fmt: skip
     integers.add_argument("--vectors", type=whole(0), default=4, help="number of images whose spikes are test vectors")

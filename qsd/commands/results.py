@@ -28,8 +28,8 @@ from qsd.runs.record import FILE, RunRecord
 
 _ENTRY, _TEST, _MEASUREMENTS, _CONFIGURATION = "entry.json", "test.json", "metrics.csv", "config.yaml"
 _COLUMNS = (
-    "recipe", "network", "T", "bits", "test accuracy in %", "validation in %", "parameters", "packed kB", "µJ, merged",
-    "µJ, not merged", "epochs", "hours", "hardware", "seed", "versions", "files",
+    "recipe", "network", "T", "bits", "test accuracy in %", "last validation in %", "parameters", "packed kB",
+    "µJ, merged", "µJ, not merged", "epochs", "hours", "hardware", "seed", "versions", "files",
 )  # fmt: skip
 
 

@@ -36,12 +36,11 @@ class FourBits:
             return None
         rows, columns = powers
         integers = weight // (rows * columns)
-        # A channel that was turned around may hold 8.
-        signs = np.where(_largest(integers, 0) > _MOST, -1, 1)
-        integers, rows = integers * signs, rows * signs
-        if integers.min() < _LEAST or integers.max() > _MOST:
-            signs = np.where(_largest(integers, 1) > _MOST, -1, 1)
-            integers, columns = integers * signs, columns * signs
+        # Output channels are the first axis, or the second one of a matrix.
+        if not (first := integers * _turned(integers, 0)).max() > _MOST:
+            integers, rows = first, rows * _turned(integers, 0)
+        else:
+            integers, columns = integers * _turned(integers, 1), columns * _turned(integers, 1)
         if integers.min() < _LEAST or integers.max() > _MOST:
             return None
         return cls(integers, [factor for factor in (rows, columns) if (factor != 1).any()])
@@ -53,31 +52,50 @@ class FourBits:
         return bytes((halves[:, 0] | halves[:, 1] << 4).astype(np.uint8).tobytes())
 
 
-def _largest(integers: Integers, axis: int) -> Integers:
-    """The largest integer by entry of an axis, to be broadcast."""
-    return integers.max(axis=tuple(other for other in range(integers.ndim) if other != axis), keepdims=True)
+def _turned(integers: Integers, axis: int) -> Integers:
+    """By entry of an axis -1 where the integers hold 8, because a norm turned the channel around, and no -8."""
+    others = tuple(other for other in range(integers.ndim) if other != axis)
+    low, high = integers.min(axis=others, keepdims=True), integers.max(axis=others, keepdims=True)
+    return np.where((high == -_LEAST) & (low > _LEAST), -1, 1)
 
 
 def _powers(weight: Integers) -> tuple[Integers, Integers] | None:
     """Powers of two by entry of the first and of the second axis, whose product leaves integers from -8 to 8.
 
-    The exponents e of an entry of the first axis and f of one of the second have to fulfil ``need <= e + f <= have``,
-    with the exponent of two that a weight has at most, and the one that it needs to be divided by. At first f is 0 and
-    e as large as possible. Then f grows where it has to, and e falls, until all fits.
+    There is an 8 only in entries of the first axis that cannot do without.
     """
     inner = tuple(range(2, weight.ndim))
-    size = np.abs(weight)
-    powers = np.where(size == 0, _ANY_POWER, np.log2(np.maximum(size & -size, 1)).astype(np.int64))
-    needed = np.ceil(np.log2(np.maximum(size, 1) / -_LEAST)).astype(np.int64).clip(0)
-    have, need = powers.min(axis=inner), needed.max(axis=inner)
-    columns = np.zeros(weight.shape[1], np.int64)
+    size, ends = np.abs(weight), [1] * len(inner)
+    have = np.where(size == 0, _ANY_POWER, np.log2(np.maximum(size & -size, 1)).astype(np.int64)).min(axis=inner)
+    turned = np.zeros((len(weight), 1, *ends), bool)
     while True:
-        rows = (have - columns).min(1).clip(max=need.max(1))
-        grown = np.maximum(columns, (need - rows[:, None]).max(0))
-        if rows.min() < 0:
+        most = np.where(turned | (weight < 0), -_LEAST, _MOST)
+        need = np.ceil(np.log2(np.maximum(size, 1) / most)).astype(np.int64).clip(0).max(axis=inner)
+        rows, columns = _exponents(have, need)
+        if (rows >= 0).all():
+            return 2 ** rows.reshape(-1, 1, *ends), 2 ** columns.reshape(1, -1, *ends)
+        # Those that ask for more than a column can give, or all that fail.
+        greedy = (need - have.min(1, keepdims=True) > have.min(0)).any(1).reshape(turned.shape) & ~turned
+        failed = greedy if greedy.any() else (rows < 0).reshape(turned.shape) & ~turned
+        if not failed.any():
             return None
-        if (grown == columns).all():
-            break
+        turned |= failed
+
+
+def _exponents(have: Integers, need: Integers) -> tuple[Integers, Integers]:
+    """Exponents e by row and f by column with ``need <= e + f <= have``; an e below 0 if there are none.
+
+    At first f is 0 and e as large as possible. Then f grows where it has to, and e falls, until all fits.
+
+    Args:
+        have: Largest sum of both.
+        need: Least sum of both.
+    """
+    columns = np.zeros(have.shape[1], np.int64)
+    silent = (have == _ANY_POWER).all(1)
+    while True:
+        rows = np.where(silent, 0, (have - columns).min(1))
+        grown = np.maximum(columns, (need - rows[:, None]).max(0))
+        if (rows < 0).any() or (grown == columns).all():
+            return rows, columns
         columns = grown
-    ends = [1] * len(inner)
-    return 2 ** rows.reshape(-1, 1, *ends), 2 ** columns.reshape(1, -1, *ends)

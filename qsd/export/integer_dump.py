@@ -22,7 +22,8 @@ from qsd.integer.pixels import Bytes
 from qsd.integer.scaling import Table
 from qsd.schema import Schema, check_version, parse_json, read_object
 
-NETWORK, ARRAYS, VECTORS, MEMORIES = "network.json", "arrays.npz", "vectors.npz", "hex"
+NETWORK, SCHEMA, ARRAYS, VECTORS = "network.json", "schema.json", "arrays.npz", "vectors.npz"
+MEMORIES = "hex"  # A folder.
 _REMEDY = "write the folder again with qsd export --format integers"
 _PACKABLE_BITS = 4
 
@@ -90,6 +91,7 @@ def write_integers(
     vectors = None if pixels is None else _vectors(network, pixels)
     with replacing_together(folder) as partial:
         (partial / NETWORK).write_text(dump.model_dump_json(indent=1), encoding="utf-8")
+        (partial / SCHEMA).write_text(json.dumps(Dump.model_json_schema(), indent=1), encoding="utf-8")
         (partial / ARRAYS).write_bytes(_npz(packed))
         if vectors is not None:
             (partial / VECTORS).write_bytes(_npz(vectors))
@@ -116,11 +118,6 @@ def read_integers(folder: str | Path) -> Dump:
     network = read_object(text, str(path), _REMEDY).get("network")
     check_version(network if isinstance(network, dict) else {}, VERSION, str(path))
     return parse_json(Dump, text, str(path), _REMEDY)
-
-
-def schema() -> str:
-    """The JSON schema of ``network.json``."""
-    return json.dumps(Dump.model_json_schema(), indent=1)
 
 
 def _entry(name: str, values: NDArray[Any], network: IntegerNetwork) -> ArrayEntry:

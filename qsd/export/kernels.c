@@ -46,8 +46,12 @@ static int32_t qsd_weight(const qsd_convolution *c, int output, int32_t index)
 static void qsd_reach(const qsd_convolution *c, int column, int *first, int *end)
 {
     int shift = c->left - column * c->dilation_x, last = c->width - 1 + shift;
-    *first = shift > 0 ? (shift + c->stride_x - 1) / c->stride_x : 0;
-    *end = last < 0 ? 0 : last / c->stride_x + 1;
+    *first = shift > 0 ? shift : 0;
+    *end = last < 0 ? 0 : last + 1;
+    if (c->stride_x > 1) { /* Divisions take long. */
+        *first = (*first + c->stride_x - 1) / c->stride_x;
+        *end = (*end + c->stride_x - 1) / c->stride_x;
+    }
     if (*end > c->out_width)
         *end = c->out_width;
 }

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import qsd.integer.activations  # noqa: F401 - registers converters
 from qsd.errors import QsdError
@@ -23,9 +24,12 @@ from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.counts import count_spikes
 
 IMAGE = "image"
-_TRIED_BITS = (8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28)
-_TRIAL_BITS = 16
-_SEARCHED_IMAGES = 64
+_TRIED_BITS = (8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+_TRIAL_BITS = 20
+# Pixels of the images on which bits are searched: 256 images of 32 x 32 pixels, 5 of 224 x 224.
+_SEARCHED_PIXELS = 2**18
+# A search ends when so many further trials have changed nothing.
+_PATIENCE = 2
 
 
 @torch.no_grad()
@@ -47,10 +51,10 @@ def to_integer(
 
     Args:
         spiking: Network with quantized weights and lossless delays, of the unary code.
-        images: Normalised images ``[B, C, H, W]``, or a data loader. They set the size of images, and on up to 64 of
-            them the fractional bits are searched.
+        images: Normalised images ``[B, C, H, W]``, or a data loader. They set the size of images, and on those of
+            the first 262144 pixels the fractional bits are searched.
         fractional_bits: Bits behind the point of running sums, in thresholds; a channel whose range leaves room for
-            fewer in 32 bits has fewer. ``None`` for the fewest (8 to 28) with which all counts on the images are those
+            fewer in 32 bits has fewer. ``None`` for the fewest (8 to 30) with which all counts on the images are those
             of the network in float64, or as many as possible are.
         inner_bits: Largest width of the values between the convolutions of a chain that is not merged, 4 to 24. They
             are narrower where the sums behind them would else need more than 32 bits.
@@ -68,13 +72,26 @@ def to_integer(
     """
     _check(spiking, fractional_bits, inner_bits)
     exact = copy.deepcopy(spiking).cpu().double()
-    batches = [batch for batch, _ in image_batches(images, exact, _SEARCHED_IMAGES)]
-    examples = torch.cat([batch for batch in batches if batch.shape[1:] == batches[0].shape[1:]])
+    examples = _examples(images, exact)
     grid = PixelGrid.of_events(examples) if events else PixelGrid.of(examples, mean, std)
     flow, pixels = trace(exact, examples[:1]), grid.pixels(examples)
     if fractional_bits is not None:
         return _build(exact, flow, grid, fractional_bits, inner_bits)
     return _searched(exact, flow, grid, inner_bits, pixels)
+
+
+def _examples(images: Images, exact: SpikingNetwork) -> Tensor:
+    """The first images of one size, as many as bits are searched on."""
+    batches: list[Tensor] = []
+    most = 1
+    for batch, _ in image_batches(images, exact):
+        if batches and batch.shape[1:] != batches[0].shape[1:]:
+            continue
+        batches.append(batch)
+        most = max(1, _SEARCHED_PIXELS // batch.shape[2:].numel())
+        if sum(map(len, batches)) >= most:
+            break
+    return torch.cat(batches)[:most]
 
 
 def _check(spiking: SpikingNetwork, fractional_bits: int | None, inner_bits: int) -> None:
@@ -108,7 +125,9 @@ def _searched(exact: SpikingNetwork, flow: Flow, grid: PixelGrid, inner_bits: in
         search[bits] = _changed(network, pixels, expected)
         if best is None or search[bits] < min(search[tried] for tried in search if tried != bits):
             best = network
-        if not search[bits]:
+        last = [*search.values()][-1 - _PATIENCE :]
+        stuck = len(last) > _PATIENCE and len({*last}) == 1 and last[0] < len(pixels)
+        if not search[bits] or stuck:
             break
     assert best is not None
     best.search = search
@@ -136,8 +155,8 @@ def _build(exact: SpikingNetwork, flow: Flow, grid: PixelGrid, fractional_bits: 
     scale_of = partial(first_scale, spiking=exact, image_unit=image_unit)
     streams = Streams.of(flow, _TRIAL_BITS, scale_of)
     signals = _convert(flow, grid, Builder(exact, streams, inner_bits, trial=True))
-    room = streams.room(flow, signals, _TRIAL_BITS)
-    builder = Builder(exact, Streams.of(flow, fractional_bits, scale_of, room), inner_bits)
+    least = streams.least(flow, signals)
+    builder = Builder(exact, Streams.of(flow, fractional_bits, scale_of, least), inner_bits)
     output = _convert(flow, grid, builder)[flow.output]
     if output.content != "currents" or np.ptp(output.unit) or output.offset.any():
         raise QsdError(

@@ -15,6 +15,7 @@ from qsd.schema import Schema, Size, TimeSteps
 VERSION = 1
 PIXEL_LEVELS = 256
 LARGEST_WIDTH = 32  # Bits of a signal.
+LARGEST_SUM = 2**31 - 2  # A threshold beyond it fits too.
 LARGEST_WEIGHT = 8  # Bits of a weight.
 LARGEST_PRODUCT = 56  # Bits of a product of two integers, where data are multiplied at all.
 

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qsd.integer.signals import Floats, Integers, Signal
+from qsd.integer.description import LARGEST_SUM
+from qsd.integer.signals import Floats, Signal
 from qsd.integer.tracing import Call, Flow
 from qsd.spiking.layers import DelayedNeuron
 
 _ADDITIONS = ("add", "sub")
 _ARRANGEMENTS = ("view", "_unsafe_view", "reshape", "flatten", "permute", "transpose", "mean", "unsqueeze", "squeeze")
 _MEANS = ("mean",)
-# Bits of a running sum without its sign, without one for a unit that is finer than asked for, and without one that
-# rounding may need.
-_MAGNITUDE_BITS = 29
+# A trial rounds weights more coarsely than the network, so that its ranges may be a little smaller.
+_MARGIN = 1.02
+_TINY = 1e-300  # In place of a scale or a unit of zero.
 # The output of a network has no threshold. Its unit is this value over the power of two.
 _OUTPUT_BASE = 2.0**-6
 
@@ -38,20 +39,21 @@ class Streams:
         flow: Flow,
         fractional_bits: int,
         scale_of: Callable[[Call], Floats | None],
-        room: Mapping[int, Integers] | None = None,
+        least: Mapping[int, Floats] | None = None,
     ) -> "Streams":
         """Find the values that are added to each other, directly or through a chain of sums.
 
         The unit of a running sum is at most the smallest threshold of the neurons that read it, over
-        ``2**fractional_bits``. A channel whose range leaves room for fewer bits has fewer. Where it can, a channel
-        takes the scale of the first branch over a power of two, so that this branch is not rounded. The output has one
-        unit for all its channels.
+        ``2**fractional_bits``. A channel whose range leaves room for fewer bits has a larger one. Where it can, a
+        channel takes the scale of the first branch over a power of two, so that this branch is not rounded. The output
+        has one unit for all its channels.
 
         Args:
             flow: The traced network.
             fractional_bits: Bits behind the point.
             scale_of: Gives the scale of a call's integers by channel, ``None`` if it has none.
-            room: By number of a value the bits for which there is room, by channel; ``None`` if it is unknown.
+            least: By number of a value the least units that 32 bits leave room for, by channel; ``None`` if they are
+                unknown.
         """
         groups = _Groups()
         groups.join(flow.output, flow.output)
@@ -61,35 +63,45 @@ class Streams:
                     groups.join(call.output, value)
         members, units = groups.members(), dict[int, Floats]()
         for values in members:
-            bits: Integers = np.full(1, fractional_bits)
-            for value in values:
-                bits = bits if room is None else np.minimum(bits, room[value])
-            if flow.output in values:
-                units |= dict.fromkeys(values, np.full(1, _base(flow, values) * 2.0 ** -bits.min()))
-                continue
-            unit = _base(flow, values) * 2.0**-bits
-            scales = (scale_of(call) for call in flow.calls if call.output in values)
-            first = next((scale for scale in scales if scale is not None), np.zeros(1))
-            finer = np.abs(first) * 2.0 ** -np.ceil(np.log2(np.maximum(np.abs(first), 1e-300) / unit))
-            units |= dict.fromkeys(values, np.where(np.abs(first) >= unit, finer, unit))
+            wanted = _base(flow, values) * 2.0**-fractional_bits
+            bound = np.zeros(1) if least is None else least[values[0]]
+            unit: Floats = np.full(1, max(wanted, float(bound.max())))
+            if flow.output not in values:
+                scales = (scale_of(call) for call in flow.calls if call.output in values)
+                unit = _shared(next((np.abs(scale) for scale in scales if scale is not None), None), wanted, bound)
+            units |= dict.fromkeys(values, unit)
         return cls(units, members)
 
-    def room(self, flow: Flow, signals: Mapping[int, Signal], fractional_bits: int) -> dict[int, Integers]:
-        """Fractional bits for which 32 bits leave room, by value of a running sum and channel.
+    def least(self, flow: Flow, signals: Mapping[int, Signal]) -> dict[int, Floats]:
+        """The least units with which running sums fit into 32 bits, by value of a running sum and channel.
 
         Args:
             flow: The traced network.
-            signals: Signals by number of a value, of a network that was built with ``fractional_bits`` everywhere.
-            fractional_bits: Those bits.
+            signals: Signals by number of a value, of a network of these units.
         """
-        rooms: dict[int, Integers] = {}
+        found: dict[int, Floats] = {}
         for values in self.groups:
             means = [call.output for value in values for call in flow.users(value) if call.name in _MEANS]
             read = [signals[value] for value in (*values, *means)]
             largest = np.max([np.maximum(-x.by_channel(x.low), x.by_channel(x.high)) for x in read], axis=0)
-            needed = np.ceil(np.log2(np.maximum(largest, 1) + 1)).astype(np.int64)
-            rooms |= dict.fromkeys(values, fractional_bits + _MAGNITUDE_BITS - needed)
-        return rooms
+            found |= dict.fromkeys(values, self.units[values[0]] * (largest + 1) * _MARGIN / LARGEST_SUM)
+        return found
+
+
+def _shared(first: Floats | None, wanted: float, least: Floats) -> Floats:
+    """Units from the scale of the first branch: the largest that are not above the wanted one, or the least ones.
+
+    Args:
+        first: Scale of the first branch by channel, ``None`` if there is none.
+        wanted: The unit that is asked for.
+        least: Units below which a channel leaves its range, by channel.
+    """
+    plain = np.maximum(wanted, least)
+    if first is None:
+        return plain
+    scale = np.maximum(first, _TINY)
+    places = np.minimum(np.ceil(np.log2(scale / wanted)), np.floor(np.log2(scale / np.maximum(least, _TINY))))
+    return np.where((first > _TINY) & (places >= 0), scale * 2.0**-places, plain)
 
 
 def _base(flow: Flow, values: list[int]) -> float:

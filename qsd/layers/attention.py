@@ -83,8 +83,8 @@ class CountAttention(nn.Module):
         key = _by_head(self.k_neuron(self.k_proj(spikes)), self.num_heads)
         value = _by_head(self.v_neuron(self.v_proj(spikes)), self.num_heads)
         product = self.mix(query, key, value)
-        channels = -1 if len(x) else product.shape[1] * product.shape[2]  # A batch of no images does not tell them.
-        product = product.reshape(x.shape[0], channels, *x.shape[2:])
+        # Named, because a batch of no images does not tell them. (Asking for its length would fix that of ONNX files.)
+        product = product.reshape(x.shape[0], product.shape[1] * product.shape[2], *x.shape[2:])
         return self.proj(cast(self.attn_neuron(product), spikes.dtype))
 
 

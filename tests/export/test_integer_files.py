@@ -73,7 +73,7 @@ def test_a_reader_of_a_hundred_lines_matches_the_test_vectors(name, tmp_path):
 def test_a_folder_that_does_not_fit_its_schema_is_refused_in_one_line(tmp_path):
     network, _ = integers("csdformer")
     write_integers(network, tmp_path, memories=False)
-    assert {path.name for path in tmp_path.iterdir()} == {"network.json", "arrays.npz"}
+    assert {path.name for path in tmp_path.iterdir()} == {"network.json", "schema.json", "arrays.npz"}
     content = json.loads((tmp_path / "network.json").read_text())
     for change, message in (
         ({"version": 2}, "has version 2 of the format; this qsd reads 1"),

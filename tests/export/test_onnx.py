@@ -109,6 +109,8 @@ def test_four_bits_and_powers_of_two_are_the_weights():
     base = generator.integers(-8, 8, (12, 9, 3))
     rows, columns = 2 ** generator.integers(0, 4, (12, 1, 1)), 2 ** generator.integers(0, 3, (1, 9, 1))
     signs = np.where(np.arange(12) % 3 == 0, -1, 1)[:, None, None]  # -8 turned around needs a factor.
+    turned = FourBits.of((base * signs)[:, :, 0].T)  # Output channels may be the second axis, too.
+    assert turned is not None
     small = FourBits.of(base * rows * columns * signs)
     assert small is not None
     product = small.integers

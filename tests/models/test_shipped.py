@@ -9,6 +9,7 @@ from torch import Tensor
 
 import qsd
 from qsd.data import DigitsData
+from qsd.errors import QsdError
 from qsd.models import shipped
 from qsd.models.shipped import shipped_weights
 from qsd.packing import image_notes
@@ -38,6 +39,27 @@ def test_weights_of_digits_have_the_stated_accuracy_on_the_stated_images(name):
     assert weights.notes["test_images"] == len(labels) == 400
     assert right == round(weights.notes["accuracy"] * 400)
     assert f"accuracy {right / 400:.4f} on 400 test images" in cfg["notes"][0]
+
+
+def test_all_weights_are_small_and_known_to_timm():
+    weights = shipped_weights()
+    assert {"qsd_tiny.digits", "csdformer_2_384.digits"} <= weights.keys()
+    assert sum(entry.file.stat().st_size for entry in weights.values()) <= 6_000_000
+    assert set(weights) <= set(timm.list_pretrained())
+    assert timm.create_model("qsd_tiny").num_classes == 1000  # the name alone is as before
+    with pytest.raises(QsdError, match=r"weights have the names .*qsd_tiny.digits"):
+        timm.create_model("qsd_tiny", pretrained=True)
+
+
+def test_a_tag_has_the_defaults_of_its_training_and_may_be_changed():
+    model = timm.create_model("qsd_tiny.digits", pretrained=True)
+    fresh = timm.create_model("qsd_tiny.digits")
+    assert {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in fresh.state_dict().items()}
+    assert model.in_chans == 1
+    other = timm.create_model("qsd_tiny.digits", pretrained=True, num_classes=3, in_chans=3, time_steps=2)
+    assert (other.head.weight.shape[0], other.in_chans, other.time_steps) == (3, 3, 2)
+    deep = [name for name in model.state_dict() if not name.startswith(("head", "stem"))]
+    assert all(torch.equal(model.state_dict()[name], other.state_dict()[name]) for name in deep)
 
 
 def test_a_new_file_is_all_that_a_new_tag_needs(tmp_path, monkeypatch):

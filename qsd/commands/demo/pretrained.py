@@ -45,7 +45,7 @@ def show(max_images: int | None) -> int:
     table.add_row("class of this digit, counted and stepped", f"{int(classes[0])} and {int(stepped.logits.argmax())}")
     table.add_row("time steps from image to class", str(stepped.latency))
     right = int((classes == labels).sum())
-    table.add_row("test digits classified rightly", f"{right} of {len(labels)} ({100 * right / len(labels):.2f} %)")
+    table.add_row("test accuracy", f"{100 * right / len(labels):.2f} % ({right} of {len(labels)} digits)")
     Console().print(table)
     return 0
 
