@@ -59,14 +59,15 @@ class HubImages:
         self.class_names, self.labels = _classes(np.asarray(values), dataset.features[label_key], split, class_names)
         if isinstance(dataset.features[image_key], datasets.Image):
             dataset = dataset.cast_column(image_key, datasets.Image(decode=False))
-        self._images = dataset.select_columns([image_key])
+        # As Arrow's tables: decoding a row by its features costs more than all other steps of reading.
+        self._images = dataset.select_columns([image_key]).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def load(self, index: int) -> Image.Image | BadImage:
         """See `qsd.data.dataset.ImageSource`."""
-        value = self._images[index][self._key]
+        value = self._images[index][self._key][0].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
             return BadImage(self.name(index), "the data set does not hold the image itself; save it with its images")
