@@ -223,6 +223,8 @@ def _noise(self, part):
 
 @pytest.mark.parametrize("command", of_kind(f"qsd ({'|'.join(SUBCOMMANDS)})"))
 def test_subcommands(command, workplace, tree, finished, exported, monkeypatch, capsys):
+    if command == "qsd demo events" and not LONG:
+        pytest.skip("it is long; `make test-long` runs it, and tests/tasks/test_event_recipes.py trains on recordings")
     bring_run(command, finished)
     if "CHECKPOINT" in command:
         import_reference("CHECKPOINT")
