@@ -70,6 +70,8 @@ def test_loading_tells_how_long_steps_wait_for_images(benchmark, tmp_path, capsy
     assert min(loading["shares"]) <= loading["share_waiting"] <= max(loading["shares"])
     assert 0 < loading["share_waiting"] < 1
     assert loading["images_per_second"] > 0
+    assert loading["recordings"]["events_per_second"] > 1e4
+    assert 0 < loading["recordings"]["share_waiting"] < 1
     assert {"folders", "shards"} <= set(loading["formats"])
     for row in loading["formats"].values():
         assert row["ratio"] > 0.3  # of a few images; the target is checked by hand

@@ -155,7 +155,7 @@ def test_a_pixel_reports_changes_of_log_intensity():
 def test_digit_events_are_the_same_every_time():
     data = DigitEvents(num_workers=0)
     frames, labels = next(iter(data.whole_part("val")))
-    assert (frames.shape, frames.dtype, labels.dtype) == ((64, 6, 2, 16, 16), torch.float32, torch.int64)
+    assert (frames.shape, frames.dtype, labels.dtype) == ((64, 3, 2, 16, 16), torch.float32, torch.int64)
     assert torch.equal(frames, next(iter(DigitEvents(num_workers=0).whole_part("val")))[0])
     assert [len(data.whole_part(part).dataset) for part in ("train", "val", "test")] == [1197, 200, 400]
     assert 100 < frames.sum((1, 2, 3, 4)).mean() < 3000

@@ -22,8 +22,8 @@ import qsd_launcher
 from qsd.data import DigitEvents, DigitsData, ImageArray
 from qsd.data.events import RecordingArrays
 from qsd.export import to_onnx
-from qsd.report import ConversionOptions
 from tests.helpers import LONG, ROOT
+from tests.helpers.conversions import shorten_conversions
 from tests.helpers.documents import MM, PAGES, blocks, commands, inline_commands, read, subcommand
 
 try:
@@ -111,18 +111,6 @@ def _few_digits():
 
 
 # -- trainings ---------------------------------------------------------------------------------------------------------
-
-
-def shorten_conversions(patch, **values):
-    """Let conversions measure on two images, and nothing beside the accuracy unless ``stages`` are given."""
-    check = ConversionOptions.__post_init__
-
-    def shorten(options):
-        for name, value in {"stages": (), "max_images": 2, "step_images": 1, **values}.items():
-            object.__setattr__(options, name, value)
-        check(options)
-
-    patch.setattr(ConversionOptions, "__post_init__", shorten)
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +223,8 @@ def _noise(self, part):
 
 @pytest.mark.parametrize("command", of_kind(f"qsd ({'|'.join(SUBCOMMANDS)})"))
 def test_subcommands(command, workplace, tree, finished, exported, monkeypatch, capsys):
+    if command == "qsd demo events" and not LONG:
+        pytest.skip("it is long; `make test-long` runs it, and tests/tasks/test_event_recipes.py trains on recordings")
     bring_run(command, finished)
     if "CHECKPOINT" in command:
         import_reference("CHECKPOINT")
@@ -252,6 +242,8 @@ def test_subcommands(command, workplace, tree, finished, exported, monkeypatch, 
         shorten_conversions(monkeypatch, stages=("delays", "energy"))
     words = [str(tree) if word == "DIR" else word for word in shlex.split(command)[1:]]
     short, says = SUBCOMMANDS[words[0]]
+    if "events" in words:  # the recordings of one size are simulated once
+        short = [option.replace("img_size=32", "img_size=16") for option in short]
     assert qsd_launcher.main([*words, *short]) == 0
     assert says in capsys.readouterr().out
     if words[0] == "export":

@@ -62,10 +62,11 @@ def randomize_steps(model, low, high):
 def dense_network(name="qsd_tiny", **kwargs):
     """A shrunk model in evaluation whose statistics make neurons fire at about half their capacity."""
     model = small(name, **kwargs).double().eval()
-    # E-SpikeFormer's thresholds are one, four times the others'.
-    randomize_norms(
-        model, mean=(0, 0.3), var=(0.3, 1), bias=(0.9, 0.5) if name.startswith("e_spikeformer") else (0.2, 0.3)
-    )
+    # E-SpikeFormer's thresholds are one for any T, four times those of the others at T = 4.
+    bias, largest = (0.2, 0.3), max(1, kwargs.get("time_steps", 4) / 4)
+    if name.startswith("e_spikeformer"):
+        bias = (0.9 * largest, 0.5 * largest)
+    randomize_norms(model, mean=(0, 0.3), var=(0.3, 1), bias=bias)
     randomize_steps(model, 0.7, 1.3)
     # Learned steps by their inputs in evaluation, some larger, some smaller.
     neurons = [module for module in model.modules() if isinstance(module, LsqNeuron)]

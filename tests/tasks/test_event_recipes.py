@@ -19,6 +19,7 @@ from qsd.neurons import SpikeNeuron
 from qsd.report import Record
 from qsd.spiking import run_frame
 from tests.helpers import CONFIGS, recordings, sample
+from tests.helpers.conversions import shorten_conversions
 
 SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2, "strides": [2, 2, 1, 2, 1], "time_steps": 2}
 FRAMES = {"frames": 2, "over_frames": "membrane"}
@@ -50,6 +51,7 @@ def few_digits(monkeypatch):
 @pytest.mark.parametrize("name", sample(["cifar10_dvs"], ["digit_events", *WRITERS]))
 def test_a_recipe_trains_converts_and_reports(name, tmp_path, monkeypatch, capsys, few_digits):
     monkeypatch.chdir(tmp_path)
+    shorten_conversions(monkeypatch, stages=("compare", "audit", "activity"))
     options = [*SHORT]
     recording = str(tmp_path / "recording.npy")
     recordings.write_npy(recording, recordings.random_events(300, 16, 16))

@@ -47,7 +47,7 @@ class DigitEvents(EventData):
 
     def __init__(
         self,
-        frames: int = 6,
+        frames: int = 3,
         img_size: int | tuple[int, int] = 16,
         batch_size: int = 64,
         num_workers: int | None = 0,

@@ -120,9 +120,10 @@ class FrameAugmentation:
         height, width = frames.shape[-2:]
         if self.degrees or self.shift or self.scale:
             shift = [round(right * self.shift * width), round(down * self.shift * height)]
-            frames = TF.affine(
-                frames, turn * self.degrees, shift, 1 + size * self.scale, [0.0], InterpolationMode.NEAREST
-            )
+            smooth = InterpolationMode.BILINEAR if self.degrees or self.scale else InterpolationMode.NEAREST
+            frames = TF.affine(frames, turn * self.degrees, shift, 1 + size * self.scale, [0.0], smooth)
+            # Rounded up with the probability of the fraction, so that thin edges keep their events.
+            frames = (frames + torch.rand(frames.shape[1:])).floor() if self.degrees or self.scale else frames
         if flip < self.hflip:
             frames = frames.flip(-1)
         if self.drop:

@@ -1,0 +1,15 @@
+"""Conversions that measure little."""
+
+from qsd.report import ConversionOptions
+
+
+def shorten_conversions(patch, **values):
+    """Let conversions measure on two images, and nothing beside the accuracy unless ``stages`` are given."""
+    check = ConversionOptions.__post_init__
+
+    def shorten(options):
+        for name, value in {"stages": (), "max_images": 2, "step_images": 1, **values}.items():
+            object.__setattr__(options, name, value)
+        check(options)
+
+    patch.setattr(ConversionOptions, "__post_init__", shorten)
