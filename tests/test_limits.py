@@ -74,7 +74,7 @@ def refused(command, capsys):
     """The line by which a command is refused."""
     words = command.split()
     if words[0] == "fit":
-        words += ["--config", "configs/digits.yaml", "--trainer.logger", "false"]
+        words[1:1] = ["--config", "configs/digits.yaml", "--trainer.logger", "false"]  # what follows has precedence
     assert main(words) == 2, command
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert len(error) < 700, command

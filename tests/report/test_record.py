@@ -14,7 +14,7 @@ from tests.helpers.mutations import changed, enlarged, paths, problem, retyped, 
 # Fields with a default, or that a file of another kind of network lacks.
 OPTIONAL = {"version", "largest_difference", "other_regions", "file_bytes", "code", "codes", "shift"}
 OPTIONAL |= {"effective", "float_twin", "lemaire", "moved", "arithmetic_mj", "memory_mj", "break_even", "prices"}
-OPTIONAL |= {"with_memory_mj", "neurobench", "float_mac_pj", "activity", "matrices", "stage", "attn"}
+OPTIONAL |= {"with_memory_mj", "neurobench", "float_mac_pj", "activity", "matrices", "stage", "attn", "frames"}
 
 
 @pytest.fixture
