@@ -77,7 +77,7 @@ def test_attention_is_analysed_on_the_images_of_the_training(runs, tool, tmp_pat
 
 def test_the_ablation_goes_on_where_it_stopped_and_mixes_no_settings(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qsd.data.digits._SIZES", {"train": 40, "val": 20, "test": 20})
+    monkeypatch.setattr("qsd.data.digits.SIZES", {"train": 40, "val": 20, "test": 20})
     module = tool("ablation")
     trained = []
 

@@ -50,8 +50,7 @@ def add_currents(
             if graph.standard:
                 total = graph.add("MatMulInteger", [x, matrix, zero], f"{label}.sum")
                 return _add_scale(graph, label, total, unit, bias)
-            one = graph.constant(f"{label}.input_scale", 1, np.float32)
-            inputs = [x, matrix, one, unit, zero, "", bias]
+            inputs = [x, matrix, graph.constant(f"{label}.input_scale", 1, np.float32), unit, zero, "", bias]
             return graph.add("MatMulIntegerToFloat", inputs, f"{label}.current", domain=RUNTIME_DOMAIN)
         total = _add_sums(graph, label, weights.integers, x, zero, width, geometry)
     return _add_scale(graph, label, total, unit, bias)

@@ -8,6 +8,7 @@ backends differ. Early currents of residual connections charge a neuron at once,
 delays are lossless.
 """
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,12 +47,11 @@ def to_nir(
         QsdError: If the package ``nir`` is missing, a layer has no writer, NIR cannot express an operation, or a file
             cannot be written.
     """
-    path = Path(path)
     try:
         import nir
     except ImportError as error:
         raise QsdError("writing NIR files needs more packages: pip install 'qsd[export]'.") from error
-    check_target(spiking, path)
+    check_target(spiking, path := Path(path))
     if spiking.code.name != "unary":
         raise QsdError(
             "NIR's neurons have one threshold for all time steps, which the binary code does not; convert with "
@@ -62,7 +62,9 @@ def to_nir(
     graph, steps = writer.write()
     schedule = {"time_steps": spiking.time_steps, "steps": steps, "clocks": writer.clocks, "notes": facts}
     plan = path.with_name(f"{path.name}.json")
+    content = io.BytesIO()  # HDF5 locks the files that it writes, and `replacing` does so itself.
+    nir.write(content, graph)
     with replacing(path) as partial, replacing(plan) as partial_plan:
-        nir.write(partial, graph)
+        partial.write_bytes(content.getvalue())
         partial_plan.write_text(json.dumps(schedule))
     return plan

@@ -11,6 +11,10 @@ least and largest unit of the channels, and the level of 0. A count that changes
 after it. ``round_inner="none"`` computes these chains in floats, from weights of 8 bits, and with exact counts; with
 ``merged_bits=8`` in `qsd.to_spike_driven` there are no inner values. The first layer, whose input is the image, the
 sums of currents between blocks and the products of attention (of integers) are always floats.
+
+The graph of a network over frames takes one frame, and the output for a recording is the mean of the logits of its
+frames (where frames are channels, it takes ``[B, F, C, H, W]``). The membranes of neurons with a memory are further
+inputs and outputs: ``state.NAME`` is zero for the first frame and ``next.NAME`` of the frame before for the others.
 """
 
 from collections.abc import Mapping
@@ -44,10 +48,6 @@ def to_onnx(
     The graph takes ``images`` ``[B, C, H, W]`` (float32, any B) and gives ``logits`` ``[B, classes]``. Its metadata
     have one entry, ``qsd``: JSON with ``kind``, ``time_steps``, ``image`` (``[C, H, W]``), ``inner`` and ``notes``.
 
-    The graph of a network over frames takes one frame, and the output for a recording is the mean of the logits of its
-    frames (where frames are channels, it takes ``[B, F, C, H, W]``). The membranes of neurons with a memory are further
-    inputs and outputs: ``state.NAME`` is zero for the first frame and ``next.NAME`` of the frame before for the others.
-
     The two kinds of files are described at the head of this module.
 
     Args:
@@ -66,7 +66,23 @@ def to_onnx(
         QsdError: If packages are missing, a delay is below T - 1, weights are floats where integers are asked for, a
             layer has no writer, or the file cannot be written.
     """
-    path = Path(path)
+    _check(spiking, path := Path(path), integer, round_inner)
+    facts = check_notes(notes)
+    grids = calibrate(spiking, images, round_inner) if integer else {}
+    example = spiking.example if images is None else next(image_batches(images, spiking, max_images=1))[0]
+    model = trace(spiking, example, writes if integer else None)
+    if integer:
+        IntegerGraph(spiking, model, grids, standard).write_out()
+    model.producer_name, model.producer_version = "qsd", __version__
+    kind, frames = "integer" if integer else "float", example.shape[1] if example.dim() == 5 else None
+    for key, value in write_note(kind, spiking.time_steps, example.shape[-3:], grids, facts, frames).items():
+        model.metadata_props.add(key=key, value=value)
+    with replacing(path) as partial:
+        partial.write_bytes(model.SerializeToString())
+
+
+def _check(spiking: SpikingNetwork, path: Path, integer: bool, round_inner: Merge) -> None:
+    """Refuse options that no file can have."""
     check_target(spiking, path)
     if round_inner not in (True, False, "all", "none", "rep", "sep"):
         raise QsdError(f"round_inner={round_inner!r} is unknown; use 'all', 'none', 'rep' or 'sep'.")
@@ -76,16 +92,3 @@ def to_onnx(
             f"neuron {keeping} keeps its membrane from frame to frame, which integer files do not hold; write floats "
             "(integer=False)."
         )
-    facts = check_notes(notes)
-    grids = calibrate(spiking, images, round_inner) if integer else {}
-    example = spiking.example if images is None else next(image_batches(images, spiking, max_images=1))[0]
-    model = trace(spiking, example, writes if integer else None)
-    if integer:
-        IntegerGraph(spiking, model, grids, standard).write_out()
-    model.producer_name, model.producer_version = "qsd", __version__
-    kind = "integer" if integer else "float"
-    frames = example.shape[1] if example.dim() == 5 else None
-    for key, value in write_note(kind, spiking.time_steps, example.shape[-3:], grids, facts, frames).items():
-        model.metadata_props.add(key=key, value=value)
-    with replacing(path) as partial:
-        partial.write_bytes(model.SerializeToString())

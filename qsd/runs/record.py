@@ -127,7 +127,11 @@ class WriteRunRecord(Callback):
             self._write(trainer, pl_module, "validate", time.monotonic() - self._start)
 
     def _write(self, trainer: Trainer, task: Any, stage: Any, seconds: float) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        # All processes together: metrics are summed over them, and the folder is that of the first one.
+        folder, metrics = run_folder(trainer), trainer.callback_metrics
+        if not trainer.is_global_zero:
             return
         hyper_parameters = dict(getattr(task, "hparams", {}))
         network = getattr(task, "model", None)
@@ -135,7 +139,6 @@ class WriteRunRecord(Callback):
             return  # a task of the user's own
         steps = step_names(network)
         best = next((path for c in trainer.checkpoint_callbacks if (path := _best_path(c))), None)
-        folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         record = RunRecord(
             stage=stage,
@@ -150,7 +153,7 @@ class WriteRunRecord(Callback):
             seconds=seconds,
             checkpoint=_seen_from(folder, trainer.ckpt_path),
             best=_seen_from(folder, best),
-            metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
+            metrics={name: float(value) for name, value in metrics.items()},
             hardware=hardware(trainer.world_size),
             versions=versions(),
         )

@@ -267,8 +267,7 @@ class SpikingNetwork(nn.Module):
         """
         batches = in_a_row(self.network, [self._check_images(batch, True) for batch in images], self.frames)
         of_image, interval = self._timing(delay)[0], self._interval(delay, interval)
-        runtime, patterns = self.runtime, self._patterns(record)
-        code = self.code
+        runtime, patterns, code = self.runtime, self._patterns(record), self.code
         clock = Clock(code.steps, len(batches), interval, self.frames)
         stream = Stream([], [], of_image + (self.frames - 1) * interval, interval)
         latest = code.steps if self.currents else clock.interval  # An image stays, currents end with their window.
