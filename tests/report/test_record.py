@@ -58,7 +58,7 @@ def test_an_unknown_field_is_named(content):
 
 
 def test_a_field_of_another_type_is_named_or_means_the_same(content):
-    for path in paths(content):
+    for path in list(paths(content))[:: sample(3, 1)]:
         value = value_at(content, path)
         for other in retyped(value):
             spoilt = changed(content, path, other)

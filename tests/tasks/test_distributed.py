@@ -28,6 +28,7 @@ def run(*command, cwd):
     return done
 
 
+@long
 def test_averaged_gradients_of_two_processes_equal_those_of_one_with_a_teacher_too(tmp_path, monkeypatch):
     twin = timm.create_model("qsd_tiny_ann", num_classes=10, in_chans=1, layer_scale=0.5, **SIZES)
     torch.save(twin.state_dict(), tmp_path / "teacher.pth")
