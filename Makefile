@@ -25,7 +25,7 @@ test: lint
 # The core of it, in two minutes: the mathematics, the layers, the models, the conversion.
 CORE := $(addprefix tests/,test_functional.py test_neurons.py test_quantizers.py lean layers models/test_models.py spiking)
 check: lint
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(CORE) -k "not compile and not export"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(CORE) -k "not compile and not export and not test_frames"
 
 # The same tests on every value and with many more tries than `make test` takes.
 test-long: $(VENV)/.installed-dev
