@@ -65,9 +65,7 @@ class Layout(NamedTuple):
     def _unpacked(self, packed: Tensor, amplitude: Scalar) -> Tensor:
         flat = torch.empty(self.numel, dtype=self.dtype, device=packed.device)
         for codes, out in self._blocks(packed, flat):
-            _unpack(codes, self.bits, out)
-            if isinstance(amplitude, Tensor) or amplitude != 1:
-                out.mul_(amplitude)
+            _unpack(codes, self.bits, out, amplitude)
         return flat
 
     def masked(self, packed: Tensor, grad: Tensor, blocks_nan: bool = False) -> Tensor:
@@ -111,26 +109,26 @@ class Layout(NamedTuple):
         buffer = torch.empty(min(self.numel, self.block), dtype=self.dtype, device=x.device)
         for codes, part in self._blocks(packed, actual):
             expected = buffer if part.numel() == buffer.numel() else buffer[: part.numel()]
-            _unpack(codes, self.bits, expected)
-            if isinstance(self.amplitude, Tensor) or self.amplitude != 1:
-                expected.mul_(self.amplitude)
+            _unpack(codes, self.bits, expected, self.amplitude)
             if not torch.equal(part.view(kind), expected.to(x.dtype).view(kind)):
                 return False
         return True
 
 
-def _unpack(codes: Tensor, bits: int, out: Tensor, flags: bool = False) -> None:
-    """Write the counts of one block, or whether the neuron's gradient passes, into a tensor of floats."""
+def _unpack(codes: Tensor, bits: int, out: Tensor, amplitude: Scalar = 1.0, flags: bool = False) -> None:
+    """Write the counts of one block times the amplitude, or whether the neuron's gradient passes, into floats."""
     place, mask = (bits - 1, 1) if flags else (0, 2 ** (bits - 1) - 1)
     low = torch.bitwise_and(torch.bitwise_right_shift(codes, place) if flags else codes, mask)
     if bits == 8:
         out.copy_(low)
-        return
-    high = torch.bitwise_right_shift(codes, place + 4)
-    rest = out.numel() - low.numel()  # The last high half of an odd block is void.
-    first, second = out.split_with_sizes((low.numel(), rest))
-    first.copy_(low)
-    second.copy_((high if flags else high.bitwise_and_(mask))[:rest])
+    else:
+        high = torch.bitwise_right_shift(codes, place + 4)
+        rest = out.numel() - low.numel()  # The last high half of an odd block is void.
+        first, second = out.split_with_sizes((low.numel(), rest))
+        first.copy_(low)
+        second.copy_((high if flags else high.bitwise_and_(mask))[:rest])
+    if isinstance(amplitude, Tensor) or amplitude != 1:
+        out.mul_(amplitude)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
