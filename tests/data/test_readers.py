@@ -366,6 +366,11 @@ def test_splits_with_other_names_or_numbers_of_classes(tmp_path):
     ):
         with pytest.raises(QsdError, match=message):
             labels(name, validation, names)
+    path = tmp_path / "order" / "train.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(QsdError, match="the split train of .* cannot be read") as error:
+        ReaderData("hfds/", str(tmp_path / "order"), **SMALL).load_part("train")
+    assert "\n" not in str(error.value)
 
 
 def test_a_saved_data_set_without_a_split_does_not_validate_on_what_it_trains(tmp_path):
