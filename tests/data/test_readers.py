@@ -368,7 +368,7 @@ def test_splits_with_other_names_or_numbers_of_classes(tmp_path):
             labels(name, validation, names)
     path = tmp_path / "order" / "train.parquet"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(QsdError, match="the split train of .* cannot be read") as error:
+    with pytest.raises(QsdError, match=r"the split train of .* cannot be read") as error:
         ReaderData("hfds/", str(tmp_path / "order"), **SMALL).load_part("train")
     assert "\n" not in str(error.value)
 
