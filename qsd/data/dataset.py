@@ -188,7 +188,7 @@ class ImageDataset(Dataset[Sample]):
                 image = self.transform(loaded)
             else:
                 # The index asked for, not the candidate: else a replacement would equal the image that it repeats.
-                with _seeded(self.seed, epoch, index):
+                with seeded(self.seed, epoch, index):
                     image = self.transform(loaded)
             return Sample(image, self._target(candidate), bad)
         return Sample(None, self._target(index), bad)
@@ -198,8 +198,12 @@ class ImageDataset(Dataset[Sample]):
 
 
 @contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Seed the generators that transforms draw from; in the training process, whose loop uses them, restore them."""
+def seeded(*key: int) -> Iterator[None]:
+    """Seed the generators that transforms draw from; in the training process, whose loop uses them, restore them.
+
+    Args:
+        key: Numbers that decide the seeds, for an image those of the training, the epoch and the image.
+    """
     # timm draws from all three, numpy's legacy one included.
     states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
     words = np.random.SeedSequence(key).generate_state(4)

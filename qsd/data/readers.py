@@ -11,12 +11,12 @@ from qsd.data.base import Part
 from qsd.data.dataset import ImageSource, ImageSubset
 from qsd.data.hub import HubImages, has_split, hub_splits, load_split
 from qsd.data.photographs import PhotographData
-from qsd.data.sampling import stratified_split
 from qsd.data.shard_files import find_shards, listed_images
 from qsd.data.shards import Index, ShardImages, index_shard
 from qsd.errors import QsdError
 from qsd.limits import check_number
 from qsd.reading import regular_file, shown
+from qsd.reading.splits import stratified_split
 
 logger = logging.getLogger(__name__)
 
@@ -228,9 +228,7 @@ class ReaderData(PhotographData):
         indices = [index_shard(path, key, in_folders=self.reader == "tar") for path in paths]
         listed, found = listed_images(self.root, split), sum(len(index.offsets) for index in indices)
         if listed is not None and listed != found:
-            logger.warning(
-                "the list of the split %s counts %d images, and its tar files hold %d.", split, listed, found
-            )
+            logger.warning("the list of the split %s has %d images, and its tar files hold %d.", split, listed, found)
         self._shards[split] = paths
         return paths, indices
 
