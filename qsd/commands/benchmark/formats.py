@@ -121,11 +121,12 @@ def _take_turns(
             transform(Image.open(io.BytesIO(contents[index])).convert("RGB"))
             return time.perf_counter() - start
 
-    seconds: dict[Callable[[int, int], float], list[float]] = {ours: [], plain: []}
+    runs: list[Callable[[int, int], float]] = [ours, plain]
+    seconds: dict[Callable[[int, int], float], list[float]] = {run: [] for run in runs}
     for epoch in range(rounds + 1):  # the first round warms up
         sums = dict.fromkeys(seconds, 0.0)
         for index in range(len(contents)):
-            for run in (ours, plain) if (epoch + index) % 2 else (plain, ours):
+            for run in runs[:: 1 if (epoch + index) % 2 else -1]:
                 sums[run] += run(epoch, index)
         for run, total in sums.items():
             seconds[run].append(total)
