@@ -32,7 +32,7 @@ def add_currents(
     Returns:
         The name of the currents, floats ``[B, H, W, C_out]``.
     """
-    zero = graph.constant(f"{label}.input_zero", zero_point, np.uint8)
+    zero = graph.shared(zero_point, np.uint8)
     unit = graph.constant(f"{label}.unit", weights.scale.reshape(-1), np.float32)
     bias = graph.constant(f"{label}.bias", weights.bias.reshape(-1), np.float32)
     if geometry["group"] > 1 or not _is_square(geometry):
@@ -43,14 +43,14 @@ def add_currents(
         x = graph.add("Transpose", [x], f"{label}.pixels", perm=[0, 2, 3, 1])
         if any(geometry["pads"]):
             top, left, bottom, right = geometry["pads"]
-            around = graph.constant(f"{label}.pads", [0, top, left, 0, 0, bottom, right, 0], np.int64)
+            around = graph.shared([0, top, left, 0, 0, bottom, right, 0], np.int64)
             x = graph.add("Pad", [x, around, zero], f"{label}.padded")
         if geometry["kernel_shape"] == geometry["strides"] == [1, 1]:
             matrix = graph.weights(f"{label}.weight", weights.integers[:, :, 0, 0].T)
             if graph.standard:
                 total = graph.add("MatMulInteger", [x, matrix, zero], f"{label}.sum")
                 return _add_scale(graph, label, total, unit, bias)
-            inputs = [x, matrix, graph.constant(f"{label}.input_scale", 1, np.float32), unit, zero, "", bias]
+            inputs = [x, matrix, graph.shared(1, np.float32), unit, zero, "", bias]
             return graph.add("MatMulIntegerToFloat", inputs, f"{label}.current", domain=RUNTIME_DOMAIN)
         total = _add_sums(graph, label, weights.integers, x, zero, width, geometry)
     return _add_scale(graph, label, total, unit, bias)
@@ -75,9 +75,9 @@ def _add_sums(
     of the kernel, and these are added, each from a row of the map further on.
     """
     side, stride, outputs = geometry["kernel_shape"][0], geometry["strides"][0], len(weight)
-    seen = graph.constant(f"{label}.seen", stride * np.arange(width)[:, None] + np.arange(side), np.int64)
+    seen = graph.constant(f"{label}.seen", stride * np.arange(width)[:, None] + np.arange(side), np.int32)
     x = graph.add("Gather", [x, seen], f"{label}.columns", axis=2)
-    x = graph.add("Reshape", [x, graph.constant(f"{label}.flat", [0, 0, 0, -1], np.int64)], f"{label}.rows")
+    x = graph.add("Reshape", [x, graph.shared([0, 0, 0, -1], np.int64)], f"{label}.rows")
     if stride == 1:
         matrix = weight.transpose(3, 1, 2, 0).reshape(-1, side * outputs)
         whole = graph.weights(f"{label}.weight", matrix)
@@ -104,5 +104,5 @@ def _add_rows(
     if channels is not None:
         for key, value in zip(bounds, (row * channels, (row + 1) * channels, 3, 1)):
             bounds[key].append(value)
-    places = [graph.constant(f"{label}.{key}", values, np.int64) for key, values in bounds.items()]
+    places = [graph.shared(values, np.int64) for values in bounds.values()]
     return graph.add("Slice", [x, *places], label)
