@@ -8,7 +8,7 @@ import numpy as np
 from qsd.export.chain_factors import ChainFactor, chain_factors
 from qsd.export.graph import LayerCall
 from qsd.export.grids import Grid
-from qsd.export.integer_sums import add_currents
+from qsd.export.integer_sums import Source, add_currents, add_map
 from qsd.export.integers import IntegerGraph, writes
 from qsd.export.requantization import Requantization
 from qsd.integer.weights import IntegerWeights, evaluated_convolutions
@@ -143,12 +143,12 @@ def _add_counting_chain(chain: SpikingChain, call: LayerCall, after: LayerCall, 
 def _add_current_chain(chain: SpikingChain, call: LayerCall, graph: IntegerGraph) -> None:
     """A chain from counts to currents: integer convolutions, and floats from the last accumulator on."""
     *inner, (key, last) = chain_factors(chain, graph.spiking).items()
-    weights, source, zero = last.weights, call.inputs[0], 0
+    weights, name, grid = last.weights, call.inputs[0], None
     if inner:
-        source, grid = _add_inner(chain, dict(inner), source, graph)
-        weights, zero = weights.taking(grid.unit, grid.depthwise), grid.zero_point
-    label = f"{chain.name}.{key}"
-    currents = add_currents(graph, label, weights, source, zero, graph.width(call.output), last.geometry)
+        name, grid = _add_inner(chain, dict(inner), name, graph)
+        weights = weights.taking(grid.unit, grid.depthwise)
+    source, width = Source.of(name, grid, graph), graph.width(call.output)
+    currents = add_currents(graph, f"{chain.name}.{key}", weights, source, width, last.geometry)
     graph.add("Transpose", [currents], call.output, perm=[0, 3, 1, 2])
 
 
@@ -182,7 +182,7 @@ def _add_convolution(
     """An integer convolution; the grids are those of its input and output, ``None`` for counts."""
     label, (zero_in, zero_out) = place.label, (grid.zero_point if grid else 0 for grid in grids)
     if graph.standard:
-        return _add_plain_convolution(place, numbers, x, (zero_in, zero_out), graph)
+        return _add_plain_convolution(place, numbers, Source.of(x, grids[0], graph), zero_out, graph)
     # ONNX multiplies by input scale times weight scale over output scale; the multiplier is that product.
     one = graph.shared(1, np.float32)
     inputs = [
@@ -201,18 +201,14 @@ def _add_convolution(
 
 
 def _add_plain_convolution(
-    place: _Place, numbers: Requantization, x: str, zeros: tuple[int, int], graph: IntegerGraph
+    place: _Place, numbers: Requantization, source: Source, zero_out: int, graph: IntegerGraph
 ) -> str:
     """The same as QLinearConv in several operations: OpenVINO takes its scales for those of input channels."""
-    label, channels = place.label, (-1, 1, 1)
-    weight, zero = graph.weights(f"{label}.weight", numbers.weight), graph.shared(zeros[0], np.uint8)
-    total = graph.add("ConvInteger", [x, weight, zero], f"{label}.map", **place.geometry)
-    if numbers.bias.any():
-        bias = graph.constant(f"{label}.bias", numbers.bias.reshape(channels), np.int32)
-        total = graph.add("Add", [total, bias], f"{label}.sum")
-    multiplier = graph.constant(f"{label}.multiplier", numbers.multiplier.reshape(channels), np.float32)
-    values = graph.add("Mul", [graph.floats(total, f"{label}.float"), multiplier], f"{label}.scaled")
-    level = graph.shared(zeros[1], np.float32)
+    label = place.label
+    total = add_map(graph, label, numbers.weight, source, place.geometry, numbers.bias)
+    multiplier = graph.constant(f"{label}.multiplier", numbers.multiplier.reshape(-1, 1, 1), np.float32)
+    values = graph.add("Mul", [total, multiplier], f"{label}.scaled")
+    level = graph.shared(zero_out, np.float32)
     levels = graph.add("Add", [graph.add("Round", [values], f"{label}.rounded"), level], f"{label}.levels")
     return _add_bytes(levels, label, place.output, graph)
 

@@ -73,13 +73,23 @@ def test_inner_rounding_is_at_most_half_a_level(tmp_path):
     assert float((error.abs() / units).max()) <= 0.5 + 1e-3  # The file computes in float32.
 
 
-def test_an_integer_file_can_end_in_a_convolution(tmp_path):
+def test_an_integer_file_can_end_in_a_convolution_and_be_compact(tmp_path):
     spiking, images = spiking_network(*CSD, part="stem")
-    to_onnx(spiking, tmp_path / "int.onnx", True, images)
+    to_onnx(spiking, tmp_path / "int.onnx", True, images, compact=True)
     currents, counts = run_onnx(tmp_path / "int.onnx", images)
     for name, count in qsd.count_spikes(spiking, images).items():
         np.testing.assert_array_equal(counts[name], count.numpy(), err_msg=name)
     torch.testing.assert_close(torch.from_numpy(currents), spiking(images), rtol=1e-4, atol=1e-4)
+    model, types = onnx.load(tmp_path / "int.onnx"), onnx.TensorProto
+    onnx.checker.check_model(model)
+    assert (model.ir_version, {entry.domain: entry.version for entry in model.opset_import}[""]) == (8, 18)
+    assert not [tensor.name for tensor in model.graph.initializer if tensor.data_type == types.INT4]
+    assert "Compress" in operations(tmp_path / "int.onnx")
+    # ONNX Runtime has nothing left to unpack when it runs.
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "int.onnx", options, providers=["CPUExecutionProvider"])
+    assert not {"Compress", "Split"} & {*operations(tmp_path / "optimized.onnx")}
 
 
 def test_the_float_file_takes_any_number_of_images_and_gives_the_same_logits(tmp_path):
@@ -138,24 +148,6 @@ def test_words_of_a_dictionary_are_the_weights_in_about_their_entropy(levels):
     assert entries.shape == used.shape
     assert len(entries) <= 256
     assert 8 * len(words) / len(weights) < max(1.15 * -(shares * np.log2(shares)).sum(), 8 / 5 + 0.01)
-
-
-def test_a_compact_file_gives_the_same_bits_from_fewer(tmp_path):
-    spiking, images = spiking_network(*QSD)
-    for name, options in (("wide", {}), ("compact", {"compact": True})):
-        to_onnx(spiking, tmp_path / name, True, images, **options)
-    (wide, counts), (compact, same) = (run_onnx(tmp_path / name, images) for name in ("wide", "compact"))
-    np.testing.assert_array_equal(wide, compact)
-    assert all((counts[name] == same[name]).all() for name in counts)
-    model, types = onnx.load(tmp_path / "compact"), onnx.TensorProto
-    assert (model.ir_version, {entry.domain: entry.version for entry in model.opset_import}[""]) == (8, 18)
-    assert not [tensor.name for tensor in model.graph.initializer if tensor.data_type == types.INT4]
-    onnx.checker.check_model(onnx.load(tmp_path / "wide"))
-    # The optimized graph of ONNX Runtime has nothing left to unpack.
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized")
-    onnxruntime.InferenceSession(tmp_path / "compact", options, providers=["CPUExecutionProvider"])
-    assert not {"Compress", "Split"} & {*operations(tmp_path / "optimized")}
 
 
 @pytest.mark.parametrize("time_steps", [1, 3, 4, 8])
