@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from qsd.integer.weights import IntegerWeights, chain_weights, evaluated_convolutions
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.layers import Convolution, SpikingChain
+from qsd.spiking.layers.geometry import Pair
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,23 @@ def chain_factors(chain: SpikingChain, spiking: SpikingNetwork) -> dict[str, Cha
     for key, after in zip(keys, [*keys[1:], None]):
         convolution, weights = convolutions[key], chain_weights(chain, key, spiking)
         hands_on = after is not None and hands_bias_on(convolution, convolutions[after])
-        padding = convolution.padding if hands_on else convolution.outer_padding
+        rows, columns = convolution.padding if hands_on else convolution.outer_padding
         if handed is not None:
             weights = replace(weights, bias=weights.bias + weights.response(handed))
-            padding = tuple((first + 1, last + 1) for first, last in padding)
+            rows, columns = ((first + 1, last + 1) for first, last in (rows, columns))
         handed = weights.bias if hands_on else None
         if hands_on:
             weights = replace(weights, bias=np.zeros_like(weights.bias))
-        factors[key] = ChainFactor(weights, _attributes(convolution, padding))
+        factors[key] = ChainFactor(weights, _attributes(convolution, rows, columns))
     return factors
 
 
-def _attributes(convolution: Convolution, padding: tuple[tuple[int, int], ...]) -> dict[str, Any]:
-    """The attributes of ONNX's ``Conv``."""
-    (top, bottom), (left, right) = padding
+def _attributes(convolution: Convolution, rows: Pair, columns: Pair) -> dict[str, Any]:
+    """The attributes of ONNX's ``Conv``, with padding above and below, and to the left and to the right."""
     geometry = {
         "kernel_shape": list(convolution.weight.shape[-2:]),
         "strides": list(convolution.stride),
-        "pads": [top, left, bottom, right],
+        "pads": [rows[0], columns[0], rows[1], columns[1]],
         "group": convolution.groups,
     }
     return geometry if convolution.dilation == (1, 1) else {**geometry, "dilations": list(convolution.dilation)}

@@ -156,7 +156,7 @@ class IntegerGraph:
         Returns:
             Its name.
         """
-        numbers = np.asarray(values, dtype)
+        numbers: NDArray[Any] = np.asarray(values, dtype)
         name = "_".join([numbers.dtype.name, *map(str, numbers.reshape(-1).tolist())])
         name = name if numbers.ndim == 0 else f"{name}_list"
         return name if name in self._constants else self.constant(name, numbers, dtype)

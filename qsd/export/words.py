@@ -38,7 +38,8 @@ class Dictionary:
         """
         shares = np.bincount(integers - _LEAST, minlength=_LEVELS) / max(len(integers), 1)
         levels = [(int(level) + _LEAST, float(shares[level])) for level in np.flatnonzero(shares)]
-        words, longer = [(level,) for level, _ in levels], list[tuple[float, tuple[int, ...]]]()
+        words: list[tuple[int, ...]] = [(level,) for level, _ in levels]
+        longer: list[tuple[float, tuple[int, ...]]] = []
 
         def extend(word: tuple[int, ...], share: float) -> None:
             if len(word) < _LONGEST:
@@ -61,7 +62,7 @@ class Dictionary:
         """
         digits = (integers - _LEAST).astype(np.int32)
         lengths, numbers = np.zeros(len(digits), np.int8), np.zeros(len(digits), np.uint8)
-        keys = np.zeros(len(digits), np.int32)
+        keys: NDArray[np.int32] = np.zeros(len(digits), np.int32)
         for length in range(1, _LONGEST + 1):
             keys = keys[: len(digits) - length + 1] * _LEVELS + digits[length - 1 :]
             found = np.full(_LEVELS**length, -1, np.int16)
