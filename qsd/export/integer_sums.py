@@ -57,7 +57,7 @@ def add_currents(
     """
     unit = graph.constant(f"{label}.unit", weights.scale.reshape(-1), np.float32)
     bias = graph.constant(f"{label}.bias", weights.bias.reshape(-1), np.float32)
-    if geometry["group"] > 1 or not _is_square(geometry):
+    if graph.standard or geometry["group"] > 1 or not _is_square(geometry):
         total = add_map(graph, label, weights.integers, source, geometry)
         total = graph.add("Transpose", [total], f"{label}.sum", perm=[0, 2, 3, 1])
         return _add_scale(graph, label, total, unit, bias)
@@ -69,12 +69,9 @@ def add_currents(
         x = graph.add("Pad", [x, around, zero], f"{label}.padded")
     if geometry["kernel_shape"] == geometry["strides"] == [1, 1]:
         matrix = graph.weights(f"{label}.weight", weights.integers[:, :, 0, 0].T)
-        if not graph.standard:
-            inputs = [x, matrix, graph.shared(1, np.float32), unit, zero, "", bias]
-            return graph.add("MatMulIntegerToFloat", inputs, f"{label}.current", domain=RUNTIME_DOMAIN)
-        total = graph.add("MatMulInteger", [x, matrix, zero], f"{label}.sum")
-    else:
-        total = _add_sums(graph, label, weights.integers, x, zero, width, geometry)
+        inputs = [x, matrix, graph.shared(1, np.float32), unit, zero, "", bias]
+        return graph.add("MatMulIntegerToFloat", inputs, f"{label}.current", domain=RUNTIME_DOMAIN)
+    total = _add_sums(graph, label, weights.integers, x, zero, width, geometry)
     return _add_scale(graph, label, graph.floats(total, f"{label}.float"), unit, bias)
 
 
