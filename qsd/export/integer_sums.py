@@ -57,7 +57,8 @@ def add_currents(
     """
     unit = graph.constant(f"{label}.unit", weights.scale.reshape(-1), np.float32)
     bias = graph.constant(f"{label}.bias", weights.bias.reshape(-1), np.float32)
-    if graph.standard or geometry["group"] > 1 or not _is_square(geometry):
+    pixelwise = geometry["kernel_shape"] == geometry["strides"] == [1, 1]
+    if geometry["group"] > 1 or not _is_square(geometry) or (graph.standard and not pixelwise):
         total = add_map(graph, label, weights.integers, source, geometry)
         total = graph.add("Transpose", [total], f"{label}.sum", perm=[0, 2, 3, 1])
         return _add_scale(graph, label, total, unit, bias)
@@ -67,11 +68,14 @@ def add_currents(
         top, left, bottom, right = geometry["pads"]
         around = graph.shared([0, top, left, 0, 0, bottom, right, 0], np.int64)
         x = graph.add("Pad", [x, around, zero], f"{label}.padded")
-    if geometry["kernel_shape"] == geometry["strides"] == [1, 1]:
+    if pixelwise:
         matrix = graph.weights(f"{label}.weight", weights.integers[:, :, 0, 0].T)
-        inputs = [x, matrix, graph.shared(1, np.float32), unit, zero, "", bias]
-        return graph.add("MatMulIntegerToFloat", inputs, f"{label}.current", domain=RUNTIME_DOMAIN)
-    total = _add_sums(graph, label, weights.integers, x, zero, width, geometry)
+        if not graph.standard:
+            inputs = [x, matrix, graph.shared(1, np.float32), unit, zero, "", bias]
+            return graph.add("MatMulIntegerToFloat", inputs, f"{label}.current", domain=RUNTIME_DOMAIN)
+        total = graph.add("MatMulInteger", [x, matrix, zero], f"{label}.sum")
+    else:
+        total = _add_sums(graph, label, weights.integers, x, zero, width, geometry)
     return _add_scale(graph, label, graph.floats(total, f"{label}.float"), unit, bias)
 
 
