@@ -124,7 +124,7 @@ class _LsqQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
-        return lsq_grid(weight, step, q_min, q_max)[2]
+        return lsq_values(weight, step, q_min, q_max)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
@@ -139,8 +139,14 @@ class _LsqQuantize(torch.autograd.Function):
         return *lsq_gradients(grad, scaled, integers, ctx.q_min, ctx.q_max), None, None
 
 
+def lsq_values(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
+    """`lsq_quantize`, which explains the arguments, without a gradient, in the memory of the result."""
+    step = step.view(-1, *[1] * (weight.dim() - 1))
+    return (weight / step).clamp_(q_min, q_max).round_().mul_(step)
+
+
 def lsq_grid(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`lsq_quantize` without a gradient, with the intermediate results that `lsq_gradients` needs.
+    """`lsq_values` with the intermediate results that `lsq_gradients` needs.
 
     Args:
         weight: Float weights ``[C_out, ...]``.

@@ -103,14 +103,16 @@ class Layout(NamedTuple):
             return False
         if x.is_meta or isinstance(x, FakeTensor):  # shapes without values, to count bytes
             return True
-        # Compared as integers, eight bytes at a time where that divides: `torch.equal` goes element by element.
+        # Compared as integers, eight bytes at a time where that divides. Where two of them differ, the bits of "one or
+        # the other" are not all zero. `torch.equal` takes one and a half times as long.
         kind = torch.int64 if self.numel * size % 8 == 0 else _INTEGERS[size]
         actual = x.as_strided((self.numel,), (1,), 0)
         buffer = torch.empty(min(self.numel, self.block), dtype=self.dtype, device=x.device)
         for codes, part in self._blocks(packed, actual):
             expected = buffer if part.numel() == buffer.numel() else buffer[: part.numel()]
             _unpack(codes, self.bits, expected, self.amplitude)
-            if not torch.equal(part.view(kind), expected.to(x.dtype).view(kind)):
+            lowest, highest = torch.aminmax(expected.to(x.dtype).view(kind).bitwise_xor_(part.view(kind)))
+            if lowest.item() != 0 or highest.item() != 0:
                 return False
         return True
 
@@ -131,11 +133,11 @@ def _unpack(codes: Tensor, bits: int, out: Tensor, amplitude: Scalar = 1.0, flag
         out.mul_(amplitude)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits_(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of the same shape are equal, bit by bit if they have the same strides.
 
     Args:
-        a: Dense tensor.
+        a: Dense tensor, not empty, which is overwritten.
         b: Any tensor.
     """
     if a.stride() != b.stride():
@@ -143,7 +145,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     a, b = flat(a), flat(b)
     size = a.element_size()
     kind = torch.int64 if len(a) * size % 8 == 0 and b.storage_offset() * size % 8 == 0 else _INTEGERS[size]
-    return torch.equal(a.view(kind), b.view(kind))
+    lowest, highest = torch.aminmax(a.view(kind).bitwise_xor_(b.view(kind)))  # see `Layout.matches`
+    return lowest.item() == highest.item() == 0
 
 
 def dense(x: Tensor, stride: tuple[int, ...]) -> Tensor:

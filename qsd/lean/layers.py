@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qsd.functional import lsq_gradients, lsq_grid
+from qsd.functional import lsq_gradients, lsq_grid, lsq_values
 from qsd.lean.operands import cast, save_operand
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -53,7 +53,7 @@ class Synapse(NamedTuple):
             step: Step sizes by output channel; ``None`` to compute with the float weights.
             bias: Bias of the output.
         """
-        rounded = (weight if step is None else lsq_grid(weight, step, *self.levels)[2]).to(x.dtype)
+        rounded = (weight if step is None else lsq_values(weight, step, *self.levels)).to(x.dtype)
         return F.linear(x, rounded, bias) if self.geometry is None else F.conv2d(x, rounded, bias, *self.geometry)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, step: Tensor | None, mask: list[bool]) -> Gradients:

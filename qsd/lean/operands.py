@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses import FakeTensor
 
-from qsd.lean.codes import BLOCK, Layout, same_bits
+from qsd.lean.codes import BLOCK, Layout, same_bits_
 
 
 class _Codes(NamedTuple):
@@ -159,6 +159,6 @@ def _gives(origin: NormOrigin, output: Tensor) -> bool:
     images = max(1, BLOCK * torch.get_num_threads() * len(x) // x.numel())
     for part, expected in zip(x.split(images), output.split(images)):
         again = torch.native_batch_norm(part, scale, shift, zeros, ones, False, 0.0, 0.0)[0]
-        if not same_bits(again, expected):
+        if not same_bits_(again, expected):
             return False
     return True

@@ -32,7 +32,7 @@ class _SpikeMaxPool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x = ctx.operand.restore(*ctx.saved_tensors)
-        indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.pool)[1]
+        indices = _indices(x, ctx.pool)
         return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *ctx.pool, indices), None
 
 
@@ -56,6 +56,15 @@ def _largest(x: Tensor, pool: Pool) -> Tensor:
                 torch.maximum(part, taken.narrow(axis, 0, end - first), out=part)
         x = largest
     return x
+
+
+def _indices(x: Tensor, pool: Pool) -> Tensor:
+    """The positions of a pool's results; of equal ones, the first in the order of rows."""
+    if not (x.is_cpu and x.is_contiguous()):
+        return torch.ops.aten.max_pool2d_with_indices(x, *pool)[1]
+    # With its channels last, copies included, PyTorch's kernel takes half the time.
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.ops.aten.max_pool2d_with_indices(x, *pool)[1].contiguous()
 
 
 def spike_max_pool(x: Tensor, pool: Pool) -> Tensor | None:

@@ -58,7 +58,7 @@ def shortened(command):
             options = ["--cfg-options", *DEMOS.get(name, []), "train_dataloader.batch_size=2"]
             short = ["--scenes", "8", "2", "2"] if name == "scenes" else options
         elif kind == "convert":
-            short = ["--max-images", "1", "--step-images", "1", "--leave-out", "compare"]
+            short = ["--max-images", "1", "--step-images", "1", "--leave-out", "compare", "audit"]
         words = [*words, *short]
     else:
         name = Path(words[1]).stem
