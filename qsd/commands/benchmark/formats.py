@@ -17,7 +17,7 @@ from rich.table import Table
 from qsd.commands.benchmark.loading import write_images
 from qsd.commands.benchmark.settings import Settings
 from qsd.data import ImageDataset, ImageFolderData, PhotographData, ReaderData
-from qsd.data.dataset import ImageSource, Transform
+from qsd.data.dataset import ImageSource, Transform, seeded
 
 TARGET = 0.9  # of the images per second of the plain loop
 
@@ -25,7 +25,8 @@ TARGET = 0.9  # of the images per second of the plain loop
 def formats(settings: Settings) -> dict[str, Any]:
     """Measure reading and augmentation alone, in one process as in a loading worker, for each format.
 
-    The plain loop decodes the same bytes, which it has in memory, and applies the same augmentation. Both take turns.
+    The plain loop decodes the same bytes, which it has in memory, and applies the same augmentation, with the same
+    random choices. Both take turns, image by image.
 
     Args:
         settings: The settings of the benchmark.
@@ -106,21 +107,27 @@ def _write_shards(folder: Path, contents: list[bytes], labels: list[int]) -> Non
 def _take_turns(
     source: ImageSource, transform: Transform, contents: list[bytes], rounds: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each round over all images, of the data set and of the plain loop."""
+    """Seconds of each round over all images, of the data set and of the plain loop, with the same random choices."""
     dataset = ImageDataset(source, transform, seed=0)
 
-    def ours(epoch: int) -> None:
-        for index in range(len(dataset)):
-            assert dataset[(epoch, index)].image is not None
+    def ours(epoch: int, index: int) -> float:
+        start = time.perf_counter()
+        assert dataset[(epoch, index)].image is not None
+        return time.perf_counter() - start
 
-    def plain(_: int) -> None:
-        for content in contents:
-            transform(Image.open(io.BytesIO(content)).convert("RGB"))
-
-    seconds: dict[Callable[[int], None], list[float]] = {ours: [], plain: []}
-    for epoch in range(-1, rounds):  # a first round warms up
-        for run in (ours, plain) if epoch % 2 else (plain, ours):
+    def plain(epoch: int, index: int) -> float:
+        with seeded(0, epoch, index):
             start = time.perf_counter()
-            run(epoch + 1)
-            seconds[run].append(time.perf_counter() - start)
+            transform(Image.open(io.BytesIO(contents[index])).convert("RGB"))
+            return time.perf_counter() - start
+
+    runs: list[Callable[[int, int], float]] = [ours, plain]
+    seconds: dict[Callable[[int, int], float], list[float]] = {run: [] for run in runs}
+    for epoch in range(rounds + 1):  # the first round warms up
+        sums = dict.fromkeys(seconds, 0.0)
+        for index in range(len(contents)):
+            for run in runs[:: 1 if (epoch + index) % 2 else -1]:
+                sums[run] += run(epoch, index)
+        for run, total in sums.items():
+            seconds[run].append(total)
     return seconds[ours][1:], seconds[plain][1:]
