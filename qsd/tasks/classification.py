@@ -254,7 +254,9 @@ class ClassificationTask(LightningModule):
         else:
             if len(images) % 2:
                 images, labels = images[:-1], labels[:-1]
-            images, labels = self._mixup(images, labels)
+            # CutMix cuts from the last two of four dimensions, so that frames have to be channels here.
+            mixed, labels = self._mixup(images.flatten(1, -3), labels)
+            images = mixed.view_as(images)
             outputs, smoothing = self(images), 0.0
         heads = outputs if isinstance(outputs, tuple) else (outputs,)
         labelled = heads[:1] if self._logits_teachers else heads
