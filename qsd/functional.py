@@ -94,7 +94,12 @@ def fixed_drive(x: Tensor, time_steps: int, threshold: float | None) -> Tensor:
 
 
 def fixed_spikes(
-    x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule = HALF_UP
+    x: Tensor,
+    time_steps: int,
+    threshold: float | None,
+    amplitude: float,
+    rule: CountRule = HALF_UP,
+    slack: float | None = None,
 ) -> Tensor:
     """Spike counts of a neuron with a fixed threshold, times an amplitude; see `spike_count`.
 
@@ -104,11 +109,12 @@ def fixed_spikes(
         threshold: Threshold in units of the input; ``None`` for ``1 / T``, as a product with T.
         amplitude: Factor of the counts.
         rule: Rounding of halves, and the window of the gradient.
+        slack: Steps below a threshold that still reach it; ``None`` for that of `tie_slack`.
 
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
-    slack = tie_slack(x, time_steps, threshold)
+    slack = tie_slack(x, time_steps, threshold) if slack is None else slack
     counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps, rule, slack)
     return counts if amplitude == 1 else counts * amplitude
 

@@ -122,10 +122,10 @@ class SpikeNeuron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
-        if self.memory is not None:
-            return self.counts(x) * self.amplitude
         spikes = lean.fixed_spikes if self.lean else functional.fixed_spikes
         amplitude = self.threshold if self._amplitude is None else self._amplitude
+        if self.memory is not None:  # The potential is in units of the threshold.
+            return spikes(self.potential(x), self.time_steps, 1.0, amplitude, self.rule, self._slack(x))
         return spikes(x, self.time_steps, self._threshold, amplitude, self.rule)
 
     def extra_repr(self) -> str:
@@ -209,11 +209,9 @@ class LearnedStepNeuron(SpikeNeuron):
         return self._spikes(x, scale, None)
 
     def _spikes(self, x: Tensor, scale: Factor | None, amplitude: Tensor | None) -> Tensor:
-        if self.memory is not None:
-            slack = frame_slack(x, self.time_steps, None, self.memory)
-            counts = spike_count(self.potential(x, scale), self.time_steps, self.rule, slack)
-            return counts if amplitude is None else counts * amplitude
         spikes = lean.learned_spikes if self.lean else functional.learned_spikes
+        if self.memory is not None:  # The potential is in units of the threshold.
+            return spikes(self.potential(x, scale), x.new_ones(()), amplitude, self.time_steps)
         return spikes(x, self._scaled_threshold(x, scale), amplitude, self.time_steps)
 
     def forward(self, x: Tensor, scale: Factor | None = None) -> Tensor:

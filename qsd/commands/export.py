@@ -65,6 +65,8 @@ def _parser(config: str | Path | None) -> DataParser:
     parser.add_argument("--part", default="", help="dotted name of the module that is written (format nir)")
     parser.add_argument("--round-inner", choices=MERGES, default="all", help="chains of convolutions whose "
                         "inner values become integers (format onnx-int8)")  # fmt: skip
+    parser.add_argument("--compact", action="store_true", help="weights of 4 bits as words of a dictionary, "
+                        "about 3 bits each, for older runtimes too (formats onnx-int8 and onnx-standard)")  # fmt: skip
     integers = parser.add_argument_group("formats integers and c")
     integers.add_argument("--fractional-bits", type=whole(1, 30), help="bits behind the point of running sums; the "
                           "default is the fewest that keep all counts on the images")  # fmt: skip
@@ -107,7 +109,7 @@ def _export(options: Namespace) -> Path:
     images = [batch for batch, _ in batches]
     energy = measure_energy(spiking, images)
     notes = {**image_notes(data), "energy_mj": energy.total_mj, "energy_images": energy.images}
-    widths = (options.fractional_bits, options.inner_bits, options.vectors)
+    widths = (options.fractional_bits, options.inner_bits, options.vectors, options.compact)
     form.write(spiking, target, ExportOptions(images, notes, options.round_inner, *widths))
     return target
 

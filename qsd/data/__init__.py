@@ -8,9 +8,10 @@ from qsd.data.image_folder import ImageFolderData
 from qsd.data.loading import BadImagePolicy, ImageLoader, TrainLoader
 from qsd.data.photographs import PhotographData
 from qsd.data.readers import ReaderData
-from qsd.data.sampling import EvalSampler, TrainSampler, stratified_split
+from qsd.data.sampling import EvalSampler, TrainSampler
 from qsd.data.torchvision_sets import CifarData, TorchvisionData
 from qsd.reading.images import BadImage, load_image
+from qsd.reading.splits import stratified_split
 
 __all__ = [
     "BadImage",

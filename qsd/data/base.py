@@ -144,6 +144,7 @@ class ImageData(LightningDataModule, ABC):
         if self.trainer is not None:
             finish_loaded_epoch(self.trainer)
         self.setup("fit")
+        self._check_labels("train")
         seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         augmentation = self._augmentation or self.train_transform()
         replace_bad = self._bad_images.action == "skip"
@@ -169,11 +170,13 @@ class ImageData(LightningDataModule, ABC):
     def val_dataloader(self) -> ImageLoader:
         """The validation part, in order."""
         self.setup("validate")
+        self._check_labels("val")
         return self._eval_loader(self._sources["val"])
 
     def test_dataloader(self) -> ImageLoader:
         """The test part, in order."""
         self.setup("test")
+        self._check_labels("test")
         return self._eval_loader(self._sources["test"])
 
     def predict_dataloader(self) -> ImageLoader:
@@ -189,6 +192,17 @@ class ImageData(LightningDataModule, ABC):
         """
         self.setup({"train": "fit", "val": "validate", "test": "test"}[part])
         return self._eval_loader(self._sources[part], shared=False)
+
+    def _check_labels(self, part: Part) -> None:
+        """Refuse images that no class or no output of a classifier belongs to; in a loss they fail without a name."""
+        labels, count = self._sources[part].labels, self.num_classes
+        if without := int((labels < 0).sum()):
+            raise QsdError(
+                f"{without} of the {len(labels)} images of the {part} part have no class; leave them out, or use them "
+                "for prediction alone."
+            )
+        if len(labels) and labels.max() >= count:
+            raise QsdError(f"the {part} part has the label {labels.max()}, and the classes are 0 to {count - 1}.")
 
     def _eval_loader(self, source: ImageSource, named: bool = False, shared: bool = True) -> ImageLoader:
         dataset = ImageDataset(source, self.eval_transform(), named=named)

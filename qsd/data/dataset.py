@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from qsd.reading.images import BadImage, ExifOrientation, load_image
 
@@ -179,7 +179,7 @@ class ImageDataset(Dataset[Sample]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[Sample]:
-        """The samples of a batch. Random states are stored once for all, which takes as long as a small image."""
+        """The samples of a batch. Random states are stored once for all: doing so takes as long as a small image."""
         with nullcontext() if self.seed is None else _random_states_kept():
             return [self._sample(key) for key in keys]
 
@@ -194,7 +194,7 @@ class ImageDataset(Dataset[Sample]):
                 continue
             if self.seed is not None:
                 # The index asked for, not the candidate: else a replacement would equal the image that it repeats.
-                _seed_generators(self.seed, epoch, index)
+                seed_generators(self.seed, epoch, index)
             return Sample(self.transform(loaded), self._target(candidate), bad)
         return Sample(None, self._target(index), bad)
 
@@ -204,18 +204,24 @@ class ImageDataset(Dataset[Sample]):
 
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
-    """Restore the generators that transforms draw from: without workers the training loop uses them."""
+    """In the training process, whose loop uses the generators that transforms draw from, restore them."""
     # timm draws from all three, numpy's legacy one included.
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
     try:
         yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        torch.set_rng_state(torch_state)
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            torch.set_rng_state(states[2])
 
 
-def _seed_generators(*key: int) -> None:
+def seed_generators(*key: int) -> None:
+    """Seed the generators that transforms draw from.
+
+    Args:
+        key: Numbers that decide the seeds, for an image those of the training, the epoch and the image.
+    """
     words = np.random.SeedSequence(key).generate_state(4)
     random.seed(words.tobytes())
     np.random.seed(words)  # noqa: NPY002

@@ -1,19 +1,15 @@
 """The handwritten digits that scikit-learn ships: real images without a download."""
 
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from qsd.data.base import ImageData, Part
 from qsd.data.dataset import ImageArray, Transform
-from qsd.data.sampling import stratified_split
 from qsd.errors import QsdError
-
-SIZES: dict[Part, int] = {"train": 1197, "val": 200, "test": 400}
-FULL_SCALE = 16  # The digits' grey levels are 0..16.
+from qsd.reading.digits import SIZES, read_digits
+from qsd.reading.splits import stratified_split
 
 
 class DigitsData(ImageData):
@@ -68,17 +64,13 @@ class DigitsData(ImageData):
             part: "train", "val" or "test".
         """
         if not self._parts:
-            # Here, because importing scikit-learn takes a second that other data should not cost.
-            from sklearn.datasets import load_digits
-
-            digits = load_digits()
-            images = np.stack([self._enlarge(image) for image in digits.images])
-            for name, indices in zip(SIZES, stratified_split(digits.target, list(SIZES.values()))):
+            images, labels = read_digits(*self.img_size)
+            for name, indices in zip(SIZES, stratified_split(labels, list(SIZES.values()))):
                 if name == "train" and self.train_images is not None:
-                    (chosen,) = stratified_split(digits.target[indices], [self.train_images], self.train_subset)
+                    (chosen,) = stratified_split(labels[indices], [self.train_images], self.train_subset)
                     indices = indices[chosen]
                 names = [f"digit {index}" for index in indices]
-                self._parts[name] = ImageArray(images[indices], digits.target[indices], names)
+                self._parts[name] = ImageArray(images[indices], labels[indices], names)
                 if name == "train":
                     self.mean = (float(images[indices].mean() / 255),) * self.in_chans
                     self.std = (float(images[indices].std() / 255),) * self.in_chans
@@ -96,9 +88,3 @@ class DigitsData(ImageData):
         """See `ImageData`."""
         channels = transforms.Grayscale(self.in_chans)
         return transforms.Compose([channels, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)])
-
-    def _enlarge(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Scale a digit, grey levels 0..16 ``[8, 8]``, to uint8 ``[H, W]``."""
-        height, width = self.img_size
-        grey = Image.fromarray((image * (255 / FULL_SCALE)).astype(np.float32))
-        return np.rint(np.asarray(grey.resize((width, height), Image.Resampling.BILINEAR))).astype(np.uint8)

@@ -28,7 +28,7 @@ class HubImages:
         label_key: Column of their classes.
         split: Name of the split, for messages.
         exif_orientation: The rule of `qsd.data.load_image`.
-        class_names: Classes of the training split, where labels are texts; ``None`` for those of this split.
+        class_names: Classes of the training split, by which those of this split are numbered; ``None`` for its own.
 
     Attributes:
         class_names: Names of the classes, by label.
@@ -59,15 +59,23 @@ class HubImages:
         self.class_names, self.labels = _classes(np.asarray(values), dataset.features[label_key], split, class_names)
         if isinstance(dataset.features[image_key], datasets.Image):
             dataset = dataset.cast_column(image_key, datasets.Image(decode=False))
-        # As Arrow's tables: decoding a row by its features costs more than all other steps of reading.
-        self._images = dataset.select_columns([image_key]).with_format("arrow")
+        dataset = dataset.select_columns([image_key])
+        # Rows in an order of their own become a table in this order, as `_cells` has the order of the table.
+        self._images = dataset if getattr(dataset, "_indices", None) is None else dataset.flatten_indices()
+        self._cells: Any = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cells": None}  # A data set is sent by the names of its files, a column by content.
+
     def load(self, index: int) -> Image.Image | BadImage:
         """See `qsd.data.dataset.ImageSource`."""
-        value = self._images[index][self._key][0].as_py()
+        if self._cells is None:
+            # Arrow's column: a row of the data set costs a tenth of the time of decoding an image.
+            self._cells = self._images.data.column(self._key)
+        value = self._cells[index].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
             return BadImage(self.name(index), "the data set does not hold the image itself; save it with its images")
@@ -141,22 +149,31 @@ def hub_splits(name: str, root: Path | None, download: bool) -> Sequence[str]:
 def _classes(
     values: np.ndarray[Any, Any], feature: Any, split: str, known: list[str] | None
 ) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """Names of the classes, and the label of each image."""
+    """Names of the classes, and the label of each image; names that are known decide the numbers of the classes."""
     names = getattr(feature, "names", None)
     if names is None and values.ndim == 1 and values.dtype.kind in "UO":
-        texts, inverse = np.unique(values.astype(str), return_inverse=True)
-        names = known or texts.tolist()
-        if unknown := [text for text in texts.tolist() if text not in names]:
-            raise QsdError(f"the split {split} has the class {shown(unknown[0])}, which the training split lacks.")
-        return names, np.array([names.index(text) for text in texts.tolist()])[inverse]
-    if values.ndim != 1 or values.dtype.kind not in "iu":
+        names, values = np.unique(values.astype(str), return_inverse=True)
+    elif values.ndim != 1 or values.dtype.kind not in "iu":
         raise QsdError(f"the labels of the split {split} are neither whole numbers nor texts; see --data.label_key.")
-    count = len(names) if names is not None else int(values.max()) + 1
-    return list(names) if names is not None else [str(number) for number in range(count)], values.astype(np.int64)
+    if names is None:
+        return known or [str(number) for number in range(int(values.max(initial=-1)) + 1)], values.astype(np.int64)
+    names, values = [str(name) for name in names], values.astype(np.int64)
+    if len(values) and not -1 <= values.min() <= values.max() < len(names):
+        wrong = values.min() if values.min() < -1 else values.max()
+        raise QsdError(f"the split {split} has the label {wrong}, and its columns name {len(names)} classes.")
+    if known is None or names == known:
+        return names, values
+    if unknown := [names[label] for label in np.unique(values) if label >= 0 and names[label] not in known]:
+        raise QsdError(f"the split {split} has the class {shown(unknown[0])}, which the training split lacks.")
+    number = np.array([known.index(name) if name in known else -1 for name in names] + [-1])  # -1 stays -1
+    return known, number[values]
 
 
 def _saved(root: Path, split: str) -> Path | None:
-    """The folder of a split that ``save_to_disk`` wrote, all of whose files lie in it."""
+    """The folder of a split that ``save_to_disk`` wrote, all of whose files lie in it.
+
+    A data set without the name of a split is the training split: as every split, it would validate on what it trains.
+    """
     folder = next((path for path in (root / split, root) if (path / "state.json").is_file()), None)
     if folder is None:
         return None
@@ -164,7 +181,7 @@ def _saved(root: Path, split: str) -> Path | None:
     try:
         state = json.loads(path.read_bytes()[:_LARGEST_STATE])
         files = [entry["filename"] for entry in state["_data_files"]]
-        if folder == root and state.get("_split") not in (None, split):
+        if folder == root and (state.get("_split") or "train") != split:
             return None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise QsdError(f"{shown(path)} is damaged; save the data set again.") from error

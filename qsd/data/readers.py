@@ -1,6 +1,7 @@
 """Image data sets by the names of timm's readers: ``hfds/`` (Hugging Face), ``wds/`` (WebDataset), ``tar/``."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from qsd.data.base import Part
 from qsd.data.dataset import ImageSource, ImageSubset
 from qsd.data.hub import HubImages, has_split, hub_splits, load_split
 from qsd.data.photographs import PhotographData
-from qsd.data.sampling import stratified_split
-from qsd.data.shard_files import find_shards
+from qsd.data.shard_files import find_shards, listed_images
 from qsd.data.shards import Index, ShardImages, index_shard
 from qsd.errors import QsdError
 from qsd.limits import check_number
 from qsd.reading import regular_file, shown
+from qsd.reading.splits import stratified_split
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class ReaderData(PhotographData):
         image_key: Column of the images (``hfds/``).
         label_key: Column of the classes, "label" by default (``hfds/``), or field of the ``.json`` beside an image;
             ``None`` reads the ``.cls`` (``wds/``).
-        class_names: Text file with the name of a class in each line, by label, for shards.
+        class_names: Text file with the name of a class in each line, by label. For ``tar/`` these are the names of the
+            folders, whose order it decides; without it they are sorted.
         download: Whether a data set may be fetched from the hub.
         **options: Augmentation, preprocessing and seed, as for `PhotographData`.
     """
@@ -83,7 +85,9 @@ class ReaderData(PhotographData):
         self._class_file = class_names
         self._download = download
         self._class_names: list[str] | None = None
+        self._found_names: list[str] | None = None  # as the training split has them, not as `class_names` lists them
         self._read: dict[str, ImageSource] = {}
+        self._shards: dict[str, list[Path]] = {}
 
     @property
     def class_names(self) -> list[str]:
@@ -91,8 +95,10 @@ class ReaderData(PhotographData):
         if self._class_names is None:
             try:
                 self._read_split(self._split("train"))
-            except QsdError:  # evaluation without a training part
-                self._read_split(self._split("val"))
+            except QsdError:
+                if self._exists(self._split("train")):
+                    raise
+                self._read_split(self._split("val"))  # evaluation without a training part
         assert self._class_names is not None
         return self._class_names
 
@@ -115,11 +121,12 @@ class ReaderData(PhotographData):
         if part == "test" or (part == "val" and not self._val_size):
             names = self.class_names
             source = self._read_split(self._split(part))
-            if len(source.labels) and not -1 <= source.labels.min() <= source.labels.max() < len(names):
+            if len(source.labels) and source.labels.max() >= len(names):
                 raise QsdError(
                     f"the split {self._split(part)} has the label {source.labels.max()}, and {len(names)} classes are "
                     "known from the training split; name them with --data.class_names."
                 )
+            self._check_overlap(self._split(part))
             return source
         source = self._read_split(self._split("train"))
         if not self._val_size:
@@ -140,15 +147,29 @@ class ReaderData(PhotographData):
             found = next((name for name in candidates if name in known), None)
         else:
             self._check_root()
-            assert self.root is not None
-            exists = has_split if self.reader == "hfds" else lambda root, name: bool(find_shards(root, name))
-            found = next((name for name in candidates if exists(self.root, name)), None)
+            found = next((name for name in candidates if self._exists(name)), None)
         if found is None:
             raise QsdError(
                 f"{self._name or self.root} has no split {' or '.join(candidates)}; name it with --data.{part}_split, "
                 "or reserve training images with --data.val_size."
             )
         return found
+
+    def _exists(self, split: str) -> bool:
+        """Whether the folder holds a split; the hub is not asked."""
+        if self.root is None or self._name:
+            return False
+        return has_split(self.root, split) if self.reader == "hfds" else bool(find_shards(self.root, split))
+
+    def _check_overlap(self, split: str) -> None:
+        """Refuse to evaluate on files of the training split, unless the user names that split itself."""
+        train = self._split("train")
+        shared = set(self._shards.get(train, ())) & set(self._shards.get(split, ()))
+        if shared and split != train:
+            raise QsdError(
+                f"the splits {train} and {split} share the file {shown(min(shared))}; name the files of each with "
+                "--data.train_split and --data.val_split, as in train-{0000..0127}.tar."
+            )
 
     def _check_root(self) -> None:
         if not self._name and not (self.root is not None and self.root.is_dir()):
@@ -163,34 +184,40 @@ class ReaderData(PhotographData):
     def _read_hub(self, split: str) -> HubImages:
         dataset = load_split(self._name, self.root, split, self._download)
         keys = (self._image_key, self._label_key or "label")
-        images = HubImages(dataset, *keys, split, self.exif_orientation, self._class_names)
+        images = HubImages(dataset, *keys, split, self.exif_orientation, self._found_names)
         if self._class_names is None:
+            self._found_names = images.class_names
             self._class_names = self._listed_names(len(images.class_names)) or images.class_names
         return images
 
-    def _read_shards(self, split: str) -> ShardImages:
+    def _read_shards(self, split: str) -> ImageSource:
         paths, indices = self._indices(split)
         classes = np.concatenate([index.classes for index in indices])
-        if not len(classes):
-            raise QsdError(f"the tar files of the split {split} in {shown(self.root)} hold no image with a class.")
         if self.reader == "wds":
             labels = classes.astype(np.int64)
-            if self._class_names is None:
-                count = int(labels.max()) + 1
-                self._class_names = self._listed_names(count) or [str(number) for number in range(count)]
         else:
             if self._class_names is None:
-                self._class_names = [name.decode(errors="replace") for name in np.unique(classes)]
+                self._class_names = self._listed_names(0) or [os.fsdecode(name) for name in np.unique(classes)]
             labels = self._numbered(classes, split)
-        return ShardImages(paths, indices, labels, self.exif_orientation)
+        if not len(labels) or labels.max() < 0:
+            raise QsdError(f"the tar files of the split {split} in {shown(self.root)} hold no image with a class.")
+        if self._class_names is None:
+            count = int(labels.max()) + 1
+            self._class_names = self._listed_names(count) or [str(number) for number in range(count)]
+        images = ShardImages(paths, indices, labels, self.exif_orientation)
+        if (without := int((labels < 0).sum())) == 0:
+            return images
+        logger.warning("%d of %d images of the split %s have no class and are left out.", without, len(labels), split)
+        return ImageSubset(images, np.flatnonzero(labels >= 0))
 
     def _numbered(self, classes: np.ndarray[Any, Any], split: str) -> np.ndarray[Any, Any]:
         label = {name: number for number, name in enumerate(self._class_names or ())}
         texts, inverse = np.unique(classes, return_inverse=True)
-        names = [text.decode(errors="replace") for text in texts]
+        names = [os.fsdecode(text) for text in texts]
         if unknown := [name for name in names if name not in label]:
-            raise QsdError(f"the split {split} has the class {shown(unknown[0])}, which the training split lacks.")
-        return np.array([label[name] for name in names])[inverse]
+            known = "the training split" if self._class_file is None else shown(self._class_file)
+            raise QsdError(f"the split {split} has the class {shown(unknown[0])}, which {known} lacks.")
+        return np.array([label[name] for name in names], np.int64)[inverse]
 
     def _indices(self, split: str) -> tuple[list[Path], list[Index]]:
         assert self.root is not None
@@ -198,7 +225,12 @@ class ReaderData(PhotographData):
         if not paths:
             raise QsdError(f"{shown(self.root)} has no tar files of the split {split}; name them with --data.*_split.")
         key = self._label_key if self.reader == "wds" else None
-        return paths, [index_shard(path, key, in_folders=self.reader == "tar") for path in paths]
+        indices = [index_shard(path, key, in_folders=self.reader == "tar") for path in paths]
+        listed, found = listed_images(self.root, split), sum(len(index.offsets) for index in indices)
+        if listed is not None and listed != found:
+            logger.warning("the list of the split %s has %d images, and its tar files hold %d.", split, listed, found)
+        self._shards[split] = paths
+        return paths, indices
 
     def _listed_names(self, count: int) -> list[str] | None:
         if self._class_file is None:

@@ -23,14 +23,18 @@ def find_shards(root: Path, split: str) -> list[Path]:
             ``*`` for any text.
 
     Raises:
-        QsdError: If a name leads out of the folder, or a file that is listed or numbered is missing.
+        QsdError: If a name leads out of the folder, or a file that is listed or numbered is missing or named twice.
     """
     if ":" in split:
         raise _no_file(split, root)
     listed = _listed(root, split)
     if listed is not None or any(sign in split for sign in "{*") or split.endswith(".tar"):
         names = listed if listed is not None else _expanded(split)
-        return [path for name in names for path in _files(root, name)]
+        paths = [path for name in names for path in _files(root, name)]
+        if len(set(paths)) < len(paths):
+            twice = next(path for path in paths if paths.count(path) > 1)
+            raise QsdError(f"the split {shown(split)} names the file {shown(twice)} twice; name it once.")
+        return paths
     if (root / f"{split}.tar").is_file():
         return [root / f"{split}.tar"]
     if (root / split).is_dir():
@@ -54,19 +58,37 @@ def _no_file(name: str, root: Path) -> QsdError:
     return QsdError(f"{shown(name)} is no file in {shown(root)}; commands and addresses of shards are not opened.")
 
 
+def listed_images(root: Path, split: str) -> int | None:
+    """The number of images that the list beside the files gives for a split, or ``None``.
+
+    Args:
+        root: Folder of the tar files.
+        split: Name of the split.
+    """
+    listed = _entry(root, split)
+    return None if listed is None else listed[1]
+
+
 def _listed(root: Path, split: str) -> list[str] | None:
+    listed = _entry(root, split)
+    return None if listed is None else listed[0]
+
+
+def _entry(root: Path, split: str) -> tuple[list[str], int | None] | None:
+    """The files and the number of images of a split, in the list beside the files."""
     path = next((root / name for name in _LISTS if (root / name).is_file()), None)
     if path is None:
         return None
     if path.stat().st_size > _LARGEST_LIST:
         raise QsdError(f"{shown(path)} is too large for a list of shards.")
     try:
-        splits = json.loads(path.read_bytes())["splits"]
-        entry: Any = splits.get(split)
-        names = None if entry is None else [str(name) for name in entry["filenames"]]
+        entry: Any = json.loads(path.read_bytes())["splits"].get(split)
+        if entry is None:
+            return None
+        count = entry.get("num_samples")
+        return [str(name) for name in entry["filenames"]], None if count is None else int(count)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise QsdError(f"{shown(path)} is no list of shards as timm reads it; mend or remove it.") from error
-    return names
 
 
 def _expanded(pattern: str) -> list[str]:

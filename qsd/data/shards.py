@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,7 @@ from qsd.reading.tar_files import Member, read_member, tar_members
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _LARGEST_LABEL = 1 << 20  # bytes of a file with the label of an image
 
 
@@ -37,7 +38,7 @@ class Index:
         offsets: First byte of each image, int64 ``[N]``.
         sizes: Bytes of each image, int64 ``[N]``.
         names: Name of each image, bytes ``[N]``.
-        classes: Name or number of the class of each image, bytes ``[N]``.
+        classes: Name or number of the class of each image, bytes ``[N]``; "-1" for an image without a class.
     """
 
     offsets: np.ndarray[Any, Any]
@@ -101,7 +102,7 @@ def index_shard(path: Path, label_key: str | None, in_folders: bool) -> Index:
             not in a file beside it.
 
     Raises:
-        QsdError: If the archive is damaged, or the class of an image is missing.
+        QsdError: If the archive is damaged, has two images of one name, or the class of an image is missing.
     """
     status = regular_file(path, "tar file").stat()
     kind = json.dumps([_VERSION, os.path.abspath(path), label_key, in_folders])
@@ -112,6 +113,7 @@ def index_shard(path: Path, label_key: str | None, in_folders: bool) -> Index:
         logger.info("reading the headers of %s once.", shown(path))
         found = list(_in_folders(path) if in_folders else _samples(path, label_key))
         members = [member for member, _ in found]
+        _check_names(path, members)
         index = Index(
             np.array([member.offset for member in members], np.int64),
             np.array([member.size for member in members], np.int64),
@@ -122,10 +124,18 @@ def index_shard(path: Path, label_key: str | None, in_folders: bool) -> Index:
     return index
 
 
+def _check_names(path: Path, members: Sequence[Member]) -> None:
+    """Refuse an archive to which a file was appended a second time, which would be seen twice in an epoch."""
+    counted = Counter(member.name for member in members)
+    if counted and (most := counted.most_common(1)[0])[1] > 1:
+        raise QsdError(f"{shown(path)} holds the image {shown(most[0])} {most[1]} times; write the archive anew.")
+
+
 def _in_folders(path: Path) -> Iterator[tuple[Member, str]]:
-    """Images, each with the name of its folder."""
+    """Images that are not hidden, each with the name of its folder."""
     for member in tar_members(path):
-        if member.name.lower().endswith(image_endings()):
+        hidden = any(part.startswith(".") for part in PurePosixPath(member.name).parts)
+        if member.name.lower().endswith(image_endings()) and not hidden:
             yield member, PurePosixPath(member.name).parent.name or path.stem
 
 
@@ -139,6 +149,8 @@ def _samples(path: Path, label_key: str | None) -> Iterator[tuple[Member, str]]:
         if name != sample:
             yield from _sample(path, files, label_key)
             sample, files = name, {}
+        if ending.lower() in files:
+            raise QsdError(f"{shown(path)} holds {shown(member.name)} several times; write the archive anew.")
         files[ending.lower()] = member
     yield from _sample(path, files, label_key)
 
@@ -160,8 +172,9 @@ def _sample(path: Path, files: dict[str, Member], label_key: str | None) -> Iter
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         field = "" if label_key is None else f" in the field {label_key!r}"
         raise QsdError(f"{where} has no whole number as its label in .{ending}{field}.") from error
-    if label >= 0:  # timm marks images without a class by -1
-        yield image, str(label)
+    if label < -1:  # timm marks images without a class by -1
+        raise QsdError(f"{where} has the label {label}, which is no class.")
+    yield image, str(label)
 
 
 def _field(content: Any, key: str) -> Any:
@@ -180,8 +193,20 @@ def _read_index(cached: Path, state: dict[str, str]) -> Index | None:
     offsets, sizes, names, classes = (arrays.get(key) for key in ("offsets", "sizes", "names", "classes"))
     if metadata != state or offsets is None or sizes is None or names is None or classes is None:
         return None
+    if not _fits(offsets, sizes, names, classes, int(state["size"])):
+        return None
     texts = [np.ascontiguousarray(text).view(f"S{text.shape[1]}")[:, 0] for text in (names, classes)]
     return Index(offsets, sizes, texts[0], texts[1])
+
+
+def _fits(offsets: Any, sizes: Any, names: Any, classes: Any, archive: int) -> bool:
+    """Whether the arrays of an index have the types and sizes that were written, for an archive of so many bytes."""
+    numbers, texts = (offsets, sizes), (names, classes)
+    return (
+        all(array.dtype == np.int64 and array.shape == (len(offsets),) for array in numbers)
+        and all(text.dtype == np.uint8 and text.ndim == 2 and len(text) == len(offsets) for text in texts)
+        and bool(((offsets >= 0) & (sizes >= 0) & (offsets <= archive - sizes)).all())
+    )
 
 
 def _write_index(cached: Path, state: dict[str, str], index: Index) -> None:

@@ -10,12 +10,12 @@ from torchvision import datasets, transforms
 
 from qsd.data.base import ImageData, Part
 from qsd.data.dataset import ImageArray, Transform
-from qsd.data.sampling import stratified_split
 from qsd.data.transforms import crop_transform, eval_transform, padded_transform
 from qsd.errors import QsdError
 from qsd.limits import LARGEST_SEED, check_number
 from qsd.reading import read_idx
 from qsd.reading.images import ExifOrientation
+from qsd.reading.splits import stratified_split
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ class ExportOptions:
         fractional_bits: Bits behind the point of running sums in integer networks, see `qsd.to_integer`.
         inner_bits: Largest width of values between the convolutions of a chain, see `qsd.to_integer`.
         vectors: Number of images whose spikes are test vectors.
+        compact: Whether integer ONNX files hold weights as words of a dictionary, see `to_onnx`.
     """
 
     images: Images | None = None
@@ -39,6 +40,7 @@ class ExportOptions:
     fractional_bits: int | None = None
     inner_bits: int = 24
     vectors: int = 4
+    compact: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,11 @@ def _write_onnx(spiking: SpikingNetwork, path: Path, options: ExportOptions) -> 
 
 
 def _write_integer_onnx(spiking: SpikingNetwork, path: Path, options: ExportOptions) -> None:
-    to_onnx(spiking, path, True, options.images, options.notes, options.round_inner)
+    to_onnx(spiking, path, True, options.images, options.notes, options.round_inner, False, options.compact)
 
 
 def _write_standard_onnx(spiking: SpikingNetwork, path: Path, options: ExportOptions) -> None:
-    to_onnx(spiking, path, True, options.images, options.notes, options.round_inner, standard=True)
+    to_onnx(spiking, path, True, options.images, options.notes, options.round_inner, True, options.compact)
 
 
 def _write_packed(spiking: SpikingNetwork, path: Path, options: ExportOptions) -> None:

@@ -21,8 +21,10 @@ from qsd.spiking import SpikingNetwork
 from qsd.spiking.layers import DelayedNeuron, SpikingEvents, SpikingFrameAxis, TimedLayer
 from qsd.spiking.streaming import run_frame
 
-# Versions of the files: the first ones with integers of 4 bits. Runtimes that know them read the files.
+# Versions of the files, of the format and of ONNX's operations: the first ones with integers of 4 bits.
 OPSET, IR_VERSION = 21, 10
+# Versions of files without them. In version 18 `ReduceMean` got its axes as an input.
+EARLY_OPSET, EARLY_IR_VERSION = 18, 8
 DOMAIN = "qsd"  # Operator domain of the nodes that stand for a whole layer.
 
 
@@ -96,21 +98,33 @@ def _export(network: nn.Module, images: Tensor, states: dict[str, Tensor]) -> An
         )
     assert program is not None
     model = program.model_proto
-    _pin_versions(model)
+    pin_versions(model, OPSET, IR_VERSION)
+    _forget_sources(model)
     return model
 
 
-def _pin_versions(model: Any) -> None:
+def _forget_sources(model: Any) -> None:
+    """Delete the notes of PyTorch's exporter about source files, which take more room than the operations."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+
+
+def pin_versions(model: Any, opset: int, ir_version: int) -> None:
     """Set the versions of the format and of ONNX's operations, whatever PyTorch's exporter of today chooses.
 
-    The operations of a converted network mean the same in all versions from 18, where `ReduceMean` got its axes as an
-    input, to 21.
+    The operations of a converted network mean the same in all versions of them from 18 to 21.
+
+    Args:
+        model: ONNX ``ModelProto``.
+        opset: Version of ONNX's operations.
+        ir_version: Version of the format.
     """
     for entry in model.opset_import:
         if entry.domain == "":
-            assert 18 <= entry.version <= OPSET
-            entry.version = OPSET
-    model.ir_version = IR_VERSION
+            assert EARLY_OPSET <= entry.version <= OPSET
+            entry.version = opset
+    model.ir_version = ir_version
 
 
 def runs_single_frames(spiking: SpikingNetwork) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qsd.errors import QsdError
+from qsd.export.chain_factors import hands_bias_on
 from qsd.integer.weights import IntegerWeights, chain_weights, evaluated_convolutions
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
@@ -70,6 +71,12 @@ class _Inner:
     source: Convolution
     after: str
 
+    @property
+    def handed_on(self) -> Any:
+        """The part of the values that the next convolution takes over into its bias, by channel."""
+        taken = hands_bias_on(self.source, evaluated_convolutions(self.chain)[self.after])
+        return self.source.bias.cpu().double().numpy() if taken else 0.0
+
 
 @torch.no_grad()
 def calibrate(spiking: SpikingNetwork, images: Images | None, round_inner: Merge = "all") -> dict[str, Grid]:
@@ -96,7 +103,7 @@ def calibrate(spiking: SpikingNetwork, images: Images | None, round_inner: Merge
     ranges: Ranges = {
         name: (np.zeros(len(place.source.bias)), np.zeros(len(place.source.bias))) for name, place in inner.items()
     }
-    with _watching({name: place.source for name, place in inner.items()}, ranges):
+    with _watching(inner, ranges):
         for batch, _ in image_batches(images, spiking):
             spiking(batch)
     grids = {}
@@ -120,17 +127,18 @@ def _inner_activations(spiking: SpikingNetwork, round_inner: Merge) -> dict[str,
 
 
 @contextmanager
-def _watching(factors: Mapping[str, Convolution], ranges: Ranges) -> Iterator[None]:
-    """Widen the ranges by the outputs of convolutions, until the block ends."""
+def _watching(places: Mapping[str, _Inner], ranges: Ranges) -> Iterator[None]:
+    """Widen the ranges by the inner activations, until the block ends."""
 
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            low, high = (t.cpu().double().numpy() for t in (output.amin((0, 2, 3)), output.amax((0, 2, 3))))
+            ends = output.amin((0, 2, 3)), output.amax((0, 2, 3))
+            low, high = (end.cpu().double().numpy() - places[name].handed_on for end in ends)
             ranges[name] = np.minimum(ranges[name][0], low), np.maximum(ranges[name][1], high)
 
         return hook
 
-    handles = [factor.register_forward_hook(watch(name)) for name, factor in factors.items()]
+    handles = [place.source.register_forward_hook(watch(name)) for name, place in places.items()]
     try:
         yield
     finally:

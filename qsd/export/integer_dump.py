@@ -7,6 +7,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,40 @@ class ArrayEntry(Schema):
     packed: bool
 
 
+class ChangedEntry(Schema):
+    """An image of the search with a changed count, see `qsd.integer.ChangedCount`.
+
+    Attributes:
+        image: Number of the image.
+        neuron: Name of the first neurons with changed counts, in the order of execution.
+        counts: Number of counts that differ there.
+        distance: Distance of a membrane from the threshold between both counts, in thresholds.
+        bound: Largest distance, in thresholds, between this membrane and the one of the network of floats.
+    """
+
+    image: int
+    neuron: str
+    counts: int
+    distance: float
+    bound: float
+
+
+class Record(Schema):
+    """How near the integers are to the network of floats. Nothing is computed with it.
+
+    Attributes:
+        search: By number of fractional bits that was tried the number of images with a changed count; empty without a
+            search.
+        changed: The images that the chosen number of bits leaves with a changed count.
+        bounds: By neuron the largest distance, in thresholds, from its membrane to that of the network of floats, for
+            equal spikes before it. A membrane that is farther from the next threshold gives the same count.
+    """
+
+    search: dict[int, int]
+    changed: list[ChangedEntry]
+    bounds: dict[str, float]
+
+
 class Dump(Schema):
     """The content of ``network.json``.
 
@@ -51,6 +86,7 @@ class Dump(Schema):
         image: Shape of an image.
         neurons: Names of the neurons, whose spikes the test vectors hold.
         notes: Further facts, such as names of classes.
+        record: How near the integers are to the network of floats.
     """
 
     network: Description
@@ -58,6 +94,7 @@ class Dump(Schema):
     image: list[int]
     neurons: list[str]
     notes: dict[str, Any]
+    record: Record
 
 
 def write_integers(
@@ -86,6 +123,11 @@ def write_integers(
         image=list(network.image_shape),
         neurons=network.neurons(),
         notes=check_notes(notes),
+        record=Record(
+            search=network.search,
+            changed=[ChangedEntry(**asdict(reason)) for reason in network.changed],
+            bounds=network.bounds,
+        ),
     )
     packed = {name: _packed(values, entries[name]) for name, values in network.arrays.items()}
     vectors = None if pixels is None else _vectors(network, pixels)

@@ -1,17 +1,18 @@
 """The writers of the engine's layers for integer ONNX files."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from qsd.export.chain_factors import ChainFactor, chain_factors
 from qsd.export.graph import LayerCall
 from qsd.export.grids import Grid
-from qsd.export.integer_sums import add_currents
+from qsd.export.integer_sums import Source, add_currents, add_map
 from qsd.export.integers import IntegerGraph, writes
 from qsd.export.requantization import Requantization
-from qsd.integer.weights import IntegerWeights, chain_weights, evaluated_convolutions
+from qsd.integer.weights import IntegerWeights, evaluated_convolutions
 from qsd.spiking.layers import (
-    Convolution,
     DelayedNeuron,
     HalfEvenNeuron,
     SpikingChain,
@@ -47,8 +48,7 @@ def _half_even_neuron(neuron: HalfEvenNeuron, call: LayerCall, graph: IntegerGra
 @writes(SpikingEvents)
 def _events(events: SpikingEvents, call: LayerCall, graph: IntegerGraph) -> None:
     # Counts of events are whole numbers, so that it does not matter how halves are rounded.
-    one = graph.constant(f"{events.name}.threshold", 1.0, np.float32)
-    inputs = [call.inputs[0], one, graph.constant(f"{events.name}.zero", 0, np.uint8)]
+    inputs = [call.inputs[0], graph.shared(1.0, np.float32), graph.shared(0, np.uint8)]
     _add_clip(events, graph.add("QuantizeLinear", inputs, f"{events.name}.drive"), call.output, graph)
 
 
@@ -60,7 +60,7 @@ def _add_neuron(neuron: DelayedNeuron, threshold: np.float32, call: LayerCall, g
     inputs = [
         call.inputs[0],
         graph.constant(f"{name}.threshold", threshold, np.float32),
-        graph.constant(f"{name}.zero", 0, np.uint8),
+        graph.shared(0, np.uint8),
     ]
     _add_clip(neuron, graph.add("QuantizeLinear", inputs, f"{name}.drive"), call.output, graph)
 
@@ -75,15 +75,14 @@ def _rounded(neuron: DelayedNeuron, threshold: np.float32, x: str, graph: Intege
     if type(neuron) is HalfEvenNeuron:
         value = graph.add("Round", [value], f"{name}.rounded")
     else:
-        half = graph.constant(f"{name}.half", 0.5, np.float32)
+        half = graph.shared(0.5, np.float32)
         value = graph.add("Floor", [graph.add("Add", [value, half], f"{name}.raised")], f"{name}.rounded")
     return _add_bytes(value, name, f"{name}.drive", graph)
 
 
 def _add_bytes(value: str, label: str, output: str, graph: IntegerGraph) -> str:
     """Whole floats as unsigned bytes, cut off at both ends."""
-    ends = [graph.constant(f"{label}.{key}", end, np.float32) for key, end in (("least", 0), ("most", 255))]
-    value = graph.add("Clip", [value, *ends], f"{label}.byte")
+    value = graph.add("Clip", [value, *(graph.shared(end, np.float32) for end in (0, 255))], f"{label}.byte")
     return graph.add("Cast", [value], output, to=graph.onnx.TensorProto.UINT8)
 
 
@@ -113,121 +112,105 @@ def _has_grids(chain: SpikingChain, graph: IntegerGraph) -> bool:
 
 def _add_float_chain(chain: SpikingChain, x: str, output: str, graph: IntegerGraph) -> None:
     """A chain in floats, from weights of 8 bits."""
-    factors = evaluated_convolutions(chain)
+    factors = chain_factors(chain, graph.spiking)
     for key, factor in factors.items():
-        weights, label = chain_weights(chain, key, graph.spiking), f"{chain.name}.{key}"
+        weights, label = factor.weights, f"{chain.name}.{key}"
         whole = graph.weights(f"{label}.weight", weights.integers)
         unit = graph.constant(f"{label}.unit", weights.scale, np.float32)
         floats = graph.add("DequantizeLinear", [whole, unit], f"{label}.floats", axis=0)
         bias = graph.constant(f"{label}.bias", weights.bias, np.float32)
         name = output if key == [*factors][-1] else f"{label}.output"
-        x = graph.add("Conv", [x, floats, bias], name, **_geometry(factor))
+        x = graph.add("Conv", [x, floats, bias], name, **factor.geometry)
 
 
 def _add_counting_chain(chain: SpikingChain, call: LayerCall, after: LayerCall, graph: IntegerGraph) -> bool:
     """A chain and the neuron after it, from counts to counts; ``False`` if no bias and multiplier give the counts."""
-    *inner, last = evaluated_convolutions(chain)
-    weights, grid = chain_weights(chain, last, graph.spiking), None
+    *inner, (key, last) = chain_factors(chain, graph.spiking).items()
+    grid = None
     if inner:
-        source, grid = _add_inner(chain, call.inputs[0], graph)
-        fitted = Requantization.rounded(weights.taking(grid.unit, grid.depthwise), 255, after.threshold)
+        source, grid = _add_inner(chain, dict(inner), call.inputs[0], graph)
+        fitted = Requantization.rounded(last.weights.taking(grid.unit, grid.depthwise), 255, after.threshold)
     else:
-        counting = Requantization.counting(weights, after.threshold, graph.spiking.time_steps)
+        counting = Requantization.counting(last.weights, after.threshold, graph.spiking.time_steps)
         if counting is None:
             return False
         source, fitted = call.inputs[0], counting
-    drive = _add_convolution(chain, last, fitted, source, (grid, None), f"{after.layer.name}.drive", graph)
-    _add_clip(after.layer, drive, after.output, graph)
+    place = _Place(f"{chain.name}.{key}", last.geometry, f"{after.layer.name}.drive")
+    _add_clip(after.layer, _add_convolution(place, fitted, source, (grid, None), graph), after.output, graph)
     return True
 
 
 def _add_current_chain(chain: SpikingChain, call: LayerCall, graph: IntegerGraph) -> None:
     """A chain from counts to currents: integer convolutions, and floats from the last accumulator on."""
-    *inner, last = evaluated_convolutions(chain)
-    weights, source, zero = chain_weights(chain, last, graph.spiking), call.inputs[0], 0
+    *inner, (key, last) = chain_factors(chain, graph.spiking).items()
+    weights, name, grid = last.weights, call.inputs[0], None
     if inner:
-        source, grid = _add_inner(chain, source, graph)
-        weights, zero = weights.taking(grid.unit, grid.depthwise), grid.zero_point
-    geometry, label = _geometry(evaluated_convolutions(chain)[last]), f"{chain.name}.{last}"
-    currents = add_currents(graph, label, weights, source, zero, graph.width(call.output), geometry)
+        name, grid = _add_inner(chain, dict(inner), name, graph)
+        weights = weights.taking(grid.unit, grid.depthwise)
+    source, width = Source.of(name, grid, graph), graph.width(call.output)
+    currents = add_currents(graph, f"{chain.name}.{key}", weights, source, width, last.geometry)
     graph.add("Transpose", [currents], call.output, perm=[0, 3, 1, 2])
 
 
-def _add_inner(chain: SpikingChain, x: str, graph: IntegerGraph) -> tuple[str, Grid]:
+def _add_inner(chain: SpikingChain, factors: dict[str, ChainFactor], x: str, graph: IntegerGraph) -> tuple[str, Grid]:
     """All convolutions of a chain but the last, from counts to an inner activation of 8 bits, and its grid."""
     before: Grid | None = None
-    for key in [*evaluated_convolutions(chain)][:-1]:
-        weights, grid = chain_weights(chain, key, graph.spiking), graph.grids[f"{chain.name}.{key}"]
+    for key, factor in factors.items():
+        label = f"{chain.name}.{key}"
+        weights, grid = factor.weights, graph.grids[label]
         if before is not None:
             weights = weights.taking(before.unit, before.depthwise)
         rounded = Requantization.rounded(weights, 255 if before else graph.spiking.time_steps, grid.unit)
-        x = _add_convolution(chain, key, rounded, x, (before, grid), f"{chain.name}.{key}.output", graph)
+        x = _add_convolution(_Place(label, factor.geometry, f"{label}.output"), rounded, x, (before, grid), graph)
         before = grid
     assert before is not None
     return x, before
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A convolution of the graph: begin of the names that it adds, its attributes, and the name of its output."""
+
+    label: str
+    geometry: dict[str, Any]
+    output: str
+
+
 def _add_convolution(
-    chain: SpikingChain,
-    key: str,
-    numbers: Requantization,
-    x: str,
-    grids: tuple[Grid | None, Grid | None],
-    output: str,
-    graph: IntegerGraph,
+    place: _Place, numbers: Requantization, x: str, grids: tuple[Grid | None, Grid | None], graph: IntegerGraph
 ) -> str:
     """An integer convolution; the grids are those of its input and output, ``None`` for counts."""
-    label, (zero_in, zero_out) = f"{chain.name}.{key}", (grid.zero_point if grid else 0 for grid in grids)
+    label, (zero_in, zero_out) = place.label, (grid.zero_point if grid else 0 for grid in grids)
     if graph.standard:
-        return _add_plain_convolution(chain, key, numbers, x, (zero_in, zero_out), output, graph)
+        return _add_plain_convolution(place, numbers, Source.of(x, grids[0], graph), zero_out, graph)
     # ONNX multiplies by input scale times weight scale over output scale; the multiplier is that product.
+    one = graph.shared(1, np.float32)
     inputs = [
         x,
-        graph.constant(f"{label}.input_scale", 1, np.float32),
-        graph.constant(f"{label}.input_zero", zero_in, np.uint8),
+        one,
+        graph.shared(zero_in, np.uint8),
         graph.weights(f"{label}.weight", numbers.weight),
         graph.constant(f"{label}.multiplier", numbers.multiplier, np.float32),
-        graph.constant(f"{label}.weight_zero", np.zeros(len(numbers.bias)), np.int8),
-        graph.constant(f"{label}.output_scale", 1, np.float32),
-        graph.constant(f"{label}.output_zero", zero_out, np.uint8),
-        graph.constant(f"{label}.bias", numbers.bias, np.int32),
+        graph.shared(0, np.int8),
+        one,
+        graph.shared(zero_out, np.uint8),
     ]
-    return graph.add("QLinearConv", inputs, output, **_geometry(evaluated_convolutions(chain)[key]))
+    if numbers.bias.any():
+        inputs.append(graph.constant(f"{label}.bias", numbers.bias, np.int32))
+    return graph.add("QLinearConv", inputs, place.output, **place.geometry)
 
 
 def _add_plain_convolution(
-    chain: SpikingChain,
-    key: str,
-    numbers: Requantization,
-    x: str,
-    zeros: tuple[int, int],
-    output: str,
-    graph: IntegerGraph,
+    place: _Place, numbers: Requantization, source: Source, zero_out: int, graph: IntegerGraph
 ) -> str:
     """The same as QLinearConv in several operations: OpenVINO takes its scales for those of input channels."""
-    label, channels = f"{chain.name}.{key}", (-1, 1, 1)
-    weight = graph.weights(f"{label}.weight", numbers.weight)
-    zero = graph.constant(f"{label}.input_zero", zeros[0], np.uint8)
-    total = graph.add("ConvInteger", [x, weight, zero], f"{label}.map", **_geometry(evaluated_convolutions(chain)[key]))
-    bias = graph.constant(f"{label}.bias", numbers.bias.reshape(channels), np.int32)
-    total = graph.floats(graph.add("Add", [total, bias], f"{label}.sum"), f"{label}.float")
-    multiplier = graph.constant(f"{label}.multiplier", numbers.multiplier.reshape(channels), np.float32)
+    label = place.label
+    total = add_map(graph, label, numbers.weight, source, place.geometry, numbers.bias)
+    multiplier = graph.constant(f"{label}.multiplier", numbers.multiplier.reshape(-1, 1, 1), np.float32)
     values = graph.add("Mul", [total, multiplier], f"{label}.scaled")
-    level = graph.constant(f"{label}.output_zero", zeros[1], np.float32)
+    level = graph.shared(zero_out, np.float32)
     levels = graph.add("Add", [graph.add("Round", [values], f"{label}.rounded"), level], f"{label}.levels")
-    return _add_bytes(levels, label, output, graph)
-
-
-def _geometry(factor: Convolution) -> dict[str, Any]:
-    """The attributes of a convolution."""
-    (top, bottom), (left, right) = factor.outer_padding
-    geometry = {
-        "kernel_shape": list(factor.weight.shape[-2:]),
-        "strides": list(factor.stride),
-        "pads": [top, left, bottom, right],
-        "group": factor.groups,
-    }
-    return geometry if factor.dilation == (1, 1) else {**geometry, "dilations": list(factor.dilation)}
+    return _add_bytes(levels, label, place.output, graph)
 
 
 @writes(SpikingDense)
@@ -240,7 +223,7 @@ def _pooled_dense(layer: SpikingPooledDense, call: LayerCall, graph: IntegerGrap
     x, name = call.inputs[0], layer.name
     if graph.holds_counts(x):
         x = graph.floats(x, f"{name}.counts")
-    axes = graph.constant(f"{name}.axes", [2, 3], np.int64)
+    axes = graph.shared([2, 3], np.int64)
     mean = graph.add("ReduceMean", [x, axes], f"{name}.mean", noop_with_empty_axes=0, keepdims=0)
     _add_dense(layer, mean, False, call.output, graph)
 

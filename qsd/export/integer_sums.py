@@ -1,22 +1,46 @@
 """Convolutions of integers to float currents, as the operations that ONNX Runtime computes fastest."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qsd.export.grids import Grid
 from qsd.export.integers import RUNTIME_DOMAIN, IntegerGraph
 from qsd.integer.weights import IntegerWeights
 
+_EXACT = 2**24  # Floats of 32 bits hold all integers below it.
+
+
+@dataclass(frozen=True)
+class Source:
+    """The input of a convolution: unsigned bytes ``[B, C_in, H, W]``.
+
+    Attributes:
+        name: Name of the value.
+        zero_point: Level that stands for 0.
+        largest: Largest distance of a level from it.
+    """
+
+    name: str
+    zero_point: int
+    largest: int
+
+    @classmethod
+    def of(cls, name: str, grid: Grid | None, graph: IntegerGraph) -> "Source":
+        """An inner activation, or spike counts.
+
+        Args:
+            name: Name of the value.
+            grid: Grid of the activation, ``None`` for counts.
+            graph: The graph.
+        """
+        return cls(name, 0, graph.spiking.time_steps) if grid is None else cls(name, grid.zero_point, 255)
+
 
 def add_currents(
-    graph: IntegerGraph,
-    label: str,
-    weights: IntegerWeights,
-    x: str,
-    zero_point: int,
-    width: int,
-    geometry: dict[str, Any],
+    graph: IntegerGraph, label: str, weights: IntegerWeights, source: Source, width: int, geometry: dict[str, Any]
 ) -> str:
     """Add a convolution of an integer map.
 
@@ -24,41 +48,83 @@ def add_currents(
         graph: The graph to add to.
         label: Begin of all names that are added.
         weights: Weights of the convolution, for the units of its input.
-        x: Name of the input ``[B, C_in, H, W]``, unsigned bytes.
-        zero_point: Input level that stands for 0.
+        source: Its input.
         width: Pixels in a row of the output.
         geometry: Attributes of the convolution, as ONNX's ``Conv`` has them.
 
     Returns:
         The name of the currents, floats ``[B, H, W, C_out]``.
     """
-    zero = graph.constant(f"{label}.input_zero", zero_point, np.uint8)
     unit = graph.constant(f"{label}.unit", weights.scale.reshape(-1), np.float32)
     bias = graph.constant(f"{label}.bias", weights.bias.reshape(-1), np.float32)
-    if geometry["group"] > 1 or not _is_square(geometry):
-        whole = graph.weights(f"{label}.weight", weights.integers)
-        total = graph.add("ConvInteger", [x, whole, zero], f"{label}.map", **geometry)
+    pixelwise = geometry["kernel_shape"] == geometry["strides"] == [1, 1]
+    if geometry["group"] > 1 or not _is_square(geometry) or (graph.standard and not pixelwise):
+        total = add_map(graph, label, weights.integers, source, geometry)
         total = graph.add("Transpose", [total], f"{label}.sum", perm=[0, 2, 3, 1])
-    else:
-        x = graph.add("Transpose", [x], f"{label}.pixels", perm=[0, 2, 3, 1])
-        if any(geometry["pads"]):
-            top, left, bottom, right = geometry["pads"]
-            around = graph.constant(f"{label}.pads", [0, top, left, 0, 0, bottom, right, 0], np.int64)
-            x = graph.add("Pad", [x, around, zero], f"{label}.padded")
-        if geometry["kernel_shape"] == geometry["strides"] == [1, 1]:
-            matrix = graph.weights(f"{label}.weight", weights.integers[:, :, 0, 0].T)
-            if graph.standard:
-                total = graph.add("MatMulInteger", [x, matrix, zero], f"{label}.sum")
-                return _add_scale(graph, label, total, unit, bias)
-            inputs = [x, matrix, graph.constant(f"{label}.input_scale", 1, np.float32), unit, zero, "", bias]
+        return _add_scale(graph, label, total, unit, bias)
+    zero = graph.shared(source.zero_point, np.uint8)
+    x = graph.add("Transpose", [source.name], f"{label}.pixels", perm=[0, 2, 3, 1])
+    if any(geometry["pads"]):
+        top, left, bottom, right = geometry["pads"]
+        around = graph.shared([0, top, left, 0, 0, bottom, right, 0], np.int64)
+        x = graph.add("Pad", [x, around, zero], f"{label}.padded")
+    if pixelwise:
+        matrix = graph.weights(f"{label}.weight", weights.integers[:, :, 0, 0].T)
+        if not graph.standard:
+            inputs = [x, matrix, graph.shared(1, np.float32), unit, zero, "", bias]
             return graph.add("MatMulIntegerToFloat", inputs, f"{label}.current", domain=RUNTIME_DOMAIN)
+        total = graph.add("MatMulInteger", [x, matrix, zero], f"{label}.sum")
+    else:
         total = _add_sums(graph, label, weights.integers, x, zero, width, geometry)
-    return _add_scale(graph, label, total, unit, bias)
+    return _add_scale(graph, label, graph.floats(total, f"{label}.float"), unit, bias)
+
+
+def add_map(
+    graph: IntegerGraph,
+    label: str,
+    weight: NDArray[Any],
+    source: Source,
+    geometry: dict[str, Any],
+    bias: NDArray[Any] | None = None,
+) -> str:
+    """Add a convolution of integers by operations of the ONNX standard.
+
+    Floats hold sums below 2**24 exactly, and `Conv` of floats is several times as fast as `ConvInteger`, which is left
+    for larger sums. A `Round`, which changes nothing, keeps runtimes from moving factors behind the convolution into
+    its weights, which would round them.
+
+    Args:
+        graph: The graph to add to.
+        label: Begin of all names that are added.
+        weight: Integers ``[C_out, C_in / groups, k_h, k_w]``.
+        source: Its input.
+        geometry: Attributes of the convolution, as ONNX's ``Conv`` has them.
+        bias: Integers ``[C_out]``, or ``None`` for none.
+
+    Returns:
+        The name of the sums, whole floats ``[B, C_out, H, W]``.
+    """
+    whole, added = graph.weights(f"{label}.weight", weight), np.zeros(len(weight)) if bias is None else bias
+    reach = source.largest * np.abs(weight.astype(np.float64)).sum((1, 2, 3)) + np.abs(added.astype(np.float64))
+    if reach.max(initial=0) < _EXACT:
+        levels = graph.floats(source.name, f"{label}.input")
+        if source.zero_point:
+            levels = graph.add("Sub", [levels, graph.shared(source.zero_point, np.float32)], f"{label}.centred")
+        inputs = [levels, graph.floats(whole, f"{label}.floats")]
+        if added.any():
+            inputs.append(graph.constant(f"{label}.offset", added, np.float32))
+        return graph.add("Round", [graph.add("Conv", inputs, f"{label}.map", **geometry)], f"{label}.exact")
+    zero = graph.shared(source.zero_point, np.uint8)
+    total = graph.add("ConvInteger", [source.name, whole, zero], f"{label}.map", **geometry)
+    if added.any():
+        offset = graph.constant(f"{label}.offset", added.reshape(-1, 1, 1), np.int32)
+        total = graph.add("Add", [total, offset], f"{label}.raised")
+    return graph.floats(total, f"{label}.exact")
 
 
 def _add_scale(graph: IntegerGraph, label: str, total: str, unit: str, bias: str) -> str:
-    """Currents of integer sums. DequantizeLinear would do the same, on one thread."""
-    values = graph.add("Mul", [graph.floats(total, f"{label}.float"), unit], f"{label}.scaled")
+    """Currents of whole floats. DequantizeLinear would do the same, on one thread."""
+    values = graph.add("Mul", [total, unit], f"{label}.scaled")
     return graph.add("Add", [values, bias], f"{label}.current")
 
 
@@ -75,9 +141,9 @@ def _add_sums(
     of the kernel, and these are added, each from a row of the map further on.
     """
     side, stride, outputs = geometry["kernel_shape"][0], geometry["strides"][0], len(weight)
-    seen = graph.constant(f"{label}.seen", stride * np.arange(width)[:, None] + np.arange(side), np.int64)
+    seen = graph.constant(f"{label}.seen", stride * np.arange(width)[:, None] + np.arange(side), np.int32)
     x = graph.add("Gather", [x, seen], f"{label}.columns", axis=2)
-    x = graph.add("Reshape", [x, graph.constant(f"{label}.flat", [0, 0, 0, -1], np.int64)], f"{label}.rows")
+    x = graph.add("Reshape", [x, graph.shared([0, 0, 0, -1], np.int64)], f"{label}.rows")
     if stride == 1:
         matrix = weight.transpose(3, 1, 2, 0).reshape(-1, side * outputs)
         whole = graph.weights(f"{label}.weight", matrix)
@@ -104,5 +170,5 @@ def _add_rows(
     if channels is not None:
         for key, value in zip(bounds, (row * channels, (row + 1) * channels, 3, 1)):
             bounds[key].append(value)
-    places = [graph.constant(f"{label}.{key}", values, np.int64) for key, values in bounds.items()]
+    places = [graph.shared(values, np.int64) for values in bounds.values()]
     return graph.add("Slice", [x, *places], label)

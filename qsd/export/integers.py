@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qsd.export.four_bits import FourBits
 from qsd.export.graph import DOMAIN, LayerCall, layer_call, layers_by_name
 from qsd.export.grids import Grid
+from qsd.export.words import add_words
 from qsd.export.writers import Writers
 from qsd.spiking import SpikingNetwork
 
@@ -29,12 +31,14 @@ class IntegerGraph:
         model: ONNX model, whose graph is changed.
         grids: Grids of inner activations, see `qsd.export.grids.calibrate`.
         standard: Whether to leave out operations of ONNX Runtime itself, so that other runtimes read the file.
+        compact: Whether weights of 4 bits are words of a dictionary.
     """
 
     spiking: SpikingNetwork
     model: Any
     grids: dict[str, Grid]
     standard: bool = False
+    compact: bool = False
     _nodes: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -43,6 +47,8 @@ class IntegerGraph:
         self.onnx, graph, layers = onnx, self.model.graph, layers_by_name(self.spiking)
         self._types = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.output)}
         self._written: set[str] = set()
+        self._constants: set[str] = set()
+        self._words: dict[str, NDArray[np.int64]] = {}
         self._calls: dict[str, LayerCall] = {}
         self._users: dict[str, list[Any]] = {}
         for node in graph.node:
@@ -66,6 +72,10 @@ class IntegerGraph:
             elif call.output not in self._written:
                 writes.of(call.layer)(call.layer, call, self)
         del graph.node[:]
+        if self._words:  # They are unpacked first.
+            layers, self._nodes = self._nodes, []
+            add_words(self, self._words)
+            self._nodes += layers
         graph.node.extend(self._nodes)
         imports = [entry for entry in self.model.opset_import if entry.domain != DOMAIN]
         del self.model.opset_import[:]
@@ -133,7 +143,23 @@ class IntegerGraph:
             values = values.cpu().numpy()
         tensor = self.onnx.numpy_helper.from_array(np.asarray(values, dtype), name)
         self.model.graph.initializer.append(tensor)
+        self._constants.add(name)
         return name
+
+    def shared(self, values: Any, dtype: type) -> str:
+        """A small constant that has its content as its name, so that the file holds it once.
+
+        Args:
+            values: A number or a short list of numbers.
+            dtype: NumPy's type of the values.
+
+        Returns:
+            Its name.
+        """
+        numbers: NDArray[Any] = np.asarray(values, dtype)
+        name = "_".join([numbers.dtype.name, *map(str, numbers.reshape(-1).tolist())])
+        name = name if numbers.ndim == 0 else f"{name}_list"
+        return name if name in self._constants else self.constant(name, numbers, dtype)
 
     def weights(self, name: str, values: Any) -> str:
         """Add weights of at most 8 bits, which take 4 bits each in the file where that is possible.
@@ -149,15 +175,30 @@ class IntegerGraph:
         if small is None:
             return self.constant(name, values, np.int8)
         types = self.onnx.TensorProto
-        tensor = types(name=f"{name}.int4", data_type=types.INT4, dims=small.integers.shape, raw_data=small.packed())
-        self.model.graph.initializer.append(tensor)
-        value = tensor.name
-        if small.factors:
-            value = self.add("Cast", [value], f"{name}.wide", to=types.INT32)
+        if self.compact:
+            value = f"{name}.integers" if small.factors else name
+            self._words[value] = small.integers
+        else:
+            value = f"{name}.int4"
+            dims, packed = small.integers.shape, small.packed()
+            self.model.graph.initializer.append(types(name=value, data_type=types.INT4, dims=dims, raw_data=packed))
+        if not small.factors:
+            return value if self.compact else self.add("Cast", [value], name, to=types.INT8)
+        value = self.add("Cast", [value], f"{name}.wide", to=types.INT32)
         for number, factor in enumerate(small.factors):
-            inputs = [value, self.constant(f"{name}.factor{number}", factor, np.int32)]
-            value = self.add("Mul", inputs, f"{name}.scaled{number}")
+            label = f"{name}.factor{number}"
+            wide = self.add("Cast", [self.constant(label, factor, np.int8)], f"{label}.wide", to=types.INT32)
+            value = self.add("Mul", [value, wide], f"{name}.scaled{number}")
         return self.add("Cast", [value], name, to=types.INT8)
+
+    def split(self, inputs: list[str], outputs: list[str]) -> None:
+        """Add a division of a tensor into parts.
+
+        Args:
+            inputs: Names of the tensor and of the sizes of its parts.
+            outputs: Names of the parts.
+        """
+        self._nodes.append(self.onnx.helper.make_node("Split", inputs, outputs, name=f"{inputs[0]}.split"))
 
     def floats(self, value: str, output: str) -> str:
         """Add a conversion to floats.

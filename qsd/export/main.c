@@ -17,6 +17,7 @@ int main(int count, char **arguments)
     static uint8_t pixels[QSD_PIXELS];
     int32_t output[QSD_CLASSES];
     int images = 0, stepped, shown;
+    size_t got;
     clock_t used = 0;
     FILE *file;
     shown = count == 3 && !strcmp(arguments[1], "spikes");
@@ -30,7 +31,7 @@ int main(int count, char **arguments)
         fprintf(stderr, "%s cannot be read.\n", arguments[2]);
         return 2;
     }
-    for (; fread(pixels, sizeof pixels, 1, file) == 1; ++images) {
+    for (; (got = fread(pixels, 1, sizeof pixels, file)) == sizeof pixels; ++images) {
         int best = 0;
         clock_t start = clock();
         if (stepped)
@@ -49,6 +50,11 @@ int main(int count, char **arguments)
         printf("\n");
     }
     fclose(file);
+    if (got) {
+        fprintf(stderr, "%s has %lu bytes after %d images, and an image has %d.\n", arguments[2], (unsigned long)got,
+                images, QSD_PIXELS);
+        return 2;
+    }
     if (images)
         fprintf(stderr, "%d images, %ld microseconds each\n", images,
                 (long)(used / images) * (1000000L / (long)CLOCKS_PER_SEC));

@@ -24,7 +24,7 @@ from typing import Any
 import qsd.export.integer_layers  # noqa: F401 - registers the writers of the engine's layers
 from qsd._version import __version__
 from qsd.errors import QsdError
-from qsd.export.graph import check_target, trace
+from qsd.export.graph import EARLY_IR_VERSION, EARLY_OPSET, check_target, pin_versions, trace
 from qsd.export.grids import calibrate
 from qsd.export.integers import IntegerGraph, writes
 from qsd.export.notes import check_notes, write_note
@@ -42,6 +42,7 @@ def to_onnx(
     notes: Mapping[str, Any] | None = None,
     round_inner: Merge = "all",
     standard: bool = False,
+    compact: bool = False,
 ) -> None:
     """Write a converted network as an ONNX file, for any runtime: its count domain, in one pass.
 
@@ -61,6 +62,8 @@ def to_onnx(
             (SepConv); True and False stand for all and none.
         standard: Whether an integer file has operations of the ONNX standard alone, which OpenVINO runs too. Else it
             has one of ONNX Runtime itself, which is faster there.
+        compact: Whether weights of up to 4 bits in an integer file are words of a dictionary (`qsd.export.words`)
+            instead of ONNX's INT4. They take about 3 bits each, and older runtimes read the file.
 
     Raises:
         QsdError: If packages are missing, a delay is below T - 1, weights are floats where integers are asked for, a
@@ -72,7 +75,9 @@ def to_onnx(
     example = spiking.example if images is None else next(image_batches(images, spiking, max_images=1))[0]
     model = trace(spiking, example, writes if integer else None)
     if integer:
-        IntegerGraph(spiking, model, grids, standard).write_out()
+        IntegerGraph(spiking, model, grids, standard, compact).write_out()
+        if compact:
+            pin_versions(model, EARLY_OPSET, EARLY_IR_VERSION)
     model.producer_name, model.producer_version = "qsd", __version__
     kind, frames = "integer" if integer else "float", example.shape[1] if example.dim() == 5 else None
     for key, value in write_note(kind, spiking.time_steps, example.shape[-3:], grids, facts, frames).items():

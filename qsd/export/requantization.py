@@ -42,7 +42,7 @@ class Requantization:
             largest_input: Largest value of the input's integers.
             unit: Unit of the output, or of each of its channels ``[C_out]``.
         """
-        finer = weights.finer(largest_input)
+        finer = weights.finer(largest_input) if weights.bias.any() else np.ones(len(weights.bias))
         accumulated = weights.scale / finer
         bias = np.rint(weights.bias / accumulated).clip(-(2**31), 2**31 - 1)
         return cls(_bytes(weights, finer), bias.astype(np.int32), (accumulated / unit).astype(np.float32))

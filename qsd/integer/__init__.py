@@ -3,6 +3,7 @@
 from qsd.integer.builder import Builder, converts
 from qsd.integer.conversion import to_integer
 from qsd.integer.description import Description
+from qsd.integer.margins import ChangedCount, Margin
 from qsd.integer.network import IntegerAudit, IntegerComparison, IntegerNetwork, LayerWidths
 from qsd.integer.signals import Signal
 from qsd.integer.simulator import Values
@@ -11,11 +12,13 @@ from qsd.integer.tracing import Call
 __all__ = [
     "Builder",
     "Call",
+    "ChangedCount",
     "Description",
     "IntegerAudit",
     "IntegerComparison",
     "IntegerNetwork",
     "LayerWidths",
+    "Margin",
     "Signal",
     "Values",
     "converts",

@@ -9,6 +9,7 @@ from qsd.errors import QsdError
 from qsd.integer import description
 from qsd.integer.builder import Builder, converts
 from qsd.integer.convolutions import reshaped, total
+from qsd.integer.margins import Margin
 from qsd.integer.signals import Signal
 from qsd.integer.thresholds import integer_thresholds
 from qsd.integer.tracing import Call
@@ -40,7 +41,7 @@ def _neuron(call: Call, signals: list[Signal], builder: Builder) -> Signal:
     if directed:
         builder.keep(name, "direction", signal.by_channel(direction))
     size = float(neuron.threshold_at(*call.arguments))
-    builder.bounds[name] = float(signal.error.max()) / size
+    builder.margins[name] = Margin(np.abs(signal.unit) / size, signal.error / size)
     new = Signal.of_counts(name, signal.shape, steps)
     widths = {"directed": directed, "threshold_bits": threshold_bits, "membrane_bits": membrane_bits}
     return builder.add(description.Neuron, new, [signal], **widths)

@@ -10,6 +10,7 @@ from torch import nn
 
 from qsd.errors import QsdError
 from qsd.integer.description import LARGEST_WIDTH, AnyLayer, width
+from qsd.integer.margins import Margin
 from qsd.integer.signals import Signal
 from qsd.integer.streams import Streams
 from qsd.integer.tracing import Call
@@ -50,8 +51,7 @@ class Builder:
         trial: Whether nothing but the ranges is wanted, of any width.
         layers: The layers up to now.
         arrays: Their arrays, by ``layer/array``.
-        bounds: By neuron the largest distance between its membrane and the one of the network with floats for equal
-            spikes before, in thresholds.
+        margins: By neuron how far its membrane can be from the one of the network with floats.
     """
 
     spiking: SpikingNetwork
@@ -60,7 +60,7 @@ class Builder:
     trial: bool = False
     layers: list[AnyLayer] = field(default_factory=list)
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
-    bounds: dict[str, float] = field(default_factory=dict)
+    margins: dict[str, Margin] = field(default_factory=dict)
 
     @property
     def time_steps(self) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,7 +14,8 @@ from qsd.errors import QsdError
 from qsd.integer import description
 from qsd.integer.builder import Builder, TooWide
 from qsd.integer.convolutions import first_scale
-from qsd.integer.network import Array, IntegerNetwork, differences
+from qsd.integer.margins import ChangedCount
+from qsd.integer.network import IntegerNetwork
 from qsd.integer.pixels import Bytes, PixelGrid
 from qsd.integer.signals import Integers, Signal
 from qsd.integer.simulator import run_counts
@@ -112,7 +114,7 @@ def _check(spiking: SpikingNetwork, fractional_bits: int | None, inner_bits: int
 
 def _searched(exact: SpikingNetwork, flow: Flow, grid: PixelGrid, inner_bits: int, pixels: Bytes) -> IntegerNetwork:
     """The network of the fewest fractional bits with which the fewest images have a changed count."""
-    expected = {name: count.numpy() for name, count in count_spikes(exact, grid.images(pixels)).items()}
+    expected = count_spikes(exact, grid.images(pixels))
     search: dict[int, int] = {}
     best: IntegerNetwork | None = None
     for bits in _TRIED_BITS:
@@ -122,7 +124,8 @@ def _searched(exact: SpikingNetwork, flow: Flow, grid: PixelGrid, inner_bits: in
             if best is None:
                 raise
             break
-        search[bits] = _changed(network, pixels, expected)
+        network.changed = _changed(network, pixels, expected)
+        search[bits] = len(network.changed)
         if best is None or search[bits] < min(search[tried] for tried in search if tried != bits):
             best = network
         last = [*search.values()][-1 - _PATIENCE :]
@@ -139,13 +142,14 @@ def _fast_matmul(left: Integers, right: Integers) -> Integers:
     return np.matmul(left.astype(np.float64), right.astype(np.float64)).astype(np.int64)
 
 
-def _changed(network: IntegerNetwork, pixels: Bytes, expected: dict[str, Array]) -> int:
-    """Number of images with a changed count."""
-    changed, names = 0, network.neurons()
+def _changed(network: IntegerNetwork, pixels: Bytes, expected: dict[str, Tensor]) -> list[ChangedCount]:
+    """The images with a changed count."""
+    changed: list[ChangedCount] = []
     for part in range(0, len(pixels), 8):
-        signals = run_counts(network.description, network.arrays, pixels[part : part + 8], _fast_matmul).signals
-        wanted = {name: torch.from_numpy(expected[name][part : part + 8]) for name in names}
-        changed += sum(name is not None for name in differences(signals, wanted, names))
+        values = run_counts(network.description, network.arrays, pixels[part : part + 8], _fast_matmul)
+        wanted = {name: count[part : part + 8] for name, count in expected.items()}
+        found = network.changed_counts(values, wanted)
+        changed += [replace(reason, image=part + reason.image) for reason in found]
     return changed
 
 
@@ -172,7 +176,7 @@ def _build(exact: SpikingNetwork, flow: Flow, grid: PixelGrid, fractional_bits: 
         output_unit=float(output.unit.flat[0]),
         layers=builder.layers,
     )
-    return IntegerNetwork(facts, builder.arrays, grid, builder.bounds)
+    return IntegerNetwork(facts, builder.arrays, grid, builder.margins)
 
 
 def _convert(flow: Flow, grid: PixelGrid, builder: Builder) -> dict[int, Signal]:

@@ -1,8 +1,9 @@
 """An integer network: its description and arrays, how to run it, and the comparison with the network of floats."""
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from qsd.errors import QsdError
 from qsd.integer.description import Description, Events, Pixels
+from qsd.integer.margins import ChangedCount, Margin, changed_counts
 from qsd.integer.pixels import Bytes, PixelGrid
 from qsd.integer.simulator import Values, run_counts, run_steps
 from qsd.spiking import SpikingNetwork
@@ -101,7 +103,8 @@ class IntegerComparison:
         class_changed: Number of images whose class differs.
         correct: Number of images that the integer network classifies correctly, ``None`` without labels.
         float_correct: The same for the network of floats.
-        first: By neuron the number of images whose first differing count, in the order of execution, is there.
+        reasons: The first differing counts of each image that has one, in the order of execution, and how near their
+            membranes are to a threshold.
     """
 
     images: int
@@ -109,7 +112,12 @@ class IntegerComparison:
     class_changed: int
     correct: int | None
     float_correct: int | None
-    first: dict[str, int]
+    reasons: tuple[ChangedCount, ...]
+
+    @property
+    def first(self) -> dict[str, int]:
+        """By neuron the number of images whose first differing count is there."""
+        return dict(Counter(reason.neuron for reason in self.reasons))
 
 
 @dataclass
@@ -120,16 +128,26 @@ class IntegerNetwork:
         description: Its layers as plain data.
         arrays: Integers of the layers, by ``layer/array``.
         grid: The meaning of the bytes of an image.
-        bounds: By neuron the largest distance, in thresholds, between its membrane and the one of the network of floats
-            for equal spikes before it. A membrane that is farther from the next threshold gives the same count.
+        margins: By neuron the real sizes of its membrane by channel.
         search: By number of fractional bits that was tried the number of images with a changed count.
+        changed: The changed counts on the images of the search that are left.
     """
 
     description: Description
     arrays: dict[str, Array]
     grid: PixelGrid
-    bounds: dict[str, float] = field(default_factory=dict)
+    margins: dict[str, Margin] = field(default_factory=dict)
     search: dict[int, int] = field(default_factory=dict)
+    changed: list[ChangedCount] = field(default_factory=list)
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """By neuron the largest distance, in thresholds, between its membrane and the one of the network of floats.
+
+        It holds for equal spikes before the neuron. A membrane that is farther from the next threshold gives the same
+        count.
+        """
+        return {name: float(margin.bound.max()) for name, margin in self.margins.items()}
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -246,19 +264,16 @@ class IntegerNetwork:
             images: Normalised images, or a data loader with labels perhaps.
         """
         exact = copy.deepcopy(spiking).cpu().double()
-        total = changed = class_changed = correct = float_correct = 0
-        labelled, first = True, dict.fromkeys(self.neurons(), 0)
+        total = class_changed = correct = float_correct = 0
+        labelled, reasons = True, list[ChangedCount]()
         for batch, labels in image_batches(images, exact):
             for part in range(0, len(batch), _IMAGES_AT_A_TIME):
                 pixels = self.pixels(batch[part : part + _IMAGES_AT_A_TIME])
                 values, wanted = self.count(pixels), self.images(pixels)
-                differing = differences(values.signals, count_spikes(exact, wanted), self.neurons())
-                mine = self.output(values).argmax(1)
-                theirs = exact(wanted).argmax(1).numpy()
-                total, changed = total + len(pixels), changed + sum(name is not None for name in differing)
-                for name in filter(None, differing):
-                    first[name] += 1
-                class_changed += int((mine != theirs).sum())
+                changed = self.changed_counts(values, count_spikes(exact, wanted))
+                reasons += [replace(reason, image=total + reason.image) for reason in changed]
+                mine, theirs = self.output(values).argmax(1), exact(wanted).argmax(1).numpy()
+                total, class_changed = total + len(pixels), class_changed + int((mine != theirs).sum())
                 labelled = labelled and labels is not None
                 if labels is not None:
                     known = labels[part : part + _IMAGES_AT_A_TIME].cpu().numpy()
@@ -266,9 +281,18 @@ class IntegerNetwork:
                         correct + int((mine == known).sum()),
                         float_correct + int((theirs == known).sum()),
                     )
-        found = {name: number for name, number in first.items() if number}
         answers = {"correct": correct if labelled else None, "float_correct": float_correct if labelled else None}
-        return IntegerComparison(total, changed, class_changed, **answers, first=found)
+        return IntegerComparison(total, len(reasons), class_changed, **answers, reasons=tuple(reasons))
+
+    def changed_counts(self, values: Values, expected: Mapping[str, torch.Tensor]) -> list[ChangedCount]:
+        """The first changed counts of all images that have one.
+
+        Args:
+            values: What `count` returned.
+            expected: Counts of the network of floats on the same images, by neuron.
+        """
+        counts = {name: expected[name].numpy() for name in self.neurons()}
+        return changed_counts(self.description, self.arrays, self.margins, values.signals, counts)
 
     def _checked(self, pixels: Bytes) -> Bytes:
         shape = list(self.image_shape)
@@ -278,21 +302,3 @@ class IntegerNetwork:
                 f"{pixels.dtype} {list(pixels.shape)}; make an integer network for images of that size."
             )
         return pixels
-
-
-def differences(
-    signals: Mapping[str, Array], expected: Mapping[str, torch.Tensor], neurons: list[str]
-) -> list[str | None]:
-    """By image the first neuron whose counts differ, ``None`` if all are equal.
-
-    Args:
-        signals: Signals of an integer network in counts.
-        expected: Counts of the network of floats.
-        neurons: Names of the neurons in the order of execution.
-    """
-    number = len(next(iter(signals.values())))
-    first: list[str | None] = [None] * number
-    for name in reversed(neurons):
-        wrong = (signals[name] != expected[name].numpy()).reshape(number, -1).any(1)
-        first = [name if bad else before for bad, before in zip(wrong, first)]
-    return first

@@ -114,6 +114,16 @@ class IntegerWeights:
         """Most levels that an 8-bit input may have without saturating pairs of products."""
         return min(255, int(PAIR_LIMIT // (2 * max(np.abs(self.integers).max(), 1))))
 
+    def response(self, constant: NDArray[Any]) -> NDArray[Any]:
+        """The currents ``[C_out]`` of an input that is constant in every channel, without the bias.
+
+        Args:
+            constant: Value of every input channel, ``[C_in]``.
+        """
+        taps = self.integers.reshape(*self.integers.shape[:2], -1).sum(2)
+        groups = constant.reshape(-1, taps.shape[1])
+        return self.scale * (taps * groups.repeat(len(taps) // len(groups), 0)).sum(1)
+
     def taking(self, unit: NDArray[Any], depthwise: bool) -> "IntegerWeights":
         """The same layer for an input of integer levels: the value of one level is moved into the weights.
 

@@ -4,6 +4,7 @@ Only the headers of an archive are read. Links, pipes and devices in it are pass
 name in an archive is opened as a path.
 """
 
+import logging
 import os
 import tarfile
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qsd.reading.files import FileError, describe, regular_file
+
+logger = logging.getLogger(__name__)
 
 
 class Member(NamedTuple):
@@ -40,7 +43,7 @@ def tar_members(path: str | Path) -> Iterator[Member]:
     try:
         size = path.stat().st_size
         with tarfile.open(path, "r:") as archive:
-            for member in _members(archive):
+            for member in _members(path, archive):
                 if member.offset + member.size > size:
                     raise FileError(f"tar file {path} is cut off within {member.name}; use another copy of it.")
                 yield member
@@ -73,7 +76,21 @@ def read_member(path: str | Path, offset: int, size: int) -> bytes:
         os.close(descriptor)
 
 
-def _members(archive: Any, folder: str = "", start: int = 0) -> Iterator[Member]:
+def _check_end(path: Path, archive: Any) -> None:
+    """Tell the end of an archive, which zeros mark, from a damaged header, at which `tarfile` ends without a word."""
+    archive.fileobj.seek(archive.offset)
+    header = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if not header:
+        logger.warning("tar file %s has no mark at its end; it may have lost its last files.", path)
+        return
+    if len(header) < tarfile.BLOCKSIZE or any(header):
+        raise FileError(f"tar file {path} is damaged at byte {archive.offset}; use another copy of it.")
+    while rest := archive.fileobj.read(1 << 20):
+        if any(rest):
+            raise FileError(f"tar file {path} goes on behind its end; if archives were joined, separate them.")
+
+
+def _members(path: Path, archive: Any, folder: str = "", start: int = 0) -> Iterator[Member]:
     while (member := archive.next()) is not None:
         archive.members = []  # else tarfile keeps the headers of millions of files
         if not member.isreg() or member.issparse():
@@ -81,6 +98,7 @@ def _members(archive: Any, folder: str = "", start: int = 0) -> Iterator[Member]
         name = f"{folder}{member.name}"
         if name.endswith(".tar") and not folder:
             with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
-                yield from _members(inner, f"{name.removesuffix('.tar')}/", member.offset_data)
+                yield from _members(path, inner, f"{name.removesuffix('.tar')}/", member.offset_data)
         else:
             yield Member(name, start + member.offset_data, member.size)
+    _check_end(path, archive)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from qsd.errors import QsdError
 from qsd.spiking.clock import Clock
 from qsd.spiking.layers import SpikingFrameAxis
 from qsd.spiking.results import Stream
@@ -72,7 +73,16 @@ def run_frame(spiking: "SpikingNetwork", frame: Tensor, state: State | None = No
 
     Returns:
         Logits of the frame ``[B, classes]``, and the remainders of the neurons with a memory by name, in thresholds.
+
+    Raises:
+        QsdError: If the state is that of another number of recordings.
     """
+    for left in (state or {}).values():
+        if len(left) != len(frame):
+            raise QsdError(
+                f"the state is that of {len(left)} recordings, and the frame that of {len(frame)}; begin other "
+                "recordings without a state."
+            )
     with spiking.runtime.running("count", remainders=dict(state or {})) as run:
         logits = spiking.network(frame)
     assert run.remainders is not None

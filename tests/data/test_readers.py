@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from qsd.data import ReaderData, TrainSampler
+from qsd.data.hub import HubImages
 from qsd.data.shard_files import find_shards
 from qsd.errors import QsdError
 from tests.helpers import sample
@@ -20,6 +21,8 @@ from tests.helpers.distributed import Record, run_processes
 
 datasets = pytest.importorskip("datasets")
 webdataset = pytest.importorskip("webdataset")
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 COUNTS = {"train": 24, "validation": 9}
@@ -262,6 +265,126 @@ def test_mistakes_are_one_line(stores, tmp_path):
     (tmp_path / "saved" / "train" / "state.json").write_text('{"_data_files": [{"filename": "../../x.arrow"}]}')
     with pytest.raises(QsdError, match="names a file outside of its folder"):
         ReaderData("hfds/", str(tmp_path / "saved"), **SMALL).load_part("train")
+
+
+def write_tar(path, files, end=True):
+    """An archive of files by name, without the mark of its end if asked."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        length = archive.offset
+    if not end:
+        path.write_bytes(path.read_bytes()[:length])
+    return length
+
+
+def test_damaged_archives_are_refused_and_missing_ends_are_said(tmp_path, caplog):
+    one, two = [[(f"{name}.png", picture(1)), (f"{name}.cls", b"0")] for name in "ab"]
+    path = tmp_path / "train.tar"
+
+    def read(files, change=None, end=True):
+        length = write_tar(path, files, end)
+        if change is not None:
+            path.write_bytes(change(path.read_bytes(), length))
+        return ReaderData("wds/", str(tmp_path), **SMALL).load_part("train")
+
+    first = write_tar(path, one)
+    for files, change, message in (
+        (one + two, lambda content, _: content[:first] + b"x" + content[first + 1 :], f"damaged at byte {first}"),
+        (one + two, lambda content, _: content[: first + 100], f"damaged at byte {first}"),
+        (one, lambda content, _: content + content, "goes on behind its end; if archives were joined"),
+        (one + one, None, "holds a.png several times"),
+        (one + two + one, None, "holds the image a.png 2 times"),
+        ([one[0], (one[1][0], b"-2")], None, "the label -2, which is no class"),
+        ([one[0], (one[1][0], b"-1")], None, "hold no image with a class"),
+    ):
+        with pytest.raises(QsdError, match=message):
+            read(files, change)
+    caplog.clear()
+    assert len(read(one + two, end=False)) == 2
+    assert "has no mark at its end" in caplog.text
+    caplog.clear()
+    source = read([*one, two[0], (two[1][0], b"-1")])
+    assert (len(source), source.name(0)) == (1, f"{path}/a.png")
+    assert "1 of 2 images of the split train have no class" in caplog.text
+
+
+def test_lists_of_shards_that_do_not_fit_their_files(tmp_path, caplog):
+    for number, name in enumerate(("train-val-0.tar", "train-1.tar")):
+        write_tar(tmp_path / name, [(f"{number}.png", picture(number)), (f"{number}.cls", b"0")])
+    with pytest.raises(QsdError, match=r"splits train and val share the file .*train-val-0.tar"):
+        ReaderData("wds/", str(tmp_path), **SMALL).load_part("val")
+    with pytest.raises(QsdError, match=r"names the file .*train-1.tar twice"):
+        ReaderData("wds/", str(tmp_path), train_split="train-{1,1}.tar", **SMALL).load_part("train")
+    info = {"splits": {"train": {"name": "train", "filenames": ["train-1.tar"], "num_samples": 2}}}
+    (tmp_path / "_info.json").write_text(json.dumps(info))
+    ReaderData("wds/", str(tmp_path), **SMALL).load_part("train")
+    assert "the list of the split train has 2 images, and its tar files hold 1" in caplog.text
+
+
+def test_classes_of_tar_files_are_numbered_by_a_list_and_hidden_files_are_ignored(tmp_path):
+    write_tar(tmp_path / "train.tar", [(f"./{name}.png", picture(1)) for name in ("b/1", "a/2", "a/._2")])
+    names = tmp_path / "names.txt"
+    names.write_text("b\na\n")
+    source = ReaderData("tar/", str(tmp_path), class_names=str(names), **SMALL).load_part("train")
+    assert source.labels.tolist() == [0, 1]
+    names.write_text("b\n")
+    with pytest.raises(QsdError, match=r"has the class a, which .*names.txt lacks"):
+        ReaderData("tar/", str(tmp_path), class_names=str(names), **SMALL).load_part("train")
+
+
+def hub_split(folder, split, labels, names):
+    """A parquet file of a split, whose labels have names or are plain numbers."""
+    label = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    images = [{"bytes": picture(number), "path": None} for number in range(len(labels))]
+    folder.mkdir(exist_ok=True)
+    table = datasets.Dataset.from_dict({"image": images, "label": [0] * len(labels)}, features=features).data.table
+    # Past the checks of the package; the schema keeps the names.
+    table = table.set_column(1, table.field("label"), pyarrow.array(labels))
+    pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+
+
+def test_splits_with_other_names_or_numbers_of_classes(tmp_path):
+    def labels(name, validation, names):
+        hub_split(tmp_path / name, "train", [0, 1, 2], ["ant", "bee", "cat"])
+        hub_split(tmp_path / name, "validation", validation, names)
+        module = ReaderData("hfds/", str(tmp_path / name), **SMALL)
+        module.val_dataloader()
+        return module.load_part("val").labels.tolist()
+
+    assert labels("order", [0, 1, 1], ["cat", "ant"]) == [2, 0, 0]  # numbered by their names
+    assert labels("more", [1, 1], ["dog", "bee"]) == [1, 1]  # a class that no image has
+    assert labels("plain", [2, 0], None) == [2, 0]
+    for name, validation, names, message in (
+        ("unknown", [0, 1], ["ant", "dog"], "has the class dog, which the training split lacks"),
+        ("beyond", [0, 5], ["ant", "bee"], "has the label 5, and its columns name 2 classes"),
+        ("plainer", [0, 3], None, "has the label 3, and 3 classes are known"),
+        ("without", [0, -1], ["ant", "bee"], "1 of the 2 images of the val part have no class"),
+    ):
+        with pytest.raises(QsdError, match=message):
+            labels(name, validation, names)
+    path = tmp_path / "order" / "train.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(QsdError, match=r"the split train of .* cannot be read") as error:
+        ReaderData("hfds/", str(tmp_path / "order"), **SMALL).load_part("train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_saved_data_set_without_a_split_does_not_validate_on_what_it_trains(tmp_path):
+    columns = {"image": [picture(number) for number in range(4)], "label": [0, 1, 0, 1]}
+    dataset = datasets.Dataset.from_dict(columns).select([3, 1, 0])
+    dataset.save_to_disk(tmp_path / "saved")
+    module = ReaderData("hfds/", str(tmp_path / "saved"), **SMALL)
+    source = module.load_part("train")
+    assert [source.load(i).getpixel((0, 0))[0] for i in range(3)] == [3, 1, 0]
+    with pytest.raises(QsdError, match=r"no split validation or val or valid.*--data.val_size"):
+        module.load_part("val")
+    module = HubImages(dataset, "image", "label", "train")  # rows in an order of their own
+    assert [module.load(i).getpixel((0, 0))[0] for i in range(3)] == [3, 1, 0]
+    assert pickle.loads(pickle.dumps(module)).load(0).getpixel((0, 0))[0] == 3
 
 
 def test_parquet_files_of_other_programs_with_texts_as_labels(tmp_path):

@@ -56,6 +56,7 @@ def test_a_reader_of_a_hundred_lines_matches_the_test_vectors(name, tmp_path):
     dump = read_integers(tmp_path / "dump")
     assert dump.network == network.description
     assert dump.notes == {"class_names": ["a"]}
+    assert dump.record.bounds == network.bounds
     for array, values in network.arrays.items():
         file = tmp_path / "dump" / "hex" / f"{array.replace('/', '.')}.hex"
         if file.exists():
@@ -115,6 +116,10 @@ def test_the_c_program_gives_the_spikes_of_the_simulator(name, tmp_path):
     firing = [layer.name for layer in network.description.layers if layer.kind in ("neuron", "max_pool")]
     spikes = [signals[layer][:, i].astype(np.uint8).tobytes() for i in range(len(pixels)) for layer in firing]
     assert run("spikes") == b"".join(spikes)
+    (tmp_path / "images").write_bytes(pixels.tobytes()[:-1])
+    failed = subprocess.run([program, "count", tmp_path / "images"], capture_output=True, text=True)
+    assert (failed.returncode, len(failed.stdout.splitlines())) == (2, len(pixels) - 1)
+    assert "bytes after" in failed.stderr
     failed = subprocess.run([program, "wrong"], capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stderr.startswith("usage: ")

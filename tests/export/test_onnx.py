@@ -11,6 +11,7 @@ from qsd.export import to_onnx
 from qsd.export.four_bits import FourBits
 from qsd.export.grids import calibrate
 from qsd.export.requantization import Requantization
+from qsd.export.words import Dictionary
 from qsd.integer.weights import IntegerWeights
 from tests.helpers import sample
 from tests.helpers.exporting import CSD, ESF, QSD, run_onnx, spiking_network
@@ -72,13 +73,23 @@ def test_inner_rounding_is_at_most_half_a_level(tmp_path):
     assert float((error.abs() / units).max()) <= 0.5 + 1e-3  # The file computes in float32.
 
 
-def test_an_integer_file_can_end_in_a_convolution(tmp_path):
+def test_an_integer_file_can_end_in_a_convolution_and_be_compact(tmp_path):
     spiking, images = spiking_network(*CSD, part="stem")
-    to_onnx(spiking, tmp_path / "int.onnx", True, images)
+    to_onnx(spiking, tmp_path / "int.onnx", True, images, compact=True)
     currents, counts = run_onnx(tmp_path / "int.onnx", images)
     for name, count in qsd.count_spikes(spiking, images).items():
         np.testing.assert_array_equal(counts[name], count.numpy(), err_msg=name)
     torch.testing.assert_close(torch.from_numpy(currents), spiking(images), rtol=1e-4, atol=1e-4)
+    model, types = onnx.load(tmp_path / "int.onnx"), onnx.TensorProto
+    onnx.checker.check_model(model)
+    assert (model.ir_version, {entry.domain: entry.version for entry in model.opset_import}[""]) == (8, 18)
+    assert not [tensor.name for tensor in model.graph.initializer if tensor.data_type == types.INT4]
+    assert "Compress" in operations(tmp_path / "int.onnx")
+    # ONNX Runtime has nothing left to unpack when it runs.
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "int.onnx", options, providers=["CPUExecutionProvider"])
+    assert not {"Compress", "Split"} & {*operations(tmp_path / "optimized.onnx")}
 
 
 def test_the_float_file_takes_any_number_of_images_and_gives_the_same_logits(tmp_path):
@@ -101,7 +112,10 @@ def check_versions_and_widths(path):
     types, weights = onnx.TensorProto, model.graph.initializer
     assert len([tensor for tensor in weights if tensor.data_type == types.INT4]) > 20
     wide = [tensor for tensor in weights if tensor.data_type == types.INT8 and np.prod(tensor.dims) >= 64]
-    assert all(tensor.name.endswith(".weight_zero") for tensor in wide)
+    assert all(".weight.factor" in tensor.name and np.prod(tensor.dims) == max(tensor.dims) for tensor in wide)
+    assert not [node.name for node in model.graph.node if node.metadata_props]
+    small = [(tensor.data_type, tuple(tensor.dims), tensor.raw_data) for tensor in weights if np.prod(tensor.dims) == 1]
+    assert len(small) - len({*small}) <= len([name for name in operations(path) if name in ("Clip", "QuantizeLinear")])
 
 
 def test_four_bits_and_powers_of_two_are_the_weights():
@@ -122,6 +136,18 @@ def test_four_bits_and_powers_of_two_are_the_weights():
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor).astype(int), small.integers)
     assert len(small.packed()) == base.size // 2
     assert FourBits.of(np.arange(-20, 20).reshape(8, 5).repeat(2, 0)) is None
+
+
+@pytest.mark.parametrize("levels", [(-2, 2), (-8, 8), (3, 4)])
+def test_words_of_a_dictionary_are_the_weights_in_about_their_entropy(levels):
+    weights = np.random.default_rng(0).normal(0, 1.7, 20000).round().astype(int).clip(levels[0], levels[1] - 1)
+    dictionary = Dictionary.of(weights)
+    words, (entries, used) = dictionary.encode(weights), dictionary.tables()
+    np.testing.assert_array_equal(entries[words][used[words]], weights)
+    shares = np.unique(weights, return_counts=True)[1] / len(weights)
+    assert entries.shape == used.shape
+    assert len(entries) <= 256
+    assert 8 * len(words) / len(weights) < max(1.15 * -(shares * np.log2(shares)).sum(), 8 / 5 + 0.01)
 
 
 @pytest.mark.parametrize("time_steps", [1, 3, 4, 8])

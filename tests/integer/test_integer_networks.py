@@ -52,6 +52,21 @@ def test_counts_and_steps_are_those_of_the_network_in_float64(name):
     assert integers.compare(spiking, images[:4]).changed == 0
 
 
+def test_a_changed_count_has_a_membrane_within_its_bound_of_a_threshold():
+    spiking, images = spiking_network(*CSD, double=True)
+    integers = qsd.to_integer(spiking, images[:4], fractional_bits=9)  # Few bits, so that counts change.
+    comparison = integers.compare(spiking, images[:4])
+    pixels = integers.pixels(images[:4])
+    counts, expected = integers.count(pixels).signals, qsd.count_spikes(spiking, integers.images(pixels))
+    differing = {name: (counts[name] != expected[name].numpy()).reshape(4, -1).sum(1) for name in integers.neurons()}
+    assert comparison.changed == len(comparison.reasons) == sum(np.any([*differing.values()], 0)) > 0
+    for reason in comparison.reasons:
+        first = next(name for name, number in differing.items() if number[reason.image])
+        assert (reason.neuron, reason.counts) == (first, differing[first][reason.image])
+        assert 0 <= reason.distance <= reason.bound <= integers.bounds[first]
+    assert sum(comparison.first.values()) == comparison.changed
+
+
 @pytest.mark.parametrize("name", sample(["csdformer", "qsd factored"], [*NETWORKS]))
 def test_the_audit_finds_multiplications_in_factored_chains_alone(name):
     network, options = NETWORKS[name]

@@ -25,6 +25,7 @@ from qsd.layers import (
 from qsd.lean import exact_matmul, fixed_spikes
 from qsd.lean.operands import layout_of
 from qsd.neurons import LsqNeuron, QcfsNeuron, SpikeNeuron
+from qsd.recurrence import FrameMemory
 from tests.helpers import sample
 from tests.helpers.networks import randomize_norms
 
@@ -144,6 +145,19 @@ def test_a_max_pool_follows_a_learned_step():
     assert_close(model, torch.randn(2, 4, 9, 7, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_through_time_are_the_same_bits(dtype):
+    images = torch.randn(6, 4, 5, 5, dtype=dtype)
+    images[0, :, 0], images[2, :, 1] = 0, 1
+    for neuron in (SpikeNeuron(4), SpikeNeuron(3, 2.0, 0.7), SpikeNeuron(4, rounding="half_even"), SpikeNeuron(200)):
+        for frames, decay in ((3, 0.5), (2, 1.0), (1, 0.5)):
+            neuron.memory = FrameMemory(frames, decay)
+            assert_same(nn.Sequential(neuron, QuantConv2d(4, 3, 3)).to(dtype), images)
+    learned = LsqNeuron(4)
+    learned.memory = FrameMemory(3, 0.5)
+    assert_close(nn.Sequential(learned, QuantConv2d(4, 3, 3)).double(), images.double())
+
+
 def test_gradients_of_products_of_spikes_are_the_same_bits():
     query, key = (torch.randn(2, 6, 4, 5) for _ in range(2))
     results = []
@@ -254,6 +268,8 @@ def test_neuron_and_convolution_share_half_a_byte_per_element():
     model = nn.Sequential(SpikeNeuron(7), conv)
     assert kept_by(model, images) == images.numel() // 2
     assert kept_by(nn.Sequential(SpikeNeuron(15), conv), images) == images.numel()
+    model[0].memory = FrameMemory(2, 0.5)  # and its remainders over frames need nothing else
+    assert kept_by(model, images) == images.numel() // 2
     set_lean(model, False)  # floats, the mask, the quantized weights
     assert kept_by(model, images) == images.numel() * 5 + conv.weight.numel() * 4
 

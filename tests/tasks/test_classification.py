@@ -10,6 +10,7 @@ import timm
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from timm.data import Mixup
 
 from qsd import QsdError, initialize_neurons
 from qsd.neurons import LsqNeuron
@@ -150,6 +151,25 @@ def test_labels_train_both_of_two_heads_and_the_first_alone_beside_a_teacher_of_
     assert torch.equal(seen[0], task(images)[1])
     task.remove_auxiliary_loss(teach)
     torch.testing.assert_close(task.training_step((images, labels), 0), (first + second) / 2)
+
+
+def test_cutmix_cuts_the_same_rectangle_from_all_frames_of_a_recording(monkeypatch):
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, recordings):
+            seen.append(recordings)
+            return recordings.mean((1, 3, 4))
+
+    task = make_task(label_smoothing=0.0)
+    task.model, task._mixup = Network(), Mixup(0.0, 1.0, label_smoothing=0.0, num_classes=2)
+    for name in ("log", "log_dict", "_check_labels"):
+        monkeypatch.setattr(task, name, lambda *_, **__: None)
+    recordings = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1).repeat(1, 3, 2, 16, 16)
+    while not (seen and 1 < seen[-1][0].mean() < 2):  # a rectangle may be empty or the whole frame
+        task.training_step((recordings.clone(), torch.tensor([0, 1])), 0)
+    frames = seen[-1].flatten(1, 2)
+    assert torch.equal(frames, frames[:, :1].expand_as(frames))
 
 
 def test_a_checkpoint_rebuilds_the_task_without_its_data(tmp_path):

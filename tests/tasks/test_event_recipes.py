@@ -105,6 +105,8 @@ def test_a_file_of_one_frame_gives_the_network_output_by_its_state(tmp_path):
         logits, state = run_frame(spiking, frame, state)
         total = total + logits / 3
     torch.testing.assert_close(total, expected)
+    with pytest.raises(QsdError, match="the state is that of 2 recordings, and the frame that of 1"):
+        run_frame(spiking, x[:1, 0], state)
     to_onnx(spiking, tmp_path / "a.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(run_session(session, x.numpy()), expected.numpy(), rtol=1e-4, atol=1e-4)

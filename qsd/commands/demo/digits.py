@@ -50,12 +50,13 @@ def run(kind: str, max_images: int | None, options: Sequence[str]) -> int:
     data: Any = kind_of_data()  # type: ignore[call-arg]
     images = data.whole_part("test")
     stepped = max_images or len(images.dataset)
+    task = load_task(best)
     record = report.write_conversion(
-        load_task(best).model,
+        task.model,
         images,
         folder / "test",
         report.ConversionOptions(max_images=max_images, step_images=stepped),
-        report.Origin("qsd_tiny", str(best), f"test images of {kind_of_data.__name__}"),
+        report.Origin(task.hparams["model"], str(best), f"test images of {kind_of_data.__name__}"),
         image_notes(data),
     )
     console = Console()

@@ -7,9 +7,11 @@ from rich.table import Table
 from torch import Tensor
 
 from qsd import to_spike_driven
-from qsd.data import DigitsData
 from qsd.errors import QsdError
+from qsd.image_notes import ImageNotes
 from qsd.models.shipped import shipped_weights
+from qsd.reading.digits import SIZES, read_digits
+from qsd.reading.splits import stratified_split
 
 _NAME = "qsd_tiny.digits"
 _SHADES = " .:-=+*#%@"
@@ -33,10 +35,7 @@ def show(max_images: int | None) -> int:
         raise QsdError(f"the weights {_NAME} are missing; install the package again.")
     model = timm.create_model(_NAME, pretrained=True).eval()
     spiking = to_spike_driven(model).float()
-    height, width = weights.images.img_size
-    data = DigitsData((height, width), batch_size=100)
-    batches = [(images, labels) for images, labels in data.whole_part("test") if isinstance(labels, Tensor)]
-    images, labels = (torch.cat(parts)[:max_images] for parts in zip(*batches))
+    images, labels = (part[:max_images] for part in _test_digits(weights.images))
     classes = torch.cat([spiking.evaluate(batch).argmax(1) for batch in images.split(100)])
     stepped = spiking.simulate(images[:1], record="head_neuron")
     _print(images[0, 0], stepped.spikes["head_neuron"][:, 0])
@@ -48,6 +47,15 @@ def show(max_images: int | None) -> int:
     table.add_row("test accuracy", f"{100 * right / len(labels):.2f} % ({right} of {len(labels)} digits)")
     Console().print(table)
     return 0
+
+
+def _test_digits(notes: ImageNotes) -> tuple[Tensor, Tensor]:
+    """Images ``[400, 1, H, W]`` and labels ``[400]`` of `qsd.data.DigitsData`, without importing Lightning."""
+    height, width = notes.img_size
+    images, labels = (torch.from_numpy(part) for part in read_digits(height, width))
+    *_, test = stratified_split(labels.numpy(), list(SIZES.values()))
+    scaled = (images[test, None] / 255 - notes.mean[0]) / notes.std[0]
+    return scaled, labels[test]
 
 
 def _print(image: Tensor, spikes: Tensor) -> None:

@@ -7,14 +7,14 @@ import numpy as np
 from PIL import Image
 
 from qsd.data.base import Part
-from qsd.data.digits import FULL_SCALE, SIZES
 from qsd.data.events.base import EventData
 from qsd.data.events.frames import FrameAugmentation
 from qsd.data.events.pixels import PixelModel, record
 from qsd.data.events.recordings import RecordingArrays
-from qsd.data.sampling import stratified_split
 from qsd.errors import QsdError
+from qsd.reading.digits import FULL_SCALE, SIZES
 from qsd.reading.events import Events
+from qsd.reading.splits import stratified_split
 
 Array = np.ndarray[Any, Any]
 SACCADE_MS = 50.0

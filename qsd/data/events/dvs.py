@@ -13,9 +13,9 @@ from qsd.data.events.base import EventData
 from qsd.data.events.frames import FrameAugmentation
 from qsd.data.events.recordings import RecordingFiles
 from qsd.data.files import ImageFinder, class_folders
-from qsd.data.sampling import stratified_split
 from qsd.errors import QsdError
 from qsd.reading.events import EventFormat
+from qsd.reading.splits import stratified_split
 
 logger = logging.getLogger(__name__)
 
