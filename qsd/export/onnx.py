@@ -63,7 +63,7 @@ def to_onnx(
         standard: Whether an integer file has operations of the ONNX standard alone, which OpenVINO runs too. Else it
             has one of ONNX Runtime itself, which is faster there.
         compact: Whether weights of up to 4 bits in an integer file are words of a dictionary (`qsd.export.words`)
-            instead of ONNX's INT4. They take about 3 bits each, and older runtimes read the file.
+            instead of ONNX's INT4. They take little more bits than their entropy, and older runtimes read the file.
 
     Raises:
         QsdError: If packages are missing, a delay is below T - 1, weights are floats where integers are asked for, a
