@@ -62,7 +62,7 @@ def to_onnx(
             (SepConv); True and False stand for all and none.
         standard: Whether an integer file has operations of the ONNX standard alone, which OpenVINO runs too. Else it
             has one of ONNX Runtime itself, which is faster there.
-        compact: Whether weights of 4 bits are words of a dictionary (`qsd.export.words`), which older runtimes read too.
+        compact: Whether weights of 4 bits are words of a dictionary (`qsd.export.words`), for older runtimes too.
 
     Raises:
         QsdError: If packages are missing, a delay is below T - 1, weights are floats where integers are asked for, a
