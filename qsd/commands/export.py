@@ -66,7 +66,7 @@ def _parser(config: str | Path | None) -> DataParser:
     parser.add_argument("--round-inner", choices=MERGES, default="all", help="chains of convolutions whose "
                         "inner values become integers (format onnx-int8)")  # fmt: skip
     parser.add_argument("--compact", action="store_true", help="weights of 4 bits as words of a dictionary, "
-                        "about 3 bits each, for older runtimes too (formats onnx-int8 and onnx-standard)")  # fmt: skip
+                        "mostly smaller, and for older runtimes too (formats onnx-int8 and onnx-standard)")  # fmt: skip
     integers = parser.add_argument_group("formats integers and c")
     integers.add_argument("--fractional-bits", type=whole(1, 30), help="bits behind the point of running sums; the "
                           "default is the fewest that keep all counts on the images")  # fmt: skip

@@ -8,7 +8,15 @@ import torch
 from numpy.typing import NDArray
 
 from qsd.export.four_bits import FourBits
-from qsd.export.graph import DOMAIN, LayerCall, layer_call, layers_by_name
+from qsd.export.graph import (
+    DOMAIN,
+    EARLY_IR_VERSION,
+    EARLY_OPSET,
+    LayerCall,
+    layer_call,
+    layers_by_name,
+    pin_versions,
+)
 from qsd.export.grids import Grid
 from qsd.export.words import add_words
 from qsd.export.writers import Writers
@@ -72,6 +80,8 @@ class IntegerGraph:
             elif call.output not in self._written:
                 writes.of(call.layer)(call.layer, call, self)
         del graph.node[:]
+        if self.compact:
+            pin_versions(self.model, EARLY_OPSET, EARLY_IR_VERSION)
         if self._words:  # They are unpacked first.
             layers, self._nodes = self._nodes, []
             add_words(self, self._words)

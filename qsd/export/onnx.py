@@ -24,7 +24,7 @@ from typing import Any
 import qsd.export.integer_layers  # noqa: F401 - registers the writers of the engine's layers
 from qsd._version import __version__
 from qsd.errors import QsdError
-from qsd.export.graph import EARLY_IR_VERSION, EARLY_OPSET, check_target, pin_versions, trace
+from qsd.export.graph import check_target, trace
 from qsd.export.grids import calibrate
 from qsd.export.integers import IntegerGraph, writes
 from qsd.export.notes import check_notes, write_note
@@ -62,8 +62,7 @@ def to_onnx(
             (SepConv); True and False stand for all and none.
         standard: Whether an integer file has operations of the ONNX standard alone, which OpenVINO runs too. Else it
             has one of ONNX Runtime itself, which is faster there.
-        compact: Whether weights of up to 4 bits in an integer file are words of a dictionary (`qsd.export.words`)
-            instead of ONNX's INT4. They take about 3 bits each, and older runtimes read the file.
+        compact: Whether weights of 4 bits are words of a dictionary (`qsd.export.words`), for older runtimes too.
 
     Raises:
         QsdError: If packages are missing, a delay is below T - 1, weights are floats where integers are asked for, a
@@ -76,14 +75,17 @@ def to_onnx(
     model = trace(spiking, example, writes if integer else None)
     if integer:
         IntegerGraph(spiking, model, grids, standard, compact).write_out()
-        if compact:
-            pin_versions(model, EARLY_OPSET, EARLY_IR_VERSION)
-    model.producer_name, model.producer_version = "qsd", __version__
     kind, frames = "integer" if integer else "float", example.shape[1] if example.dim() == 5 else None
-    for key, value in write_note(kind, spiking.time_steps, example.shape[-3:], grids, facts, frames).items():
-        model.metadata_props.add(key=key, value=value)
+    _sign(model, write_note(kind, spiking.time_steps, example.shape[-3:], grids, facts, frames))
     with replacing(path) as partial:
         partial.write_bytes(model.SerializeToString())
+
+
+def _sign(model: Any, note: Mapping[str, str]) -> None:
+    """Put the note and the producer into a model."""
+    model.producer_name, model.producer_version = "qsd", __version__
+    for key, value in note.items():
+        model.metadata_props.add(key=key, value=value)
 
 
 def _check(spiking: SpikingNetwork, path: Path, integer: bool, round_inner: Merge) -> None:

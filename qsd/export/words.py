@@ -2,8 +2,8 @@
 
 Files of ONNX cannot be compressed, but a table can be read at an index and entries of a tensor can be left out. So a
 byte is the number of a row of a table of words, and behind the shorter words of the table there are entries that are
-left out. The likelier weights are, the more of them make up a word, which brings a weight of 4 bits to about 3.
-Runtimes unpack the words once, when they load the file.
+left out. The likelier weights are, the more of them make up a word, so that a weight takes little more bits than its
+entropy. Runtimes unpack the words once, when they load the file.
 """
 
 import heapq

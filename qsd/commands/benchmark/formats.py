@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
 
 from qsd.commands.benchmark.loading import write_images
 from qsd.commands.benchmark.settings import Settings
@@ -23,7 +24,7 @@ TARGET = 0.9  # of the images per second of the plain loop
 
 
 def formats(settings: Settings) -> dict[str, Any]:
-    """Measure reading and augmentation alone, in one process as in a loading worker, for each format.
+    """Measure reading and augmentation alone, in one loading worker, for each format.
 
     The plain loop decodes the same bytes, which it has in memory, and applies the same augmentation, with the same
     random choices. Both take turns, image by image.
@@ -41,7 +42,8 @@ def formats(settings: Settings) -> dict[str, Any]:
         files = sorted((folder / "folders" / "train").rglob("*.jpg"))
         for kind, (data, contents) in _stores(folder, files, settings).items():
             source, transform = data.load_part("train"), data.train_transform()
-            ours, plain = _take_turns(source, transform, contents, settings.rounds)
+            turns = DataLoader(_Turns(source, transform, contents, settings.rounds), batch_size=None, num_workers=1)
+            ours, plain = next(iter(turns))
             ratios = [b / a for a, b in zip(ours, plain)]
             results[kind] = {
                 "images_per_second": len(contents) / median(ours),
@@ -59,7 +61,7 @@ def show_formats(console: Console, results: dict[str, Any]) -> None:
         console: The console to print on.
         results: The results of `formats`.
     """
-    table = Table("format", "images/s", "plain loop", "ratio", "target", title="reading and augmentation, one process")
+    table = Table("format", "images/s", "plain loop", "ratio", "target", title="one loading worker")
     for kind, row in results.items():
         speeds = (f"{row[key]:.1f}" for key in ("images_per_second", "plain_images_per_second"))
         table.add_row(kind, *speeds, f"{row['ratio']:.3f}", f"≥ {row['target']}")
@@ -104,30 +106,44 @@ def _write_shards(folder: Path, contents: list[bytes], labels: list[int]) -> Non
                     archive.addfile(entry, io.BytesIO(content))
 
 
-def _take_turns(
-    source: ImageSource, transform: Transform, contents: list[bytes], rounds: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of each round over all images, of the data set and of the plain loop, with the same random choices."""
-    dataset = ImageDataset(source, transform, seed=0)
+class _Turns(Dataset[tuple[list[float], list[float]]]):
+    """Seconds of each round over all images, of the data set and of the plain loop, with the same random choices.
 
-    def ours(epoch: int, index: int) -> float:
+    They are its one item, so that a loading worker measures them.
+
+    Args:
+        source: The images.
+        transform: Their augmentation.
+        contents: The same images, as bytes.
+        rounds: Number of rounds.
+    """
+
+    def __init__(self, source: ImageSource, transform: Transform, contents: list[bytes], rounds: int) -> None:
+        self._dataset = ImageDataset(source, transform, seed=0)
+        self._transform, self._contents, self._rounds = transform, contents, rounds
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, _: int) -> tuple[list[float], list[float]]:
+        runs: list[Callable[[int, int], float]] = [self._ours, self._plain]
+        seconds: tuple[list[float], list[float]] = [], []
+        for epoch in range(self._rounds + 1):  # the first round warms up
+            sums = [0.0, 0.0]
+            for index in range(len(self._contents)):
+                for number in (0, 1) if (epoch + index) % 2 else (1, 0):
+                    sums[number] += runs[number](epoch, index)
+            for found, total in zip(seconds, sums):
+                found.append(total)
+        return seconds[0][1:], seconds[1][1:]
+
+    def _ours(self, epoch: int, index: int) -> float:
         start = time.perf_counter()
-        assert dataset[(epoch, index)].image is not None
+        assert self._dataset[(epoch, index)].image is not None
         return time.perf_counter() - start
 
-    def plain(epoch: int, index: int) -> float:
+    def _plain(self, epoch: int, index: int) -> float:
         with seeded(0, epoch, index):
             start = time.perf_counter()
-            transform(Image.open(io.BytesIO(contents[index])).convert("RGB"))
+            self._transform(Image.open(io.BytesIO(self._contents[index])).convert("RGB"))
             return time.perf_counter() - start
-
-    runs: list[Callable[[int, int], float]] = [ours, plain]
-    seconds: dict[Callable[[int, int], float], list[float]] = {run: [] for run in runs}
-    for epoch in range(rounds + 1):  # the first round warms up
-        sums = dict.fromkeys(seconds, 0.0)
-        for index in range(len(contents)):
-            for run in runs[:: 1 if (epoch + index) % 2 else -1]:
-                sums[run] += run(epoch, index)
-        for run, total in sums.items():
-            seconds[run].append(total)
-    return seconds[ours][1:], seconds[plain][1:]

@@ -4,7 +4,7 @@ No data are downloaded: the digits are those of scikit-learn. Everything is writ
 current folder.
 
   digits         a classifier of 8 x 8 digits (about four minutes on two cores); with --pretrained the trained network
-                 of the package instead (less than ten seconds)
+                 of the package instead (about ten seconds)
   events         a classifier of digits that move in front of a simulated event camera
   detection      a detector of digits on photographs; needs qsd[mm]
   segmentation   a segmenter of digits on photographs; needs qsd[mm]
