@@ -25,6 +25,7 @@ LARGE = ["imagenet_e_spikeformer", "imagenet_e_spikeformer_83m"]
 OVERLAYS = {
     "cifar_e_spikeformer": ["cifar100", "cifar_finetune"],
     "cifar10_dvs_transfer": ["cifar10_dvs"],
+    "fashion_mnist_short": ["fashion_mnist"],
     "imagenet_e_spikeformer_5m": LARGE[:1],
     "imagenet_e_spikeformer_10m": LARGE[:1],
     "imagenet_e_spikeformer_83m": LARGE[:1],

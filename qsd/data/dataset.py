@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -176,6 +176,14 @@ class ImageDataset(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[Sample]:
+        """The samples of a batch. Random states are stored once for all: doing so takes as long as a small image."""
+        with nullcontext() if self.seed is None else _random_states_kept():
+            return [self._sample(key) for key in keys]
+
+    def _sample(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         bad: list[BadImage] = []
         for attempt in range(min(len(self), _MAX_ATTEMPTS) if self.replace_bad else 1):
@@ -184,13 +192,10 @@ class ImageDataset(Dataset[Sample]):
             if isinstance(loaded, BadImage):
                 bad.append(loaded)
                 continue
-            if self.seed is None:
-                image = self.transform(loaded)
-            else:
+            if self.seed is not None:
                 # The index asked for, not the candidate: else a replacement would equal the image that it repeats.
-                with seeded(self.seed, epoch, index):
-                    image = self.transform(loaded)
-            return Sample(image, self._target(candidate), bad)
+                seed_generators(self.seed, epoch, index)
+            return Sample(self.transform(loaded), self._target(candidate), bad)
         return Sample(None, self._target(index), bad)
 
     def _target(self, index: int) -> int | str:
@@ -198,23 +203,27 @@ class ImageDataset(Dataset[Sample]):
 
 
 @contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Seed the generators that transforms draw from; in the training process, whose loop uses them, restore them.
+def _random_states_kept() -> Iterator[None]:
+    """In the training process, whose loop uses the generators that transforms draw from, restore them."""
+    # timm draws from all three, numpy's legacy one included.
+    states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
+    try:
+        yield
+    finally:
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            torch.set_rng_state(states[2])
+
+
+def seed_generators(*key: int) -> None:
+    """Seed the generators that transforms draw from.
 
     Args:
         key: Numbers that decide the seeds, for an image those of the training, the epoch and the image.
     """
-    # timm draws from all three, numpy's legacy one included.
-    states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
     words = np.random.SeedSequence(key).generate_state(4)
     random.seed(words.tobytes())
     np.random.seed(words)  # noqa: NPY002
     # Not `torch.manual_seed`, which also seeds every GPU.
     torch.default_generator.manual_seed(int.from_bytes(words[:2].tobytes(), "little") >> 1)
-    try:
-        yield
-    finally:
-        if states is not None:  # Copying them costs a fiftieth of the time of an image of ImageNet.
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
-            torch.set_rng_state(states[2])

@@ -146,14 +146,24 @@ class ConvBlock(nn.Module):
         mlp_ratio: Channels between the dense convolutions, over ``dim``.
         time_steps: T, or ``None`` for the float twin.
         weight_bits: 2 to 8, or ``None`` for float weights.
+        branch_scale: Initial weight of the batch norm that ends each of the two branches (published: 1).
     """
 
     def __init__(
-        self, dim: int, mlp_ratio: float = 4.0, time_steps: int | None = 4, weight_bits: int | None = 4
+        self,
+        dim: int,
+        mlp_ratio: float = 4.0,
+        time_steps: int | None = 4,
+        weight_bits: int | None = 4,
+        branch_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.sep_conv = SepConv(dim, time_steps, weight_bits)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), 3, False, time_steps, weight_bits)
+        # A residual stream that sums branches of variance 1 soon lies outside of the window of its neurons, 0 to 1,
+        # where no gradient passes.
+        for branch in (self.sep_conv.reduce, self.mlp.fc2):
+            nn.init.constant_(branch.get_submodule("norm").weight, branch_scale)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H, W]``."""

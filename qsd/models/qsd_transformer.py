@@ -36,6 +36,8 @@ class QsdTransformer(StagedClassifier):
         weight_bits: 2 to 8, or 0 or ``None`` for float weights.
         attention: ``"linear"``, or ``"softmax"`` in a float twin.
         layer_scale: Initial scale of the transformer blocks' branches.
+        branch_scale: Initial weight of the batch norm that ends each branch of the convolutional blocks (published: 1).
+            Smaller values keep membranes within the window of the neurons, and a training from scratch learns faster.
         drop_rate: Dropout in front of the classifier.
         drop_path_rate: Stochastic depth of the last transformer block; it grows linearly from 0 at the first.
         strides: Strides of the five down-samplings; ``(1, 1, 2, 2, 1)`` suits images of 32 pixels.
@@ -57,6 +59,7 @@ class QsdTransformer(StagedClassifier):
         weight_bits: int | None = 4,
         attention: AttentionKind = "linear",
         layer_scale: float = 1e-6,
+        branch_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         strides: Sequence[int] = (2, 2, 2, 2, 1),
@@ -70,7 +73,9 @@ class QsdTransformer(StagedClassifier):
         )
         kinds: dict[str, Any] = {"time_steps": time_steps, "weight_bits": weight_bits}
         options: dict[str, Any] = {"num_heads": num_heads, "mlp_ratio": mlp_ratio, "attention": attention, **kinds}
-        convolutional: Callable[[int], nn.Module] = partial(ConvBlock, mlp_ratio=mlp_ratio, **kinds)
+        convolutional: Callable[[int], nn.Module] = partial(
+            ConvBlock, mlp_ratio=mlp_ratio, branch_scale=branch_scale, **kinds
+        )
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
 
         def attending(dim: int) -> nn.Module:

@@ -11,7 +11,7 @@ from torchvision import transforms
 
 from qsd.data import BadImagePolicy, ImageArray, ImageDataset, ImageFiles, ImageLoader, TrainLoader, TrainSampler
 from qsd.data.sampling import EvalSampler
-from qsd.data.transforms import crop_transform
+from qsd.data.transforms import TableNormalize, crop_transform
 from qsd.errors import QsdError
 from tests.helpers import long
 
@@ -88,6 +88,18 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
         for other in ({"epoch": 3}, {"seed": 1, "epoch": 2}):
             changed = by_label(train_loader(transform=transform, **other))
             assert sum(not torch.equal(reference[label], changed[label]) for label in reference) > COUNT // 2
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "F"])
+def test_normalisation_by_table_gives_the_same_bits(mode):
+    channels = {"L": 1, "RGB": 3, "RGBA": 4, "F": 1}[mode]
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (7, 9, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze().astype(np.float32) if mode == "F" else pixels.squeeze())
+    assert image.mode == mode
+    mean, std = generator.uniform(0.1, 0.9, (2, channels))
+    parts = transforms.ToTensor(), transforms.Normalize(torch.tensor(mean), torch.tensor(std))
+    assert torch.equal(TableNormalize(*parts)(image), transforms.Compose(parts)(image))
 
 
 def test_every_image_has_an_augmentation_of_its_own():

@@ -282,3 +282,18 @@ def test_half_precision_autocast_trains(name):
         loss = model(torch.randn(2, 3, 32, 32)).float().square().sum()
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_small_branch_scale_keeps_membranes_within_the_window():
+    shares = {}
+    for scale in (1.0, 0.2):
+        torch.manual_seed(0)
+        model = timm.create_model("qsd_tiny", depth=2, strides=(2, 1, 1, 1, 1), branch_scale=scale).train()
+        membranes = []
+        neuron = model.stages[2].downsample.neuron
+        neuron.register_forward_hook(lambda _neuron, inputs, _output, found=membranes: found.append(inputs[0]))
+        model(torch.randn(8, 3, 16, 16))
+        positive = membranes[0][membranes[0] > 0]
+        shares[scale] = (positive < 1).float().mean().item()
+    assert shares[0.2] > 0.6, "about 0.68 of a half normal distribution of variance 1 are below 1"
+    assert shares[1.0] < 0.5

@@ -26,7 +26,7 @@ def run(kind: str, max_images: int | None, options: Sequence[str]) -> int:
     """Train, test and convert, and print a table of the results.
 
     The training converts the network on the validation images. Here it is converted again on the test images, which
-    chose nothing, and on which every image is also stepped.
+    chose nothing. As in other conversions, 100 of the images are also stepped.
 
     Args:
         kind: ``"digits"`` or ``"events"``.
@@ -49,13 +49,12 @@ def run(kind: str, max_images: int | None, options: Sequence[str]) -> int:
     accuracy = float(last_metrics(newest_run(name))["test/accuracy"])
     data: Any = kind_of_data()  # type: ignore[call-arg]
     images = data.whole_part("test")
-    stepped = max_images or len(images.dataset)
     task = load_task(best)
     record = report.write_conversion(
         task.model,
         images,
         folder / "test",
-        report.ConversionOptions(max_images=max_images, step_images=stepped),
+        report.ConversionOptions(max_images=max_images),
         report.Origin(task.hparams["model"], str(best), f"test images of {kind_of_data.__name__}"),
         image_notes(data),
     )
@@ -80,7 +79,8 @@ def _table(record: report.Record, accuracy: float, seconds: float, title: str) -
     table.add_row("test accuracy", f"{100 * accuracy:.2f} %")
     table.add_row("test accuracy in binary spikes", f"{100 * record.accuracy.spiking:.2f} %")
     for row in record.delays.rows:
-        table.add_row(f"stepped, delay {row.delay}", f"{100 * row.accuracy:.2f} %, {row.latency} steps")
+        name = f"stepped, delay {row.delay} ({record.delays.images} images)"
+        table.add_row(name, f"{100 * row.accuracy:.2f} %, {row.latency} steps")
     energy = record.energy.total_mj
     table.add_row("energy per image, spiking", f"{1e3 * energy.merged:.3g} µJ ({1e3 * energy.unmerged:.3g} unmerged)")
     table.add_row("energy per image, integer network", f"{1e3 * energy.integer:.3g} µJ")
