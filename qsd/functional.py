@@ -25,10 +25,12 @@ class CountRule(NamedTuple):
     Attributes:
         half_even: Halves round to the even count (E-SpikeFormer's published base network) instead of up.
         closed: The gradient passes at the ends 0 and T of its window too.
+        slack: Steps below a threshold that still reach it; ``None`` for that of `tie_slack`.
     """
 
     half_even: bool = False
     closed: bool = False
+    slack: float | None = None
 
 
 HALF_UP = CountRule()
@@ -94,12 +96,7 @@ def fixed_drive(x: Tensor, time_steps: int, threshold: float | None) -> Tensor:
 
 
 def fixed_spikes(
-    x: Tensor,
-    time_steps: int,
-    threshold: float | None,
-    amplitude: float,
-    rule: CountRule = HALF_UP,
-    slack: float | None = None,
+    x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule = HALF_UP
 ) -> Tensor:
     """Spike counts of a neuron with a fixed threshold, times an amplitude; see `spike_count`.
 
@@ -109,12 +106,11 @@ def fixed_spikes(
         threshold: Threshold in units of the input; ``None`` for ``1 / T``, as a product with T.
         amplitude: Factor of the counts.
         rule: Rounding of halves, and the window of the gradient.
-        slack: Steps below a threshold that still reach it; ``None`` for that of `tie_slack`.
 
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
-    slack = tie_slack(x, time_steps, threshold) if slack is None else slack
+    slack = tie_slack(x, time_steps, threshold) if rule.slack is None else rule.slack
     counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps, rule, slack)
     return counts if amplitude == 1 else counts * amplitude
 
@@ -220,12 +216,7 @@ class _LearnedSpikes(torch.autograd.Function):
 
 
 def learned_gradients(
-    grad: Tensor,
-    drive: Tensor,
-    threshold: Tensor,
-    amplitude: Tensor | None,
-    time_steps: int,
-    needed: tuple[bool, ...],
+    grad: Tensor, drive: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int, needed: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of `learned_spikes` for input, threshold and amplitude.
 

@@ -125,7 +125,8 @@ class SpikeNeuron(nn.Module):
         spikes = lean.fixed_spikes if self.lean else functional.fixed_spikes
         amplitude = self.threshold if self._amplitude is None else self._amplitude
         if self.memory is not None:  # The potential is in units of the threshold.
-            return spikes(self.potential(x), self.time_steps, 1.0, amplitude, self.rule, self._slack(x))
+            rule = self.rule._replace(slack=self._slack(x))
+            return spikes(self.potential(x), self.time_steps, 1.0, amplitude, rule)
         return spikes(x, self.time_steps, self._threshold, amplitude, self.rule)
 
     def extra_repr(self) -> str:

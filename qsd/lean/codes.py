@@ -169,12 +169,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def fire(
-    x: Tensor,
-    time_steps: int,
-    threshold: Scalar | None,
-    amplitude: Scalar,
-    rule: CountRule = HALF_UP,
-    slack: float | None = None,
+    x: Tensor, time_steps: int, threshold: Scalar | None, amplitude: Scalar, rule: CountRule = HALF_UP
 ) -> tuple[Tensor, Layout, Tensor | None]:
     """Spike counts times an amplitude, and their codes.
 
@@ -184,7 +179,6 @@ def fire(
         threshold: The divisor of the input; ``None`` for ``1 / T``, as a product with T.
         amplitude: Factor of the counts.
         rule: Rounding of halves, and the window of the gradient.
-        slack: Steps below a threshold that still reach it; ``None`` for that of `qsd.rounding.tie_slack`.
 
     Returns:
         The output, dense, in the shape and dtype of ``x``; the layout of the codes and the codes, uint8. There are no
@@ -197,9 +191,9 @@ def fire(
     source, target = x.as_strided((count,), (1,)), output.as_strided((count,), (1,))
     block = BLOCK * torch.get_num_threads() if x.is_cpu else max(2, 2 * count)
     bits, highest = (4, x.new_full((), 8)) if time_steps <= 7 else (8, x.new_full((), 128))
-    slack = tie_slack(x, time_steps, threshold) if slack is None else slack
-    other = rule.half_even or x.dtype in HALF_TYPES
-    bounds = _bounds(x, time_steps) if rule.closed else (0, time_steps)
+    exact = rule.slack is None and x.dtype == torch.float64
+    slack = tie_slack(x, time_steps, threshold) if exact else rule.slack or 0.0
+    other, bounds = rule.half_even or x.dtype in HALF_TYPES, _bounds(x, time_steps) if rule.closed else (0, time_steps)
     operation, factor = (torch.mul, time_steps) if threshold is None else (torch.div, threshold)
     parts: list[Tensor] | None = []
     buffer = x.new_empty(min(count, block))  # one for all blocks: fresh memory is slow on a CPU

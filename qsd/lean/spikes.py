@@ -16,15 +16,9 @@ from qsd.lean.operands import norm_origin, note_codes
 class _FixedSpikes(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        time_steps: int,
-        threshold: float | None,
-        amplitude: float,
-        rule: CountRule,
-        slack: float | None,
+        ctx: Any, x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule
     ) -> Tensor:
-        output, ctx.layout, packed = fire(x, time_steps, threshold, amplitude, rule, slack)
+        output, ctx.layout, packed = fire(x, time_steps, threshold, amplitude, rule)
         ctx.time_steps, ctx.threshold, ctx.amplitude = time_steps, threshold, amplitude
         ctx.shape, ctx.stride, ctx.has_codes = output.shape, output.stride(), packed is not None
         if packed is None:
@@ -36,7 +30,7 @@ class _FixedSpikes(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (saved,) = ctx.saved_tensors
         if ctx.has_codes:
             passed = ctx.layout.masked(saved, flat(dense(grad, ctx.stride))).as_strided(ctx.shape, ctx.stride)
@@ -45,16 +39,11 @@ class _FixedSpikes(torch.autograd.Function):
         if ctx.amplitude != 1:
             passed.mul_(ctx.amplitude)
         passed = passed.mul_(ctx.time_steps) if ctx.threshold is None else passed.div_(ctx.threshold)
-        return passed, None, None, None, None, None
+        return passed, None, None, None, None
 
 
 def fixed_spikes(
-    x: Tensor,
-    time_steps: int,
-    threshold: float | None,
-    amplitude: float,
-    rule: CountRule = HALF_UP,
-    slack: float | None = None,
+    x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule = HALF_UP
 ) -> Tensor:
     """`qsd.functional.fixed_spikes`, with the same gradients, from codes of half a byte.
 
@@ -64,14 +53,13 @@ def fixed_spikes(
         threshold: Threshold in units of the input; ``None`` for ``1 / T``, as a product with T.
         amplitude: Factor of the counts.
         rule: Rounding of halves, and the window of the gradient.
-        slack: Steps below a threshold that still reach it; ``None`` for that of `qsd.rounding.tie_slack`.
 
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
     if not _keeps_codes(x, time_steps):
-        return functional.fixed_spikes(x, time_steps, threshold, amplitude, rule, slack)
-    return _FixedSpikes.apply(x, time_steps, threshold, amplitude, rule, slack)
+        return functional.fixed_spikes(x, time_steps, threshold, amplitude, rule)
+    return _FixedSpikes.apply(x, time_steps, threshold, amplitude, rule)
 
 
 def _keeps_codes(x: Tensor, time_steps: int) -> bool:

@@ -122,14 +122,19 @@ def audit_finding(record: Record) -> Finding:
     if unproven:
         text = (
             f"{len(unproven)} of {len(operations)} operations received no spike at all on {record.audit.images} "
-            f"images, so nothing is proven for them: {_names(unproven)}. All others but the first receive binary "
-            "spikes."
+            f"images, so nothing is proven for them: {_names(unproven)}. All others{_but_the_first(operations)} "
+            "receive binary spikes."
         )
         return Finding("plain", "Spike-driven as far as there were spikes.", text)
     widest = max((o.bits or 0 for o in operations if o.operation == "product"), default=0)
-    text = f"All {len(operations)} operations but the first, on the image, receive binary spikes"
+    text = f"All {len(operations)} operations{_but_the_first(operations)} receive binary spikes"
     text += f"; products have one binary operand and one of up to {widest} bits" if widest else ""
     return Finding("good", "Spike-driven.", f"{text}.")
+
+
+def _but_the_first(operations: Sequence[AuditedOperation]) -> str:
+    """The exception for the layer that sees an image; counts of events are spikes already."""
+    return " but the first, on the image," if any(operation.stem for operation in operations) else ""
 
 
 def _names(operations: Sequence[AuditedOperation]) -> str:

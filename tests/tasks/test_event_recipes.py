@@ -70,7 +70,9 @@ def test_a_recipe_trains_converts_and_reports(name, tmp_path, monkeypatch, capsy
     assert [c.changed_images for c in record.comparison if c.dtype == "float64"] == [0, 0]
     assert not any(o.stem or o.status == "analog" for o in record.audit.operations), "events are spikes already"
     assert [len(frame.brighter) for frame in record.activity.frames] == [16, 16]
-    assert "Events, frames and spikes" in (folder / "report.html").read_text()
+    report = (folder / "report.html").read_text()
+    assert "Events, frames and spikes" in report
+    assert "operations but the first" not in report, "events are spikes already"
     spiking = load_packed(folder / "spiking.safetensors")
     assert {neuron.memory.frames for neuron in spiking.neurons().values()} == {2}
     capsys.readouterr()
