@@ -10,6 +10,7 @@ import torch
 
 import qsd_launcher
 from tests.helpers import CONFIGS
+from tests.helpers.conversions import shorten_conversions
 from tests.helpers.documents import MM, commands
 from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS
 
@@ -57,8 +58,6 @@ def shortened(command):
             name = words[1]
             options = ["--cfg-options", *DEMOS.get(name, []), "train_dataloader.batch_size=2"]
             short = ["--scenes", "8", "2", "2"] if name == "scenes" else options
-        elif kind == "convert":
-            short = ["--max-images", "1", "--step-images", "1", "--leave-out", "compare", "audit"]
         words = [*words, *short]
     else:
         name = Path(words[1]).stem
@@ -71,6 +70,7 @@ def shortened(command):
 @pytest.mark.timeout(900)  # a dozen trainings, tests and conversions
 def test_the_commands_run_one_after_the_other(workplace, tool, monkeypatch):
     monkeypatch.chdir(workplace)
+    shorten_conversions(monkeypatch)  # tests/mm/test_conversion.py measures
     for command in COMMANDS:
         words = shortened(command)
         main = qsd_launcher.main if command.startswith("qsd ") else tool(Path(words.pop(0)).stem).main
