@@ -1,6 +1,7 @@
 """Data loaders that skip or report unreadable images, and that resume in the middle of an epoch."""
 
 import logging
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn
@@ -93,6 +94,21 @@ class BadImagePolicy:
         raise QsdError(f"none of {len(self.reasons)} images can be read; the first is {shown(path)}: {reason}.")
 
 
+# The queues of the data-loading processes, by the identity of the iterator that they belong to.
+_QUEUES: dict[int, list[Any]] = {}
+
+
+def _keep_queues(batches: Any) -> None:
+    """Let the queues to data-loading processes outlast their iterator.
+
+    The garbage collector closes the queues of a cycle before it ends the iterator. The processes could then not be told
+    to stop, and PyTorch would wait five seconds for each of them.
+    """
+    if id(batches) not in _QUEUES and hasattr(batches, "_index_queues"):
+        _QUEUES[id(batches)] = batches._index_queues
+        weakref.finalize(batches, _QUEUES.pop, id(batches))
+
+
 class ImageLoader(DataLoader[Sample]):
     """Yields `Batch`; nothing is drawn from the sampler before the first batch is asked for.
 
@@ -120,9 +136,10 @@ class ImageLoader(DataLoader[Sample]):
         return self._read(done=0)
 
     def _read(self, done: int) -> Iterator[Batch]:
-        any_read = False
+        any_read, batches = False, super().__iter__()
+        _keep_queues(batches)
         try:
-            for number, (images, targets, bad) in enumerate(super().__iter__(), start=done + 1):
+            for number, (images, targets, bad) in enumerate(batches, start=done + 1):
                 self.bad_images.meet(bad)
                 if number == len(self):
                     self.bad_images.report()  # Now, because Lightning never asks for more than the last batch.

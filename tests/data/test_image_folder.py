@@ -1,5 +1,7 @@
+import gc
 import logging
 import os
+import time
 from itertools import chain
 
 import numpy as np
@@ -60,6 +62,16 @@ def test_any_size_and_augmentation(tree, img_size, options):
         for images, _ in loader:
             assert images.shape[1:] == (3, *module.img_size)
             assert images.isfinite().all()
+
+
+def test_the_processes_of_a_loader_in_a_cycle_are_told_to_stop(tree):
+    loader = data(tree, num_workers=2).train_dataloader()
+    assert len(list(loader)) == len(loader)
+    loader.itself = loader
+    del loader
+    start = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - start < 5  # PyTorch waits five seconds for each process that was not told
 
 
 def test_evaluation_resizes_crops_and_normalises(tree):
