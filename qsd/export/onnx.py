@@ -68,7 +68,7 @@ def to_onnx(
         QsdError: If packages are missing, a delay is below T - 1, weights are floats where integers are asked for, a
             layer has no writer, or the file cannot be written.
     """
-    _check(spiking, path := Path(path), integer, round_inner)
+    _check(spiking, Path(path), integer, round_inner)
     facts = check_notes(notes)
     grids = calibrate(spiking, images, round_inner) if integer else {}
     example = spiking.example if images is None else next(image_batches(images, spiking, max_images=1))[0]
