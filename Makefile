@@ -33,7 +33,7 @@ test-long: $(VENV)/.installed-dev
 
 # What only a CUDA device can show.
 test-cuda: $(VENV)/.installed-dev
-	$(BIN)/pytest tests/test_cuda.py tests/mm/test_cuda.py
+	$(BIN)/pytest tests/test_cuda.py tests/test_cuda_kernels.py tests/mm/test_cuda.py
 
 # The documentation site; docs/_build/html/index.html is its first page.
 docs: $(VENV)/.installed-dev

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qsd.rounding import HALF_TYPES, neighbours, round_counts, tie_slack
+from qsd.kernels import switch
+from qsd.lsq import lsq_quantize as lsq_quantize
+from qsd.rounding import HALF_TYPES, round_counts, tie_slack
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -110,90 +112,13 @@ def fixed_spikes(
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
+    if switch.devices and time_steps <= 127 and switch.computes(x):
+        from qsd.kernels import spikes
+
+        return spikes.fixed_spikes(x, time_steps, threshold, amplitude, *rule)
     slack = tie_slack(x, time_steps, threshold) if rule.slack is None else rule.slack
     counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps, rule, slack)
     return counts if amplitude == 1 else counts * amplitude
-
-
-class _LsqQuantize(torch.autograd.Function):
-    """The derivative written out: eight times fewer passes over the weights than through autograd's chain."""
-
-    @staticmethod
-    def forward(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
-        return lsq_values(weight, step, q_min, q_max)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
-        weight, step, ctx.q_min, ctx.q_max = inputs
-        ctx.save_for_backward(weight, step)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        weight, step = ctx.saved_tensors
-        scaled, integers, _ = lsq_grid(weight, step, ctx.q_min, ctx.q_max)
-        return *lsq_gradients(grad, scaled, integers, ctx.q_min, ctx.q_max), None, None
-
-
-def lsq_values(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
-    """`lsq_quantize`, which explains the arguments, without a gradient, in the memory of the result."""
-    step = step.view(-1, *[1] * (weight.dim() - 1))
-    return (weight / step).clamp_(q_min, q_max).round_().mul_(step)
-
-
-def lsq_grid(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`lsq_values` with the intermediate results that `lsq_gradients` needs.
-
-    Args:
-        weight: Float weights ``[C_out, ...]``.
-        step: Step sizes ``[C_out]``.
-        q_min: Smallest integer of the grid.
-        q_max: Largest integer of the grid.
-
-    Returns:
-        The weights in steps, the integers on the grid, and the quantized weights.
-    """
-    step = step.view(-1, *[1] * (weight.dim() - 1))
-    scaled = weight / step
-    integers = scaled.clamp(q_min, q_max).round_()
-    return scaled, integers, integers * step
-
-
-def lsq_gradients(grad: Tensor, scaled: Tensor, integers: Tensor, q_min: int, q_max: int) -> tuple[Tensor, Tensor]:
-    """The gradients of `lsq_quantize` for float weights and steps.
-
-    Args:
-        grad: Gradient of the quantized weights.
-        scaled: Weights in steps, from `lsq_grid`.
-        integers: Integers on the grid, from `lsq_grid`; overwritten.
-        q_min: Smallest integer of the grid.
-        q_max: Largest integer of the grid.
-    """
-    # Both ends of the grid pass the gradient; a hard tanh, which masks in one pass, would stop it there.
-    below, above = neighbours(q_min, q_max, scaled.dtype == torch.float64)
-    passed = torch.ops.aten.hardtanh_backward(grad, scaled, below, above)
-    by_element = integers.mul_(grad).addcmul_(passed, scaled, value=-1)
-    factor = (scaled.numel() * q_max) ** -0.5
-    return passed, by_element.sum(dim=tuple(range(1, grad.dim()))).mul_(factor)
-
-
-def lsq_quantize(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
-    """Round weights to the grid ``step * {q_min..q_max}`` with a learned step size per output channel.
-
-    Esser et al., "Learned Step Size Quantization" (2020), equations 1 to 5, as QSD-Transformer's published code uses
-    it: halves round to even; the step's gradient is scaled by ``1 / sqrt(numel * q_max)`` with the *whole* tensor's
-    number of elements although the steps are per channel.
-
-    Args:
-        weight: Float weights ``[C_out, ...]``.
-        step: Positive step sizes ``[C_out]``.
-        q_min: Smallest integer, ``-2**(bits - 1)``.
-        q_max: Largest integer, ``2**(bits - 1) - 1``.
-
-    Returns:
-        Quantized weights in the shape of ``weight``.
-    """
-    return _LsqQuantize.apply(weight, step, q_min, q_max)
 
 
 class _LearnedSpikes(torch.autograd.Function):
@@ -269,6 +194,10 @@ def learned_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
+    if switch.devices and time_steps <= 127 and switch.computes(x, threshold, amplitude):
+        from qsd.kernels import spikes
+
+        return spikes.learned_spikes(x, threshold, amplitude, time_steps)
     return _LearnedSpikes.apply(x, threshold, amplitude, time_steps)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from qsd.collapse import expect_steps, watch_step
 from qsd.errors import QsdError
-from qsd.functional import lsq_quantize
+from qsd.lsq import lsq_quantize
 
 
 class StepSizeQuantizer(nn.Module):

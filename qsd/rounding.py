@@ -63,3 +63,18 @@ def neighbours(q_min: int, q_max: int, double: bool) -> tuple[float, float]:
     """
     kind = np.float64 if double else np.float32
     return float(np.nextafter(kind(q_min), kind(-np.inf))), float(np.nextafter(kind(q_max), kind(np.inf)))
+
+
+def window(dtype: torch.dtype, time_steps: int, closed: bool) -> tuple[float, float]:
+    """The numbers between which, strictly, a neuron's gradient passes, in units of the threshold.
+
+    Args:
+        dtype: Type of the drive.
+        time_steps: T.
+        closed: Whether it passes at 0 and T, too.
+    """
+    if not closed:
+        return 0, time_steps
+    # The least normal number stands for the next float below zero: processors may take smaller ones for zero.
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    return -float(np.finfo(kind).tiny), float(np.nextafter(kind(time_steps), kind(np.inf)))

@@ -12,13 +12,13 @@ PyTorch not to matter.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from qsd.functional import HALF_UP, CountRule
-from qsd.rounding import HALF_TYPES, tie_slack
+from qsd.kernels import switch
+from qsd.rounding import HALF_TYPES, tie_slack, window
 
 # One number, or a tensor without dimensions.
 Scalar = float | Tensor
@@ -46,13 +46,26 @@ class Layout(NamedTuple):
     dtype: torch.dtype
     amplitude: Scalar
 
-    def values(self, packed: Tensor) -> Tensor:
+    def values(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """The neuron's output ``[numel]`` in the order of memory, with the same bits, in fresh memory.
 
         Args:
             packed: Codes, uint8.
+            dtype: Type that the output is rounded to.
         """
-        return self._unpacked(packed, self.amplitude)
+        if switch.devices and self.in_kernels(packed) and dtype in switch.KINDS:
+            from qsd.kernels import neurons
+
+            return neurons.decode(packed, self.numel, self.bits, self.amplitude, self.dtype, dtype)
+        return self._unpacked(packed, self.amplitude).to(dtype)
+
+    def in_kernels(self, packed: Tensor) -> bool:
+        """Whether kernels read the codes, which have to be packed as one block.
+
+        Args:
+            packed: Codes, uint8.
+        """
+        return self.numel <= self.block and switch.fit(packed.device, self.dtype, self.numel, self.amplitude)
 
     def counts(self, packed: Tensor) -> Tensor:
         """The counts ``[numel]`` in the order of memory, in fresh memory.
@@ -105,8 +118,12 @@ class Layout(NamedTuple):
             return True
         # Compared as integers, eight bytes at a time where that divides. Where two of them differ, the bits of "one or
         # the other" are not all zero. `torch.equal` takes one and a half times as long.
-        kind = torch.int64 if self.numel * size % 8 == 0 else _INTEGERS[size]
         actual = x.as_strided((self.numel,), (1,), 0)
+        if switch.devices and self.in_kernels(packed) and x.dtype in switch.KINDS:
+            from qsd.kernels import neurons
+
+            return neurons.matches(packed, actual, self.bits, self.amplitude, self.dtype)
+        kind = torch.int64 if self.numel * size % 8 == 0 else _INTEGERS[size]
         buffer = torch.empty(min(self.numel, self.block), dtype=self.dtype, device=x.device)
         for codes, part in self._blocks(packed, actual):
             expected = buffer if part.numel() == buffer.numel() else buffer[: part.numel()]
@@ -184,6 +201,8 @@ def fire(
         The output, dense, in the shape and dtype of ``x``; the layout of the codes and the codes, uint8. There are no
         codes for an input with NaNs: they would stand for a count.
     """
+    if switch.devices and switch.computes(x, threshold, amplitude):
+        return _fire_by_kernel(x, time_steps, threshold, amplitude, rule)
     output = torch.empty_like(x)
     if x.stride() != output.stride():
         x = dense(x, output.stride())
@@ -193,7 +212,9 @@ def fire(
     bits, highest = (4, x.new_full((), 8)) if time_steps <= 7 else (8, x.new_full((), 128))
     exact = rule.slack is None and x.dtype == torch.float64
     slack = tie_slack(x, time_steps, threshold) if exact else rule.slack or 0.0
-    other, bounds = rule.half_even or x.dtype in HALF_TYPES, _bounds(x, time_steps) if rule.closed else (0, time_steps)
+    other, bounds = rule.half_even or x.dtype in HALF_TYPES, (0, time_steps)
+    if rule.closed:
+        bounds = window(x.dtype, time_steps, True)
     operation, factor = (torch.mul, time_steps) if threshold is None else (torch.div, threshold)
     parts: list[Tensor] | None = []
     buffer = x.new_empty(min(count, block))  # one for all blocks: fresh memory is slow on a CPU
@@ -215,16 +236,23 @@ def fire(
     return output, layout, None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _fire_by_kernel(
+    x: Tensor, time_steps: int, threshold: Scalar | None, amplitude: Scalar, rule: CountRule
+) -> tuple[Tensor, Layout, Tensor | None]:
+    from qsd.kernels import neurons, spikes
+
+    bits, bounds = spikes.code_bits(time_steps), window(x.dtype, time_steps, rule.closed)
+    slack = rule.slack or 0.0
+    output, codes, bad = neurons.fire(
+        x, time_steps, threshold, amplitude, bounds, slack, rule.half_even, bits, check=True
+    )
+    amplitude = amplitude.detach().clone() if isinstance(amplitude, Tensor) else amplitude
+    return output, Layout(bits, x.numel(), 2 * x.numel(), x.dtype, amplitude), None if bad.item() else codes
+
+
 def _round(drive: Tensor, counts: Tensor, half_even: bool) -> Tensor:
     """Write the drive, with halves to even or in half precision, into the memory of the counts, see `qsd.rounding`."""
     return torch.round(drive, out=counts) if half_even else counts.copy_(drive.float().add_(0.5).floor_())
-
-
-def _bounds(drive: Tensor, time_steps: int) -> tuple[float, float]:
-    """The numbers between which, strictly, the gradient passes in a closed window."""
-    # The least normal number stands for the next float below zero: processors may take smaller ones for zero.
-    kind = np.float64 if drive.dtype == torch.float64 else np.float32
-    return -float(np.finfo(kind).tiny), float(np.nextafter(kind(time_steps), kind(np.inf)))
 
 
 def _bytes_(values: Tensor, bits: int) -> Tensor | None:

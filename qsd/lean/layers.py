@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qsd.functional import lsq_gradients, lsq_grid, lsq_values
+from qsd.kernels import switch
 from qsd.lean.operands import cast, save_operand
+from qsd.lsq import lsq_backward, lsq_gradients, lsq_grid, lsq_values
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -53,7 +54,7 @@ class Synapse(NamedTuple):
             step: Step sizes by output channel; ``None`` to compute with the float weights.
             bias: Bias of the output.
         """
-        rounded = (weight if step is None else lsq_values(weight, step, *self.levels)).to(x.dtype)
+        rounded = weight.to(x.dtype) if step is None else lsq_values(weight, step, *self.levels, x.dtype)
         return F.linear(x, rounded, bias) if self.geometry is None else F.conv2d(x, rounded, bias, *self.geometry)
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor, step: Tensor | None, mask: list[bool]) -> Gradients:
@@ -66,13 +67,22 @@ class Synapse(NamedTuple):
             step: Step sizes, or ``None``.
             mask: Whether the gradients of input, weights and bias are needed.
         """
-        scaled, integers, rounded = (None, None, weight) if step is None else lsq_grid(weight, step, *self.levels)
-        x_grad, weight_grad, bias_grad = self._transposed(grad, x, rounded.to(x.dtype), mask)
+        grid = None
+        if step is None:
+            rounded = weight.to(x.dtype)
+        elif switch.devices and switch.computes(weight):  # A kernel computes the rest of the grid once more.
+            rounded = lsq_values(weight, step, *self.levels, x.dtype)
+        else:
+            *grid, values = lsq_grid(weight, step, *self.levels)
+            rounded = values.to(x.dtype)
+        x_grad, weight_grad, bias_grad = self._transposed(grad, x, rounded, mask)
         step_grad = None
         if weight_grad is not None:
             weight_grad = weight_grad.to(weight.dtype)
-            if scaled is not None and integers is not None:
-                weight_grad, step_grad = lsq_gradients(weight_grad, scaled, integers, *self.levels)
+            if grid is not None:
+                weight_grad, step_grad = lsq_gradients(weight_grad, *grid, *self.levels)
+            elif step is not None:
+                weight_grad, step_grad = lsq_backward(weight_grad, weight, step, *self.levels)
         return x_grad, weight_grad, bias_grad, step_grad
 
     def _transposed(

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qsd.functional import lsq_quantize, pad_frame
+from qsd.functional import pad_frame
 from qsd.lean.layers import Synapse
 from qsd.lean.operands import NORMS, NormOrigin
 from qsd.lean.switch import has_hooks
+from qsd.lsq import lsq_quantize
 
 
 def is_ordinary(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:

@@ -73,7 +73,7 @@ class SavedOperand(NamedTuple):
         """
         if self.layout is None:
             return saved
-        values = self.layout.values(saved).to(self.dtype)
+        values = self.layout.values(saved, self.dtype)
         return values.as_strided(self.shape, self.stride, self.offset)
 
 

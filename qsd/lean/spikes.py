@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from qsd import functional
 from qsd.functional import HALF_UP, CountRule, dot, fixed_drive, learned_gradients, passes
+from qsd.kernels import switch
 from qsd.lean.codes import dense, fire, flat
 from qsd.lean.operands import norm_origin, note_codes
 
@@ -33,7 +34,13 @@ class _FixedSpikes(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (saved,) = ctx.saved_tensors
         if ctx.has_codes:
-            passed = ctx.layout.masked(saved, flat(dense(grad, ctx.stride))).as_strided(ctx.shape, ctx.stride)
+            grad = dense(grad, ctx.stride)
+            if switch.devices and ctx.layout.in_kernels(saved):
+                from qsd.kernels import neurons
+
+                neuron = ctx.time_steps, ctx.threshold, ctx.amplitude
+                return neurons.pass_fixed(saved, grad, ctx.layout.bits, *neuron), None, None, None, None
+            passed = ctx.layout.masked(saved, flat(grad)).as_strided(ctx.shape, ctx.stride)
         else:
             passed = saved.to(grad.dtype).mul_(grad)
         if ctx.amplitude != 1:
@@ -112,16 +119,31 @@ class _LearnedSpikes(torch.autograd.Function):
             return *learned_gradients(grad, drive, threshold, amplitude, ctx.time_steps, needed), None
         packed, *kept = ctx.saved_tensors
         grad = dense(grad, ctx.stride)
-        amplitude_gradient = None
-        if ctx.needs_input_grad[2]:
-            amplitude_gradient = dot(grad, ctx.layout.counts(packed).as_strided(ctx.shape, ctx.stride))
-        passed = ctx.layout.masked(packed, flat(grad), blocks_nan=True).as_strided(ctx.shape, ctx.stride)
+        if switch.devices and ctx.eps is None and kept and ctx.layout.in_kernels(packed):
+            from qsd.kernels import neurons
+
+            return *neurons.pass_learned(dense(kept[0], ctx.stride), grad, threshold, amplitude, ctx.time_steps), None
+        passed, amplitude_gradient = _passed(ctx, packed, grad)
         slope = (1 if amplitude is None else amplitude) / threshold
         threshold_gradient = None
         if kept:
             total = dot(passed, kept[0]) if ctx.eps is None else _dot_with_norm(passed, ctx.eps, *kept)
             threshold_gradient = -total / threshold * slope
         return passed.mul_(slope), threshold_gradient, amplitude_gradient, None
+
+
+def _passed(ctx: Any, packed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradient where it passes, before the factor of the neuron, and the amplitude's gradient if it is needed."""
+    needed = ctx.needs_input_grad[2]
+    if switch.devices and ctx.layout.in_kernels(packed):
+        from qsd.kernels import neurons
+
+        passed, amplitude_gradient = neurons.pass_masked(packed, grad, ctx.layout.bits, True, needed)
+        return passed, amplitude_gradient if needed else None
+    passed = ctx.layout.masked(packed, flat(grad), blocks_nan=True).as_strided(ctx.shape, ctx.stride)
+    if not needed:
+        return passed, None
+    return passed, dot(grad, ctx.layout.counts(packed).as_strided(ctx.shape, ctx.stride))
 
 
 def _dot_with_norm(

@@ -1,0 +1,14 @@
+"""Fused kernels in Triton behind the functions of neurons, codes of counts and weight quantizers.
+
+Each kernel computes what `qsd.functional`, `qsd.lsq` or `qsd.lean.codes` compute with several of PyTorch's operators,
+and reads and writes each tensor once. PyTorch's operators are the definition: results of the kernels have the same bits
+as theirs on a processor. `qsd.kernels.programs` has the programs, `qsd.kernels.neurons` and `qsd.kernels.weights` the
+operators that launch them. All three import Triton, and are imported by the functions that use them when
+`qsd.kernels.switch` says so.
+
+The programs have run in Triton's interpreter and were compiled for CUDA devices. They have not run on a device yet.
+"""
+
+from qsd.kernels.switch import set_kernels
+
+__all__ = ["set_kernels"]

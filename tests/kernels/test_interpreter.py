@@ -1,0 +1,179 @@
+"""The kernels in Triton's interpreter, on a processor, against PyTorch's operators."""
+
+import importlib
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from qsd import functional, lean, set_lean
+from qsd.functional import CountRule
+from qsd.kernels import switch
+from qsd.layers import QuantConv2d, SepConv
+from qsd.lean.codes import fire, flat
+from qsd.lsq import lsq_quantize
+from qsd.neurons import LsqNeuron, SpikeNeuron
+
+triton = pytest.importorskip("triton")
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+RULES = (CountRule(), CountRule(closed=True), CountRule(half_even=True, closed=True))
+INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Let kernels compute on processors, in the interpreter; calls switch between them and PyTorch."""
+    from triton.experimental import gluon  # noqa: F401  asks for compiled functions when it is imported
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    names = ("triton.language", "triton.language.core", "triton.language.standard", "triton.language.math")
+    ours = ("qsd.kernels.programs", "qsd.kernels.neurons", "qsd.kernels.weights")
+    for module in map(importlib.import_module, names + ours):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
+    monkeypatch.setattr(switch, "devices", frozenset())
+    return lambda on: monkeypatch.setattr(switch, "devices", frozenset(["cpu"] if on else []))
+
+
+def both(kernels, compute):
+    results = []
+    for on in (False, True):
+        kernels(on)
+        results.append(compute())
+    return results
+
+
+def same(a, b):
+    """Bit by bit, strides included."""
+    kind = INTEGERS[a.dtype]
+    return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a.view(kind), b.view(kind))
+
+
+def tensors(dtype, time_steps, generator):
+    """Inputs with ties, of the memory formats that occur, and their neighbours in the type."""
+    x = torch.randn(2, 3, 5, 7, generator=generator).mul_(0.7).add_(0.4)
+    x.view(-1)[:64] = torch.arange(-10, 54) / (2 * time_steps)  # exact ties
+    x = x.to(dtype)
+    return x, x.contiguous(memory_format=torch.channels_last), x[:, :, ::2, 1:], x[:1, :1, :1, :1].expand(1, 2, 1, 1)
+
+
+def cotangent(like):
+    """A gradient in the order of the memory of a dense tensor."""
+    return torch.linspace(-1, 1, like.numel()).to(like).as_strided(like.shape, like.stride())
+
+
+def gradients(function, x, *parameters):
+    leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+    output = function(*leaves)
+    return output.detach(), *torch.autograd.grad(output, leaves, cotangent(output))
+
+
+@pytest.mark.parametrize("package", [functional, lean])
+def test_neurons_with_a_fixed_threshold(kernels, package):
+    generator = torch.Generator().manual_seed(1)
+    neurons = [(4, None, 0.25), (3, 36.0, 2 / 3), (7, 0.3, 1.0), (8, None, 0.125), (127, 0.01, 0.01), (1, 1.0, 1.0)]
+    for dtype, (index, neuron) in product(TYPES, enumerate(neurons)):
+        rule, scale = RULES[index % 3], 1.0 if neuron[1] != 36 else 100.0
+        x = tensors(dtype, neuron[0], generator)[index % 4] * scale
+        plain, fused = both(kernels, lambda: gradients(lambda x: package.fixed_spikes(x, *neuron, rule), x))
+        if rule.half_even:  # PyTorch's rounding leaves the sign of a negative zero
+            plain = plain[0] + 0.0, plain[1]
+        assert same(plain[0], fused[0]), (dtype, neuron, rule)
+        assert same(plain[1], fused[1]), (dtype, neuron, rule)
+
+
+def test_codes_are_those_of_pytorch_and_are_decoded_and_compared(kernels):
+    generator = torch.Generator().manual_seed(2)
+    for dtype, (time_steps, index) in product(TYPES, ((4, 0), (7, 1), (127, 2), (3, 3))):
+        x = tensors(dtype, time_steps, generator)[index]
+        amplitude = torch.tensor(0.3) if index % 2 else 1 / time_steps
+        plain, fused = both(kernels, lambda: fire(x, time_steps, None, amplitude))
+        assert same(plain[0], fused[0])
+        assert torch.equal(plain[2], fused[2])
+        output, layout, codes = fused
+        for other in TYPES:
+            cast = output.to(other, copy=True)
+            decoded = both(kernels, lambda: layout.values(codes, other))
+            assert same(*decoded)
+            assert same(decoded[0], flat(cast))
+            assert both(kernels, lambda: layout.matches(codes, cast)) == [True, True]
+            flat(cast).view(INTEGERS[other])[-1] ^= 1  # the last bit of the last element
+            assert both(kernels, lambda: layout.matches(codes, cast)) == [False, False]
+        x = x.clone(memory_format=torch.contiguous_format)
+        x[0, 0, 0, 0] = torch.nan
+        assert [result[2] for result in both(kernels, lambda: fire(x, time_steps, None, amplitude))] == [None, None]
+
+
+@pytest.mark.parametrize("package", [functional, lean])
+def test_neurons_with_a_learned_threshold(kernels, package):
+    generator = torch.Generator().manual_seed(3)
+    for dtype, (time_steps, index) in product(TYPES, ((4, 0), (7, 1), (12, 2))):
+        x = tensors(dtype, time_steps, generator)[index]
+        steps = [torch.tensor(0.3)] if index == 1 else [torch.tensor(0.3), torch.tensor(0.7)]
+
+        def neuron(x, threshold, amplitude=None):
+            return package.learned_spikes(x, threshold, amplitude, time_steps)
+
+        plain, fused = both(kernels, lambda: gradients(neuron, x, *steps))
+        for a, b in zip(plain[:2], fused[:2]):
+            assert same(a, b)
+        # The sums of float64, with the rounded drives and gradients that PyTorch's operators sum.
+        grad = cotangent(torch.empty_like(x)).double()
+        drive = (x / steps[0]).double()
+        counts = functional.round_counts(drive, time_steps)
+        passed = grad * ((drive > 0) & (drive < time_steps))
+        slope = (steps[1] if len(steps) == 2 else torch.tensor(1.0)).double() / steps[0].double()
+        exact = -(passed * drive).sum() * slope, (grad * counts).sum()
+        for a, b, c in zip(fused[2:], plain[2:], exact):
+            assert a.dtype == b.dtype
+            assert (a - c).abs() <= (b - c).abs().maximum(4e-7 * c.abs()), (dtype, time_steps)
+
+
+def test_weights_and_their_steps(kernels):
+    generator = torch.Generator().manual_seed(4)
+    shapes = (5, 3, 3, 3), (6, 1100), (4, 1, 1, 1), (3, 4, 3, 2)
+    for dtype, (index, shape), bits in product(TYPES, enumerate(shapes), (2, 8)):
+        q_min, q_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        step = (torch.rand(shape[0], generator=generator) + 0.5).to(dtype)
+        weight = torch.randn(shape, generator=generator).mul_(q_max).to(dtype)
+        weight.view(-1)[:3] = torch.tensor([0.5, -0.25, 1.5]).to(dtype) * step[0]
+        if index == 3:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        plain, fused = both(kernels, lambda: gradients(lambda w, s: lsq_quantize(w, s, q_min, q_max), weight, step))
+        assert same(plain[0], fused[0])
+        assert same(plain[1], fused[1])
+        scaled = (weight / step.view(-1, *[1] * (weight.dim() - 1))).double()
+        passes = (scaled >= q_min) & (scaled <= q_max)
+        by_element = cotangent(weight).double() * (scaled.clamp(q_min, q_max).round() - scaled * passes)
+        exact = by_element.flatten(1).sum(1) * (weight.numel() * q_max) ** -0.5
+        worst = [(g[2] - exact).abs().max() for g in (plain, fused)]
+        assert worst[1] <= worst[0].maximum(torch.finfo(dtype).eps * exact.abs().max()), (dtype, shape, bits)
+
+
+def test_a_lean_network_has_the_same_outputs_and_gradients(kernels):
+    torch.manual_seed(5)
+    for layers in ([SpikeNeuron(4), SepConv(4)], [LsqNeuron(4), QuantConv2d(4, 4, 3), LsqNeuron(3, 1.0)]):
+        model = nn.Sequential(*layers).train()
+        x = torch.randn(2, 4, 6, 5)
+        for enable in (False, True):
+            set_lean(model, enable)
+            results = both(kernels, lambda: gradients(lambda x, *_: model(x), x))
+            grads = both(kernels, lambda: torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+            assert same(results[0][0], results[1][0])
+            assert same(results[0][1], results[1][1])
+            for a, b in zip(*grads):
+                assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_other_tensors_are_left_to_pytorch(kernels):
+    kernels(True)
+    x = torch.randn(4)
+    assert switch.computes(x, 0.5, torch.tensor(0.5))
+    assert not switch.computes(x.double())
+    assert not switch.computes(x[:0])
+    assert not switch.computes(x.to("meta"))
+    assert not switch.computes(x, torch.tensor(0.5).double())
+    assert torch.equal(SpikeNeuron(200)(x), functional.fixed_spikes(x, 200, None, 1 / 200))

@@ -1,0 +1,96 @@
+"""The fused kernels on a CUDA device, against PyTorch's operators on the processor; skipped elsewhere."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import qsd
+from qsd import functional, lean
+from qsd.functional import CountRule
+from qsd.lsq import lsq_quantize
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    qsd.set_kernels(True)
+    yield
+    qsd.set_kernels("auto")
+
+
+def same(a, b):
+    kind = INTEGERS[a.dtype]
+    return a.dtype == b.dtype and torch.equal(a.cpu().view(kind), b.cpu().view(kind))
+
+
+def gradients(function, device, x, *parameters):
+    leaves = [t.detach().to(device).requires_grad_() for t in (x, *parameters)]
+    output = function(*leaves)
+    cotangent = torch.linspace(-1, 1, output.numel()).view(output.shape).to(output)
+    return output.detach(), *torch.autograd.grad(output, leaves, cotangent)
+
+
+def inputs(dtype, time_steps):
+    """Ties and their neighbours in the type, all of them close to a count's threshold, and random numbers."""
+    generator = torch.Generator().manual_seed(1)
+    ties = (torch.arange(-10, 2 * time_steps + 10) / (2 * time_steps)).to(dtype)
+    bits = ties.view(INTEGERS[dtype])
+    near = torch.cat([(bits + offset).view(dtype) for offset in (-2, -1, 0, 1, 2)])
+    return torch.cat([near[near.isfinite()], torch.randn(2**20 + 3, generator=generator).to(dtype)])
+
+
+@pytest.mark.parametrize("package", [functional, lean])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_counts_and_gradients_have_the_bits_of_a_processor(package, dtype):
+    # Products that a contraction would change, and divisions that a reciprocal would.
+    neurons = [(4, None, 0.25), (3, None, 1 / 3), (3, 36.0, 2 / 3), (5, 0.3, 1.0), (127, 0.01, 0.01)]
+    for neuron, half_even in product(neurons, (False, True)):
+        rule = CountRule(half_even, closed=half_even)
+        x = inputs(dtype, neuron[0]) * (neuron[1] or 1 / neuron[0]) * neuron[0]
+        here, there = (
+            gradients(lambda x: package.fixed_spikes(x, *neuron, rule), device, x) for device in ("cpu", "cuda")
+        )
+        assert same(here[0] + 0.0, there[0] + 0.0), neuron
+        assert same(here[1], there[1]), neuron
+
+
+@pytest.mark.parametrize("package", [functional, lean])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_learned_thresholds_have_the_bits_of_a_processor(package, dtype):
+    x, steps = inputs(dtype, 4), (torch.tensor(0.3), torch.tensor(0.7))
+    here, there = (
+        gradients(lambda x, t, a: package.learned_spikes(x, t, a, 4), device, x, *steps) for device in ("cpu", "cuda")
+    )
+    assert same(here[0], there[0])
+    assert same(here[1], there[1])
+    for a, b in zip(here[2:], there[2:]):
+        assert torch.allclose(a, b.cpu(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_weights_have_the_bits_of_a_processor(dtype):
+    generator = torch.Generator().manual_seed(2)
+    for shape, bits in product(((64, 32, 3, 3), (96, 1, 7, 7), (48, 3000)), (2, 4, 8)):
+        q_min, q_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        step = (torch.rand(shape[0], generator=generator) + 0.5).to(dtype)
+        weight = torch.randn(shape, generator=generator).mul_(q_max).to(dtype)
+        here, there = (
+            gradients(lambda w, s: lsq_quantize(w, s, q_min, q_max), device, weight, step) for device in ("cpu", "cuda")
+        )
+        assert same(here[0], there[0])
+        assert same(here[1], there[1])
+        assert torch.allclose(here[2].float(), there[2].float().cpu(), rtol=2e-2, atol=1e-3)
+
+
+def test_compiled_training_uses_the_kernels_and_counts_the_same():
+    layer = qsd.neurons.SpikeNeuron(3).cuda()
+    x = inputs(torch.float32, 3).cuda().requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    (gradient,) = torch.autograd.grad(compiled(x).sum(), x)
+    assert same(compiled(x).detach(), layer(x).detach())
+    assert same(gradient, expected)
