@@ -95,29 +95,14 @@ def fire_elements(
     return code
 
 
+# fmt: off
 @triton.jit
 def fire(
-    x,
-    out,
-    codes,
-    bad,
-    size,
-    low,
-    factor,
-    amplitude,
-    most,
-    half,
-    lowest,
-    highest,
-    BITS: tl.constexpr,
-    CHECK: tl.constexpr,
-    DIVIDE: tl.constexpr,
-    HALF_EVEN: tl.constexpr,
-    FACTOR_IS_TENSOR: tl.constexpr,
-    AMPLITUDE_IS_TENSOR: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, out, codes, bad, size, low, factor, amplitude, most, half, lowest, highest,
+    BITS: tl.constexpr, CHECK: tl.constexpr, DIVIDE: tl.constexpr, HALF_EVEN: tl.constexpr,
+    FACTOR_IS_TENSOR: tl.constexpr, AMPLITUDE_IS_TENSOR: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):
+# fmt: on
     """A neuron's forward pass: counts times the amplitude, and their codes with the bit of the gradient.
 
     ``low`` is the number of bytes of codes with four bits, else ``size``, the number of elements.
@@ -312,54 +297,3 @@ def compare(
         value = rounded(value_of(code >> 4, amplitude, BITS, KIND), OUT).to(x.dtype.element_ty)
         actual = tl.load(x + rest, mask=second, other=0.0)
         tl.store(bad + place * 0, 1, mask=second & (bits_of(value, OUT) != bits_of(actual, OUT)))
-
-
-@triton.jit
-def quantize(
-    weight, step, out, size, columns, q_min, q_max, KIND: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """LSQ of weights: each to the nearest point of the grid of its row, then to the type of the result."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < size
-    scale = tl.load(step + place // columns, mask=mask, other=1.0).to(tl.float32)
-    scaled = drive_of(tl.load(weight + place, mask=mask, other=0.0).to(tl.float32), scale, True, KIND)
-    value = rounded(half_even(clamped(scaled, q_min, q_max)) * scale, KIND)
-    tl.store(out + place, rounded(value, OUT).to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def clamped(v, least, most):
-    """Numbers within a range; a NaN stays one."""
-    return tl.where(v < least, least, tl.where(v > most, most, v))
-
-
-@triton.jit
-def quantize_backward(
-    grad,
-    weight,
-    step,
-    out,
-    step_grad,
-    columns,
-    q_min,
-    q_max,
-    below,
-    above,
-    factor,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The gradients of `quantize` for the weights and the step of one row."""
-    row = tl.program_id(0)
-    scale = tl.load(step + row).to(tl.float32)
-    sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        mask = column < columns
-        place = row * columns + column
-        scaled = drive_of(tl.load(weight + place, mask=mask, other=0.0).to(tl.float32), scale, True, KIND)
-        g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
-        passed = tl.where((scaled <= below) | (scaled >= above), 0.0, g)
-        tl.store(out + place, passed.to(out.dtype.element_ty), mask=mask)
-        sums += g * half_even(clamped(scaled, q_min, q_max)) - passed * scaled
-    tl.store(step_grad + row, (tl.sum(sums, 0) * factor).to(step_grad.dtype.element_ty))

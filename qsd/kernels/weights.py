@@ -1,12 +1,12 @@
-"""Operators of weight quantizers, each one launch of a program of `qsd.kernels.programs`."""
+"""Operators of weight quantizers, each one launch of a program of `qsd.kernels.weight_programs`."""
 
 import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from qsd.kernels.programs import quantize as quantize_program
-from qsd.kernels.programs import quantize_backward as quantize_backward_program
 from qsd.kernels.switch import KINDS
+from qsd.kernels.weight_programs import quantize as quantize_program
+from qsd.kernels.weight_programs import quantize_backward as quantize_backward_program
 from qsd.rounding import neighbours
 
 BLOCK = 1024

@@ -198,23 +198,19 @@ def fire(
         rule: Rounding of halves, and the window of the gradient.
 
     Returns:
-        The output, dense, in the shape and dtype of ``x``; the layout of the codes and the codes, uint8. There are no
-        codes for an input with NaNs: they would stand for a count.
+        The dense output in shape and dtype of ``x``; the layout of the codes; the codes, uint8, or ``None`` for NaNs.
     """
     if switch.devices and switch.computes(x, threshold, amplitude):
         return _fire_by_kernel(x, time_steps, threshold, amplitude, rule)
-    output = torch.empty_like(x)
-    if x.stride() != output.stride():
-        x = dense(x, output.stride())
-    count = x.numel()
+    output, count = torch.empty_like(x), x.numel()
+    x = x if x.stride() == output.stride() else dense(x, output.stride())
     source, target = x.as_strided((count,), (1,)), output.as_strided((count,), (1,))
     block = BLOCK * torch.get_num_threads() if x.is_cpu else max(2, 2 * count)
     bits, highest = (4, x.new_full((), 8)) if time_steps <= 7 else (8, x.new_full((), 128))
     exact = rule.slack is None and x.dtype == torch.float64
     slack = tie_slack(x, time_steps, threshold) if exact else rule.slack or 0.0
-    other, bounds = rule.half_even or x.dtype in HALF_TYPES, (0, time_steps)
-    if rule.closed:
-        bounds = window(x.dtype, time_steps, True)
+    other = rule.half_even or x.dtype in HALF_TYPES
+    bounds = window(x.dtype, time_steps, True) if rule.closed else (0.0, float(time_steps))
     operation, factor = (torch.mul, time_steps) if threshold is None else (torch.div, threshold)
     parts: list[Tensor] | None = []
     buffer = x.new_empty(min(count, block))  # one for all blocks: fresh memory is slow on a CPU

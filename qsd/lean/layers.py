@@ -67,20 +67,20 @@ class Synapse(NamedTuple):
             step: Step sizes, or ``None``.
             mask: Whether the gradients of input, weights and bias are needed.
         """
-        grid = None
+        scaled = integers = None
         if step is None:
             rounded = weight.to(x.dtype)
         elif switch.devices and switch.computes(weight):  # A kernel computes the rest of the grid once more.
             rounded = lsq_values(weight, step, *self.levels, x.dtype)
         else:
-            *grid, values = lsq_grid(weight, step, *self.levels)
+            scaled, integers, values = lsq_grid(weight, step, *self.levels)
             rounded = values.to(x.dtype)
         x_grad, weight_grad, bias_grad = self._transposed(grad, x, rounded, mask)
         step_grad = None
         if weight_grad is not None:
             weight_grad = weight_grad.to(weight.dtype)
-            if grid is not None:
-                weight_grad, step_grad = lsq_gradients(weight_grad, *grid, *self.levels)
+            if scaled is not None and integers is not None:
+                weight_grad, step_grad = lsq_gradients(weight_grad, scaled, integers, *self.levels)
             elif step is not None:
                 weight_grad, step_grad = lsq_backward(weight_grad, weight, step, *self.levels)
         return x_grad, weight_grad, bias_grad, step_grad

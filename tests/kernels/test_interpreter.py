@@ -1,6 +1,5 @@
 """The kernels in Triton's interpreter, on a processor, against PyTorch's operators."""
 
-import importlib
 from itertools import product
 
 import pytest
@@ -14,8 +13,8 @@ from qsd.layers import QuantConv2d, SepConv
 from qsd.lean.codes import fire, flat
 from qsd.lsq import lsq_quantize
 from qsd.neurons import LsqNeuron, SpikeNeuron
+from tests.helpers.kernels import interpreted
 
-triton = pytest.importorskip("triton")
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 RULES = (CountRule(), CountRule(closed=True), CountRule(half_even=True, closed=True))
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -24,17 +23,7 @@ INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat
 @pytest.fixture
 def kernels(monkeypatch):
     """Let kernels compute on processors, in the interpreter; calls switch between them and PyTorch."""
-    from triton.experimental import gluon  # noqa: F401  asks for compiled functions when it is imported
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
-    names = ("triton.language", "triton.language.core", "triton.language.standard", "triton.language.math")
-    ours = ("qsd.kernels.programs", "qsd.kernels.neurons", "qsd.kernels.weights")
-    for module in map(importlib.import_module, names + ours):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, JITFunction):
-                monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
-    monkeypatch.setattr(switch, "devices", frozenset())
+    interpreted(monkeypatch)
     return lambda on: monkeypatch.setattr(switch, "devices", frozenset(["cpu"] if on else []))
 
 
@@ -94,7 +83,7 @@ def test_codes_are_those_of_pytorch_and_are_decoded_and_compared(kernels):
         assert same(plain[0], fused[0])
         assert torch.equal(plain[2], fused[2])
         output, layout, codes = fused
-        for other in TYPES:
+        for other in {dtype, torch.float16}:
             cast = output.to(other, copy=True)
             decoded = both(kernels, lambda: layout.values(codes, other))
             assert same(*decoded)

@@ -1,0 +1,55 @@
+"""Triton's interpreter for the kernels, in the process of the tests, and the bytes that operators move."""
+
+import importlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MODULES = ("triton.language", "triton.language.core", "triton.language.standard", "triton.language.math")
+OURS = ("qsd.kernels.programs", "qsd.kernels.neurons", "qsd.kernels.weight_programs", "qsd.kernels.weights")
+
+
+def interpreted(monkeypatch):
+    """Replace compiled functions of Triton's language and of the kernels by interpreted ones until the test ends."""
+    pytest.importorskip("triton")
+    from triton.experimental import gluon  # noqa: F401  asks for compiled functions when it is imported
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    for module in map(importlib.import_module, MODULES + OURS):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
+
+
+def _bytes(values):
+    return sum(
+        t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, torch.Tensor) and t.numel() > 1
+    )
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes of the inputs and outputs of each operator; views and fresh memory move none."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        returns = func._schema.returns
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if not is_view and "empty" not in func._schema.name and "detach" not in func._schema.name:
+            written = [a.name for a in func._schema.arguments if a.is_out]
+            overwritten = args[1:] if func._schema.name == "aten::copy_" else args
+            read = [overwritten, [v for k, v in kwargs.items() if k not in written]]
+            self.moved += _bytes(read) + _bytes(result)
+        return result
+
+
+def moved_bytes(function):
+    """The bytes that the operators of a function move."""
+    with Traffic() as traffic:
+        function()
+    return traffic.moved
