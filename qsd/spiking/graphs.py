@@ -1,0 +1,145 @@
+"""Runs of a converted network that are recorded once and replayed: CUDA graphs, and compiled programs.
+
+A pass launches hundreds of small kernels from Python, which takes longer than the kernels where images are few. A CUDA
+graph launches all of them at once. It computes with the same kernels, so that its results are those of an ordinary run,
+bit for bit. A compiled program has kernels of its own, and may round potentials otherwise.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from qsd.lean import has_hooks
+from qsd.precision import float32_settings
+
+if TYPE_CHECKING:
+    from qsd.spiking.network import SpikingNetwork
+
+# A pass over images, with tensors in any structure as its result.
+Pass = Callable[[Tensor], Any]
+
+
+def compiled(function: Pass, images: Tensor) -> Pass:
+    """A pass as a compiled program, for images of one shape.
+
+    The program is compiled from the torch operations of one run; the Python code of layers and runtime is gone in it.
+
+    Args:
+        function: The pass.
+        images: Images ``[B, ...]`` of the shape and type to compile for.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(lambda images: function(images))(images)  # a function: of methods it would trace ``self`` too
+    program: Pass = torch.compile(traced, dynamic=False)
+    return program
+
+
+def cuda_graph(function: Pass, images: Tensor) -> Pass:
+    """A pass as a CUDA graph, for images of one shape. Several threads may call it.
+
+    Args:
+        function: The pass, without any synchronisation with the processor.
+        images: Images ``[B, ...]`` on a CUDA device, of the shape and type to record for.
+    """
+    inputs, stream = images.clone(), torch.cuda.Stream(images.device)
+    stream.wait_stream(torch.cuda.current_stream(images.device))
+    with torch.cuda.stream(stream):  # libraries choose algorithms and make workspaces in the first passes
+        for _ in range(3):
+            function(inputs)
+    torch.cuda.current_stream(images.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function(inputs)
+    lock, done = threading.Lock(), torch.cuda.Event()
+
+    def replay(images: Tensor) -> Any:
+        with lock:
+            done.wait(torch.cuda.current_stream(images.device))  # another stream may still read the last results
+            inputs.copy_(images)
+            graph.replay()
+            results = tree_map_only(Tensor, torch.clone, outputs)  # the next replay overwrites the outputs
+            done.record(torch.cuda.current_stream(images.device))
+            return results
+
+    return replay
+
+
+class Graphs:
+    """The recorded runs of one network, by everything that a recording fixes. Copies and pickles begin without any."""
+
+    def __init__(self) -> None:
+        self._recorded: dict[tuple[Any, ...], Pass] = {}
+        self._record: Callable[[Pass, Tensor], Pass] | None = None
+
+    def __reduce__(self) -> tuple[type["Graphs"], tuple[()]]:
+        return Graphs, ()
+
+    def clear(self) -> None:
+        """Drop all recordings, for example because the tensors of the network were replaced."""
+        self._recorded.clear()
+
+    @contextmanager
+    def recording(self, compile: bool = False) -> Iterator[None]:
+        """Record the runs in this context; later runs of the same kind, shape and settings are replayed.
+
+        Other runs are ordinary ones: of other shapes, under hooks or modes of PyTorch that watch the layers, with
+        recorded neurons, of single frames, and where counts are collected in the count domain. On a processor nothing
+        but compiled programs is recorded.
+
+        Args:
+            compile: Whether runs are compiled. Compiled kernels may round a potential to the other side of a threshold.
+        """
+
+        def record(function: Pass, images: Tensor) -> Pass:
+            program = compiled(function, images) if compile else function
+            return cuda_graph(program, images) if images.is_cuda else program
+
+        self._record = record
+        try:
+            yield
+        finally:
+            self._record = None
+
+    def run(self, spiking: "SpikingNetwork", function: Pass, images: Tensor) -> Any:
+        """Run a pass in the present run of the network's runtime, or replay its recording.
+
+        Args:
+            spiking: The network.
+            function: The pass; it depends on nothing but the images and the network with its present settings.
+            images: Images ``[B, ...]``.
+        """
+        if (self._record is None and not self._recorded) or not _repeatable(spiking):
+            return function(images)
+        key = _key(spiking, images)
+        if key not in self._recorded:
+            if self._record is None:
+                return function(images)
+            self._recorded[key] = self._record(function, images)
+        return self._recorded[key](images)
+
+
+def _repeatable(spiking: "SpikingNetwork") -> bool:
+    """Whether a run does nothing but compute its result."""
+    run = spiking.runtime.run
+    watched = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
+    if watched or run.record or run.remainders is not None or (run.mode == "count" and spiking.runtime.collects):
+        return False
+    return not any(has_hooks(module) for module in spiking.network.modules())
+
+
+def _key(spiking: "SpikingNetwork", images: Tensor) -> tuple[Any, ...]:
+    """Everything that a recording fixes."""
+    run, device = spiking.runtime.run, images.device.type
+    delays = tuple(run.delay(name, neuron.delay) for name, neuron in spiking.neurons().items())
+    merged = tuple(chain.merged_counts for chain in spiking.chains().values())
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return (
+        run.mode, images.shape, images.stride(), images.dtype, images.device, delays, merged, autocast,
+        float32_settings(),
+    )  # fmt: skip
