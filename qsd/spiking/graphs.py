@@ -8,17 +8,16 @@ bit for bit. A compiled program has kernels of its own, and may round potentials
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from qsd.lean import has_hooks
 from qsd.precision import float32_settings
-
-if TYPE_CHECKING:
-    from qsd.spiking.network import SpikingNetwork
+from qsd.spiking.layers import DelayedNeuron, SpikingChain
+from qsd.spiking.runtime import Runtime
 
 # A pass over images, with tensors in any structure as its result.
 Pass = Callable[[Tensor], Any]
@@ -54,7 +53,7 @@ def cuda_graph(function: Pass, images: Tensor) -> Pass:
             function(inputs)
     torch.cuda.current_stream(images.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         outputs = function(inputs)
     lock, done = threading.Lock(), torch.cuda.Event()
 
@@ -70,12 +69,21 @@ def cuda_graph(function: Pass, images: Tensor) -> Pass:
     return replay
 
 
+class _Parts(NamedTuple):
+    """The modules of a network that decide whether a recording fits, looked up once."""
+
+    modules: tuple[nn.Module, ...]
+    neurons: dict[str, DelayedNeuron]
+    chains: tuple[SpikingChain, ...]
+
+
 class Graphs:
     """The recorded runs of one network, by everything that a recording fixes. Copies and pickles begin without any."""
 
     def __init__(self) -> None:
         self._recorded: dict[tuple[Any, ...], Pass] = {}
         self._record: Callable[[Pass, Tensor], Pass] | None = None
+        self._parts: _Parts | None = None
 
     def __reduce__(self) -> tuple[type["Graphs"], tuple[()]]:
         return Graphs, ()
@@ -83,6 +91,7 @@ class Graphs:
     def clear(self) -> None:
         """Drop all recordings, for example because the tensors of the network were replaced."""
         self._recorded.clear()
+        self._parts = None
 
     @contextmanager
     def recording(self, compile: bool = False) -> Iterator[None]:
@@ -106,17 +115,21 @@ class Graphs:
         finally:
             self._record = None
 
-    def run(self, spiking: "SpikingNetwork", function: Pass, images: Tensor) -> Any:
-        """Run a pass in the present run of the network's runtime, or replay its recording.
+    def run(self, network: nn.Module, runtime: Runtime, function: Pass, images: Tensor) -> Any:
+        """Run a pass in the present run of a network's runtime, or replay its recording.
 
         Args:
-            spiking: The network.
+            network: The network's layers.
+            runtime: The runtime that they share.
             function: The pass; it depends on nothing but the images and the network with its present settings.
             images: Images ``[B, ...]``.
         """
-        if (self._record is None and not self._recorded) or not _repeatable(spiking):
+        if self._record is None and not self._recorded:
             return function(images)
-        key = _key(spiking, images)
+        parts = self._parts = self._parts or _parts_of(network)
+        if not _repeatable(parts, runtime):
+            return function(images)
+        key = _key(parts, runtime, images)
         if key not in self._recorded:
             if self._record is None:
                 return function(images)
@@ -124,22 +137,29 @@ class Graphs:
         return self._recorded[key](images)
 
 
-def _repeatable(spiking: "SpikingNetwork") -> bool:
+def _parts_of(network: nn.Module) -> _Parts:
+    modules = tuple(network.modules())
+    neurons = {m.name: m for m in modules if isinstance(m, DelayedNeuron)}
+    return _Parts(modules, neurons, tuple(m for m in modules if isinstance(m, SpikingChain)))
+
+
+def _repeatable(parts: _Parts, runtime: Runtime) -> bool:
     """Whether a run does nothing but compute its result."""
-    run = spiking.runtime.run
+    run = runtime.run
     watched = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
-    if watched or run.record or run.remainders is not None or (run.mode == "count" and spiking.runtime.collects):
+    if watched or run.record or run.remainders is not None or (run.mode == "count" and runtime.collects):
         return False
-    return not any(has_hooks(module) for module in spiking.network.modules())
+    return not any(has_hooks(module) for module in parts.modules)
 
 
-def _key(spiking: "SpikingNetwork", images: Tensor) -> tuple[Any, ...]:
+def _key(parts: _Parts, runtime: Runtime, images: Tensor) -> tuple[Any, ...]:
     """Everything that a recording fixes."""
-    run, device = spiking.runtime.run, images.device.type
-    delays = tuple(run.delay(name, neuron.delay) for name, neuron in spiking.neurons().items())
-    merged = tuple(chain.merged_counts for chain in spiking.chains().values())
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    run, device = runtime.run, images.device.type
     return (
-        run.mode, images.shape, images.stride(), images.dtype, images.device, delays, merged, autocast,
+        run.mode,
+        (images.shape, images.stride(), images.dtype, images.device),
+        tuple(run.delay(name, neuron.delay) for name, neuron in parts.neurons.items()),
+        tuple(chain.merged_counts for chain in parts.chains),
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         float32_settings(),
-    )  # fmt: skip
+    )

@@ -141,7 +141,7 @@ class SpikingNetwork(nn.Module):
             )
         self._check_images(images)
         with self.runtime.running("count"):
-            return self.graphs.run(self, self.network, images)
+            return self.graphs.run(self.network, self.runtime, self.network, images)
 
     def _check_images(self, images: Tensor, finite: bool = False) -> Tensor:
         """The images, unless the network cannot take them.
@@ -205,7 +205,7 @@ class SpikingNetwork(nn.Module):
     def _simulate(self, images: Tensor, delay: Delay, record: tuple[str, ...], latency: int) -> Trace:
         trace = Trace(torch.empty(0), latency)
         with self.runtime.running("step", delay_choice(delay), record=record, trace=trace):
-            trace.logits, trace.counts = self.graphs.run(self, self._steps, images)
+            trace.logits, trace.counts = self.graphs.run(self.network, self.runtime, self._steps, images)
         return trace
 
     def _steps(self, images: Tensor) -> tuple[Any, dict[str, Tensor]]:

@@ -124,19 +124,17 @@ def _inference(settings: Settings) -> list[Case]:
         Case("stepping, merged kernels", lambda: spiking(True), simulate, {merged: limit}),
         Case("conversion", trained, lambda network: lambda: qsd.to_spike_driven(network)),
     ]
-    for precision in settings.precisions:
-        if precision != "float32":
-            job, end = partial(_evaluation, images=images, precision=precision), suffix(precision)
-            in_precision = f"float twin{end}"
-            cases.append(Case(in_precision, twin, job))
-            cases.append(Case(f"quantized{end}", trained, job, {in_precision: None}))
-            cases.append(Case(f"count domain{end}", lambda: spiking(False), job, {in_precision: 1.0}))
-            cases[2].versus[in_precision] = None
-    for how in [*(["graph"] if settings.device.type == "cuda" else []), *(["compiled"] if settings.compile else [])]:
+    for precision in (name for name in settings.precisions if name != "float32"):
+        job, end = partial(_evaluation, images=images, precision=precision), suffix(precision)
+        beside = f"float twin{end}"
+        cases.append(Case(beside, twin, job))
+        cases.append(Case(f"quantized{end}", trained, job, {beside: None}))
+        cases.append(Case(f"count domain{end}", lambda: spiking(False), job, {beside: 1.0}))
+        cases[2].versus[beside] = None
+    for how in ["graph"] * (settings.device.type == "cuda") + ["compiled"] * settings.compile:
         for name, run in (("count domain", evaluate), ("stepping", simulate)):
-            cases.append(
-                Case(f"{name}, {how}", lambda: _unmerged(trained()), partial(_recorded, run, how), {name: None})
-            )
+            job = partial(_recorded, run, how)
+            cases.append(Case(f"{name}, {how}", lambda: _unmerged(trained()), job, {name: None}))
     return cases
 
 

@@ -93,7 +93,7 @@ def _many_programs(settings: Settings) -> Iterator[None]:
     import torch._dynamo.config as config
 
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before PyTorch 2.7
-    with config.patch(**{name: 256}):
+    with config.patch({name: 256}):
         yield
 
 
