@@ -2,7 +2,8 @@
 
 A pass launches hundreds of small kernels from Python, which takes longer than the kernels where images are few. A CUDA
 graph launches all of them at once. It computes with the same kernels, so that its results are those of an ordinary run,
-bit for bit. A compiled program has kernels of its own, and may round potentials otherwise.
+bit for bit. A compiled program has kernels of its own, and may round potentials otherwise. Passes of the count domain can
+be compiled; the marked tensors of stepping cannot be traced.
 """
 
 import threading
@@ -69,6 +70,18 @@ def cuda_graph(function: Pass, images: Tensor) -> Pass:
     return replay
 
 
+def recorded(function: Pass, images: Tensor, compile: bool) -> Pass:
+    """A pass as a CUDA graph on a CUDA device, compiled before if asked for.
+
+    Args:
+        function: The pass.
+        images: Images ``[B, ...]`` of the shape and type to record for.
+        compile: Whether it is compiled.
+    """
+    program = compiled(function, images) if compile else function
+    return cuda_graph(program, images) if images.is_cuda else program
+
+
 class _Parts(NamedTuple):
     """The modules of a network that decide whether a recording fits, looked up once."""
 
@@ -82,7 +95,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self._recorded: dict[tuple[Any, ...], Pass] = {}
-        self._record: Callable[[Pass, Tensor], Pass] | None = None
+        self._compile: bool | None = None  # while runs are recorded, whether they are compiled
         self._parts: _Parts | None = None
 
     def __reduce__(self) -> tuple[type["Graphs"], tuple[()]]:
@@ -102,18 +115,14 @@ class Graphs:
         but compiled programs is recorded.
 
         Args:
-            compile: Whether runs are compiled. Compiled kernels may round a potential to the other side of a threshold.
+            compile: Whether passes of the count domain are compiled. Compiled kernels may round a potential to the
+                other side of a threshold.
         """
-
-        def record(function: Pass, images: Tensor) -> Pass:
-            program = compiled(function, images) if compile else function
-            return cuda_graph(program, images) if images.is_cuda else program
-
-        self._record = record
+        self._compile = compile
         try:
             yield
         finally:
-            self._record = None
+            self._compile = None
 
     def run(self, network: nn.Module, runtime: Runtime, function: Pass, images: Tensor) -> Any:
         """Run a pass in the present run of a network's runtime, or replay its recording.
@@ -124,16 +133,16 @@ class Graphs:
             function: The pass; it depends on nothing but the images and the network with its present settings.
             images: Images ``[B, ...]``.
         """
-        if self._record is None and not self._recorded:
+        if self._compile is None and not self._recorded:
             return function(images)
         parts = self._parts = self._parts or _parts_of(network)
         if not _repeatable(parts, runtime):
             return function(images)
         key = _key(parts, runtime, images)
         if key not in self._recorded:
-            if self._record is None:
+            if self._compile is None:
                 return function(images)
-            self._recorded[key] = self._record(function, images)
+            self._recorded[key] = recorded(function, images, self._compile and runtime.mode == "count")
         return self._recorded[key](images)
 
 

@@ -132,7 +132,7 @@ def _inference(settings: Settings) -> list[Case]:
         cases.append(Case(f"count domain{end}", lambda: spiking(False), job, {beside: 1.0}))
         cases[2].versus[beside] = None
     for how in ["graph"] * (settings.device.type == "cuda") + ["compiled"] * settings.compile:
-        for name, run in (("count domain", evaluate), ("stepping", simulate)):
+        for name, run in (("count domain", evaluate), *([("stepping", simulate)] if how == "graph" else [])):
             job = partial(_recorded, run, how)
             cases.append(Case(f"{name}, {how}", lambda: _unmerged(trained()), job, {name: None}))
     return cases
