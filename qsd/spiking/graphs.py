@@ -2,8 +2,8 @@
 
 A pass launches hundreds of small kernels from Python, which takes longer than the kernels where images are few. A CUDA
 graph launches all of them at once. It computes with the same kernels, so that its results are those of an ordinary run,
-bit for bit. A compiled program has kernels of its own, and may round potentials otherwise. Passes of the count domain can
-be compiled; the marked tensors of stepping cannot be traced.
+bit for bit. A compiled program has kernels of its own, and may round potentials otherwise. Passes of the count domain
+can be compiled; the marked tensors of stepping cannot be traced.
 """
 
 import threading
