@@ -37,6 +37,7 @@ class QsdTransformer(StagedClassifier):
         attention: ``"linear"``, or ``"softmax"`` in a float twin.
         layer_scale: Initial scale of the transformer blocks' branches.
         branch_scale: Initial weight of the batch norm that ends each branch of the convolutional blocks (published: 1).
+        norm_scale: Factor of the initial weights of all batch norms, after ``branch_scale`` (published: 1).
             Smaller values keep membranes within the window of the neurons, and a training from scratch learns faster.
         drop_rate: Dropout in front of the classifier.
         drop_path_rate: Stochastic depth of the last transformer block; it grows linearly from 0 at the first.
@@ -60,6 +61,7 @@ class QsdTransformer(StagedClassifier):
         attention: AttentionKind = "linear",
         layer_scale: float = 1e-6,
         branch_scale: float = 1.0,
+        norm_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         strides: Sequence[int] = (2, 2, 2, 2, 1),
@@ -91,3 +93,7 @@ class QsdTransformer(StagedClassifier):
         self.head_neuron = build_neuron(time_steps)
         self.head = self.build_head(num_classes)
         self.describe_stages(embed_dims, strides)
+        # A membrane of variance 1 is above T thresholds, which are 1, in every sixth position.
+        for norm in self.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.weight.data.mul_(norm_scale)
