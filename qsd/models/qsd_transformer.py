@@ -90,10 +90,13 @@ class QsdTransformer(StagedClassifier):
         for dim, width, stride, (block, number) in zip(dims, embed_dims, strides[1:], blocks):
             downsample = Downsample(dim, width, stride=stride, **kinds)
             self.stages.append(Stage(downsample, [block(width) for _ in range(number)]))
-        self.head_neuron = build_neuron(time_steps)
-        self.head = self.build_head(num_classes)
+        self.head_neuron, self.head = build_neuron(time_steps), self.build_head(num_classes)
         self.describe_stages(embed_dims, strides)
-        # A membrane of variance 1 is above T thresholds, which are 1, in every sixth position.
-        for norm in self.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.weight.data.mul_(norm_scale)
+        _scale_norms(self, norm_scale)
+
+
+def _scale_norms(model: nn.Module, factor: float) -> None:
+    """Multiply the weights of all batch norms: a membrane of variance 1 is above T thresholds in every sixth position."""
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.weight.data.mul_(factor)

@@ -299,5 +299,5 @@ def test_small_scales_of_branches_and_norms_keep_membranes_within_the_window():
         positive = membranes[0][membranes[0] > 0]
         shares[scale] = (positive < 1).float().mean().item()
     assert shares[0.2] > 0.6, "about 0.68 of a half normal distribution of variance 1 are below 1"
-    assert shares[0.4] > 0.9, "about 0.95 of one of variance 1/4"
+    assert shares[0.4] > 0.8, "about 0.88 of one of variance 0.41: a norm of 0.25 and four branches of 0.04"
     assert shares[1.0] < 0.5
