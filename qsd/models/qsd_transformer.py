@@ -96,7 +96,7 @@ class QsdTransformer(StagedClassifier):
 
 
 def _scale_norms(model: nn.Module, factor: float) -> None:
-    """Multiply the weights of all batch norms: a membrane of variance 1 is above T thresholds in every sixth position."""
+    """Multiply the weights of all batch norms: one membrane in six of variance 1 is above T thresholds."""
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.weight.data.mul_(factor)
