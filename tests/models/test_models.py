@@ -154,7 +154,8 @@ def test_parameters_of_one_dimension_or_none_are_exempt_from_weight_decay(name):
 
 
 def test_twins_have_the_same_topology_without_spikes_or_quantizers():
-    spiking, twin = small("qsd_15m"), small("qsd_15m_ann")
+    # The arguments of a recipe for the spiking network make its twin too.
+    spiking, twin = small("qsd_15m"), small("qsd_15m_ann", time_steps=4, weight_bits=4)
     assert not any(isinstance(m, SpikeNeuron) for m in twin.modules())
     assert not [k for k in twin.state_dict() if k.endswith("step")]
     assert {k for k in spiking.state_dict() if not k.endswith("step")} == set(twin.state_dict())
@@ -164,7 +165,8 @@ def test_twins_have_the_same_topology_without_spikes_or_quantizers():
 
 
 def test_csdformer_s_twin_has_the_same_topology_and_softmax_attention_on_demand():
-    model, twin = small("csdformer_8_384", weight_bits=4), small("csdformer_8_384_ann")
+    model = small("csdformer_8_384", weight_bits=4)
+    twin = small("csdformer_8_384_ann", time_steps=4, weight_bits=4, activation="qcfs")
     assert not any(isinstance(m, SpikeNeuron) for m in twin.modules())
     assert {k for k in model.state_dict() if not k.endswith("step")} == set(twin.state_dict())
     assert {k for k in small("csdformer_8_384").state_dict() if "quantizer" in k} == set()
