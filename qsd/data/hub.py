@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from qsd.errors import QsdError
+from qsd.limits import LARGEST_LABEL
 from qsd.reading import regular_file, shown
 from qsd.reading.images import BadImage, ExifOrientation, decode_image
 
@@ -155,12 +156,15 @@ def _classes(
         names, values = np.unique(values.astype(str), return_inverse=True)
     elif values.ndim != 1 or values.dtype.kind not in "iu":
         raise QsdError(f"the labels of the split {split} are neither whole numbers nor texts; see --data.label_key.")
-    if names is None:
-        return known or [str(number) for number in range(int(values.max(initial=-1)) + 1)], values.astype(np.int64)
-    names, values = [str(name) for name in names], values.astype(np.int64)
-    if len(values) and not -1 <= values.min() <= values.max() < len(names):
+    most = LARGEST_LABEL if names is None else len(names) - 1
+    if len(values) and not -1 <= values.min() <= values.max() <= most:
         wrong = values.min() if values.min() < -1 else values.max()
-        raise QsdError(f"the split {split} has the label {wrong}, and its columns name {len(names)} classes.")
+        fault = "which is no class" if names is None else f"and its columns name {len(names)} classes"
+        raise QsdError(f"the split {split} has the label {wrong}, {fault}; see --data.label_key.")
+    values = values.astype(np.int64)
+    if names is None:
+        return known or [str(number) for number in range(int(values.max(initial=-1)) + 1)], values
+    names = [str(name) for name in names]
     if known is None or names == known:
         return names, values
     if unknown := [names[label] for label in np.unique(values) if label >= 0 and names[label] not in known]:
