@@ -76,10 +76,12 @@ class IntegerGraph:
         for node in graph.node:
             call = self._calls.get(node.output[0])
             if call is None:
+                node.ClearField("name")  # Outputs have names; a second one for each operation takes room.
                 self._nodes.append(node)
             elif call.output not in self._written:
                 writes.of(call.layer)(call.layer, call, self)
         del graph.node[:]
+        del graph.value_info[:]  # Runtimes find the shapes themselves.
         if self.compact:
             pin_versions(self.model, EARLY_OPSET, EARLY_IR_VERSION)
         if self._words:  # They are unpacked first.
@@ -135,7 +137,7 @@ class IntegerGraph:
         Returns:
             The name of its output.
         """
-        self._nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
+        self._nodes.append(self.onnx.helper.make_node(kind, inputs, [output], **attributes))
         return output
 
     def constant(self, name: str, values: Any, dtype: type) -> str:
@@ -208,7 +210,7 @@ class IntegerGraph:
             inputs: Names of the tensor and of the sizes of its parts.
             outputs: Names of the parts.
         """
-        self._nodes.append(self.onnx.helper.make_node("Split", inputs, outputs, name=f"{inputs[0]}.split"))
+        self._nodes.append(self.onnx.helper.make_node("Split", inputs, outputs))
 
     def floats(self, value: str, output: str) -> str:
         """Add a conversion to floats.
