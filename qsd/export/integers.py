@@ -196,12 +196,16 @@ class IntegerGraph:
             self.model.graph.initializer.append(types(name=value, data_type=types.INT4, dims=dims, raw_data=packed))
         if not small.factors:
             return value if self.compact else self.add("Cast", [value], name, to=types.INT8)
-        value = self.add("Cast", [value], f"{name}.wide", to=types.INT32)
+        value = self.add("Cast", [value], self._short_name(), to=types.INT32)
         for number, factor in enumerate(small.factors):
-            label = f"{name}.factor{number}"
-            wide = self.add("Cast", [self.constant(label, factor, np.int8)], f"{label}.wide", to=types.INT32)
-            value = self.add("Mul", [value, wide], f"{name}.scaled{number}")
+            factors = self.constant(f"{name}.factor{number}", factor, np.int8)
+            wide = self.add("Cast", [factors], self._short_name(), to=types.INT32)
+            value = self.add("Mul", [value, wide], self._short_name())
         return self.add("Cast", [value], name, to=types.INT8)
+
+    def _short_name(self) -> str:
+        """A name for a value that nobody looks for; long names take room, and names of layers have no such sign."""
+        return f"#{len(self._nodes)}"
 
     def split(self, inputs: list[str], outputs: list[str]) -> None:
         """Add a division of a tensor into parts.

@@ -402,6 +402,18 @@ def test_parquet_files_of_other_programs_with_texts_as_labels(tmp_path):
     assert module.class_names == ["a", "b", "c"]
     assert [module.load_part(part).labels.tolist() for part in ("train", "val")] == [[1, 0, 2], [2, 1]]
     assert module.load_part("val").load(1).getpixel((0, 0)) == (1, 254, 7)
+    columns = {"picture": [picture(0)], "kind": [0]}
+    datasets.Dataset.from_dict(columns).to_pandas().to_parquet(tmp_path / "val.parquet")
+    datasets.Dataset.from_dict(columns).to_pandas()[:0].to_parquet(tmp_path / "test.parquet")
+    for part, message in (("val", "numbers without names, and those of the training split texts"), ("test", "no rows")):
+        with pytest.raises(QsdError, match=message):
+            ReaderData(
+                "hfds/", str(tmp_path), image_key="picture", label_key="kind", test_split="test", **SMALL
+            ).load_part(part)
+    (tmp_path / "names.txt").write_bytes(b"caf\xe9\nb\nc\n")
+    keys = {"image_key": "picture", "label_key": "kind", "class_names": str(tmp_path / "names.txt")}
+    with pytest.raises(QsdError, match=r"names.txt is no text in UTF-8"):
+        ReaderData("hfds/", str(tmp_path), **keys, **SMALL).load_part("train")
 
 
 def test_what_equal_steps_leave_out_or_repeat_is_said(caplog):
