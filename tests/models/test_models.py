@@ -286,11 +286,12 @@ def test_half_precision_autocast_trains(name):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_a_small_branch_scale_keeps_membranes_within_the_window():
+def test_small_scales_of_branches_and_norms_keep_membranes_within_the_window():
     shares = {}
-    for scale in (1.0, 0.2):
+    for scale, norms in ((1.0, 1.0), (0.2, 1.0), (0.4, 0.5)):
         torch.manual_seed(0)
-        model = timm.create_model("qsd_tiny", depth=2, strides=(2, 1, 1, 1, 1), branch_scale=scale).train()
+        sizes = {"depth": 2, "strides": (2, 1, 1, 1, 1), "branch_scale": scale, "norm_scale": norms}
+        model = timm.create_model("qsd_tiny", **sizes).train()
         membranes = []
         neuron = model.stages[2].downsample.neuron
         neuron.register_forward_hook(lambda _neuron, inputs, _output, found=membranes: found.append(inputs[0]))
@@ -298,4 +299,5 @@ def test_a_small_branch_scale_keeps_membranes_within_the_window():
         positive = membranes[0][membranes[0] > 0]
         shares[scale] = (positive < 1).float().mean().item()
     assert shares[0.2] > 0.6, "about 0.68 of a half normal distribution of variance 1 are below 1"
+    assert shares[0.4] > 0.8, "about 0.88 of one of variance 0.41: a norm of 0.25 and four branches of 0.04"
     assert shares[1.0] < 0.5
