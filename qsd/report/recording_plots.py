@@ -34,6 +34,7 @@ def recording_over_time(record: ActivityRecord) -> Figure:
         axes = figure.add_subplot(grid[1])
         axes.bar(np.arange(1, len(frames) + 1), [frame.events for frame in frames], width=0.8, color=plots.ORANGE)
         axes.set_xlim(0.5, len(frames) + 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("events", rotation=0, ha="right", va="center", fontsize=6.5)
         axes.set_xlabel("frame", labelpad=1)
         most = max((max(values, default=0.0) for values in timeline.values()), default=0.0) or 1.0
