@@ -5,12 +5,14 @@ This module lies beside the package because importing ``qsd`` imports PyTorch, w
 """
 
 import difflib
+import gc
 import runpy
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import NoReturn
 
 # The module of each subcommand, whose `main` takes the arguments, and its line in the help.
@@ -49,10 +51,10 @@ def main(args: Sequence[str] | None = None) -> int:
     elif command in ("-h", "--help"):
         print(_help())
     elif command in TRAINING or command.split("=")[0] in ("--config", "--print_config"):
-        return int(import_module("qsd.cli").train(arguments))
+        return int(_imported("qsd.cli").train(arguments))
     elif command in SUBCOMMANDS:
         arguments.remove(command)
-        return int(import_module(SUBCOMMANDS[command][0]).main(arguments))
+        return int(_imported(SUBCOMMANDS[command][0]).main(arguments))
     else:
         print(f"qsd: error: {_unknown(command)}", file=sys.stderr)
         return 2
@@ -81,6 +83,23 @@ def run_lightning() -> NoReturn:
     if sys.argv[1:] and sys.argv[1] not in ours and find_spec("lightning_sdk") is not None:
         sys.exit(import_module("lightning_sdk.cli.entrypoint").main_cli())
     run()
+
+
+def _imported(name: str) -> ModuleType:
+    """A module, with whatever it imports left out of garbage collection.
+
+    PyTorch's thousands of modules and classes stay until the end, and passes over them take a second of a start.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module(name)
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def _version() -> str:

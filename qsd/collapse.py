@@ -44,6 +44,6 @@ def watch_step(owner: nn.Module, step: Tensor) -> None:
         _told = True
         warnings.warn(
             f"A learned step size of {owner} has become {lowest:.3g}: step sizes have to stay positive, and this is "
-            "another network now. Lower their learning rate; qsd.layers.steps.step_names(model) names them.",
+            "another network now. Lower their learning rate; qsd.layers.steps.collapsed_step(model) names the layer.",
             stacklevel=2,
         )

@@ -37,6 +37,7 @@ class QsdTransformer(StagedClassifier):
         attention: ``"linear"``, or ``"softmax"`` in a float twin.
         layer_scale: Initial scale of the transformer blocks' branches.
         branch_scale: Initial weight of the batch norm that ends each branch of the convolutional blocks (published: 1).
+        norm_scale: Factor of the initial weights of all batch norms, after ``branch_scale`` (published: 1).
             Smaller values keep membranes within the window of the neurons, and a training from scratch learns faster.
         drop_rate: Dropout in front of the classifier.
         drop_path_rate: Stochastic depth of the last transformer block; it grows linearly from 0 at the first.
@@ -60,6 +61,7 @@ class QsdTransformer(StagedClassifier):
         attention: AttentionKind = "linear",
         layer_scale: float = 1e-6,
         branch_scale: float = 1.0,
+        norm_scale: float = 1.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         strides: Sequence[int] = (2, 2, 2, 2, 1),
@@ -88,6 +90,13 @@ class QsdTransformer(StagedClassifier):
         for dim, width, stride, (block, number) in zip(dims, embed_dims, strides[1:], blocks):
             downsample = Downsample(dim, width, stride=stride, **kinds)
             self.stages.append(Stage(downsample, [block(width) for _ in range(number)]))
-        self.head_neuron = build_neuron(time_steps)
-        self.head = self.build_head(num_classes)
+        self.head_neuron, self.head = build_neuron(time_steps), self.build_head(num_classes)
         self.describe_stages(embed_dims, strides)
+        _scale_norms(self, norm_scale)
+
+
+def _scale_norms(model: nn.Module, factor: float) -> None:
+    """Multiply the weights of all batch norms: one membrane in six of variance 1 is above T thresholds."""
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.weight.data.mul_(factor)

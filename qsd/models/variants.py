@@ -32,7 +32,7 @@ class Family:
         cls: Class of the models.
         title: Name of the family in prose.
         sizes: Arguments of each variant, by its name.
-        twin: Arguments that make a float twin of a variant; its name ends with ``_ann``.
+        twin: Arguments that make a float twin of a variant, whatever else is asked for; its name ends with ``_ann``.
         cfg: Gives timm's configuration for the arguments of a variant.
         hint: The answer to ``pretrained=True``: where weights can be found.
         out_indices: Modules whose features ``features_only=True`` returns: by number, or how many of the last.
@@ -197,13 +197,12 @@ def register_family(family: Family) -> None:
     if family not in FAMILIES:
         FAMILIES.append(family)
     for variant, sizes in family.sizes.items():
-        twin = {**sizes, **family.twin}
         cfg = family.cfg(sizes)
         tagged = {weights.name: {**cfg, **weights.cfg()} for weights in tags_of(variant).values()}
         # The star keeps the configuration without weights the default, in front of those with a tag.
         default_cfgs.update(generate_default_cfgs({**tagged, f"{variant}.*": cfg, f"{variant}_ann": cfg}))
         _register(family, variant, sizes, f"{family.title} {dict(sizes)}.")
-        _register(family, f"{variant}_ann", twin, f"Float twin of {variant}: ReLU neurons and float weights.")
+        _register(family, f"{variant}_ann", sizes, f"Float twin of {variant}: ReLU neurons and float weights.")
 
 
 def family_of(name: str) -> Family:
@@ -237,7 +236,9 @@ def _register(family: Family, name: str, arguments: Arguments, description: str)
         shipped = tags_of(name).get(tag) if isinstance(tag, str) else None
         if shipped is not None:  # a tag's defaults are those of its training
             kwargs = {**shipped.arguments, **kwargs}
-        options, own = FrameOptions.taken_from({**arguments, **kwargs})
+        # The arguments of a spiking network, those of a recipe for instance, make its float twin too.
+        twin = family.twin if name.endswith("_ann") else {}
+        options, own = FrameOptions.taken_from({**arguments, **kwargs, **twin})
         if options.channels(1) > 1:
             own["in_chans"] = options.channels(own.get("in_chans", 3))
         model: Any = build_model_with_cfg(

@@ -7,6 +7,7 @@ from sklearn.datasets import load_digits
 
 from qsd.data import DigitsData
 from qsd.errors import QsdError
+from qsd.reading import digits as reading
 
 SIZES = {"train": 1197, "val": 200, "test": 400}
 
@@ -31,6 +32,16 @@ def test_parts_are_disjoint_complete_and_stratified(digits):
         assert len(chosen) == size
         assert digits.load_part(part).labels.tolist() == target[chosen].tolist()
         assert np.abs(np.bincount(target[chosen]) - np.bincount(target) * size / 1797).max() < 2
+
+
+def test_digits_are_read_as_scikit_learn_reads_them(monkeypatch):
+    expected = load_digits()
+    for missing in (False, True):
+        if missing:  # a scikit-learn that keeps its file elsewhere
+            monkeypatch.setattr("qsd.reading.digits.find_spec", lambda name: None)
+        images, classes = reading.load_digits()
+        assert np.array_equal(images, expected.images)
+        assert np.array_equal(classes, expected.target)
 
 
 def test_parts_are_fixed_for_ever():

@@ -154,7 +154,8 @@ def test_parameters_of_one_dimension_or_none_are_exempt_from_weight_decay(name):
 
 
 def test_twins_have_the_same_topology_without_spikes_or_quantizers():
-    spiking, twin = small("qsd_15m"), small("qsd_15m_ann")
+    # The arguments of a recipe for the spiking network make its twin too.
+    spiking, twin = small("qsd_15m"), small("qsd_15m_ann", time_steps=4, weight_bits=4)
     assert not any(isinstance(m, SpikeNeuron) for m in twin.modules())
     assert not [k for k in twin.state_dict() if k.endswith("step")]
     assert {k for k in spiking.state_dict() if not k.endswith("step")} == set(twin.state_dict())
@@ -164,7 +165,8 @@ def test_twins_have_the_same_topology_without_spikes_or_quantizers():
 
 
 def test_csdformer_s_twin_has_the_same_topology_and_softmax_attention_on_demand():
-    model, twin = small("csdformer_8_384", weight_bits=4), small("csdformer_8_384_ann")
+    model = small("csdformer_8_384", weight_bits=4)
+    twin = small("csdformer_8_384_ann", time_steps=4, weight_bits=4, activation="qcfs")
     assert not any(isinstance(m, SpikeNeuron) for m in twin.modules())
     assert {k for k in model.state_dict() if not k.endswith("step")} == set(twin.state_dict())
     assert {k for k in small("csdformer_8_384").state_dict() if "quantizer" in k} == set()
@@ -284,11 +286,12 @@ def test_half_precision_autocast_trains(name):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_a_small_branch_scale_keeps_membranes_within_the_window():
+def test_small_scales_of_branches_and_norms_keep_membranes_within_the_window():
     shares = {}
-    for scale in (1.0, 0.2):
+    for scale, norms in ((1.0, 1.0), (0.2, 1.0), (0.4, 0.5)):
         torch.manual_seed(0)
-        model = timm.create_model("qsd_tiny", depth=2, strides=(2, 1, 1, 1, 1), branch_scale=scale).train()
+        sizes = {"depth": 2, "strides": (2, 1, 1, 1, 1), "branch_scale": scale, "norm_scale": norms}
+        model = timm.create_model("qsd_tiny", **sizes).train()
         membranes = []
         neuron = model.stages[2].downsample.neuron
         neuron.register_forward_hook(lambda _neuron, inputs, _output, found=membranes: found.append(inputs[0]))
@@ -296,4 +299,5 @@ def test_a_small_branch_scale_keeps_membranes_within_the_window():
         positive = membranes[0][membranes[0] > 0]
         shares[scale] = (positive < 1).float().mean().item()
     assert shares[0.2] > 0.6, "about 0.68 of a half normal distribution of variance 1 are below 1"
+    assert shares[0.4] > 0.8, "about 0.88 of one of variance 0.41: a norm of 0.25 and four branches of 0.04"
     assert shares[1.0] < 0.5

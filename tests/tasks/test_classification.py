@@ -381,6 +381,14 @@ def test_a_step_size_that_is_no_longer_positive_stops_and_is_named(tmp_path):
         make_trainer(tmp_path, [Poison()]).fit(make_task(base_lr=1e-9), FewDigits())
 
 
+def test_rates_that_move_a_step_size_through_zero_end_the_training_in_its_first_epoch(tmp_path):
+    message = (
+        r"a step size of model\.\S+\.quantizer is -0\.\d+ at step \d, not positive.*try a lower base_lr or step_lr"
+    )
+    with pytest.raises(QsdError, match=message):
+        make_trainer(tmp_path, max_epochs=1).fit(make_task(base_lr=16.0, step_lr=1.0, warmup_epochs=0), FewDigits())
+
+
 def test_a_classifier_with_fewer_outputs_than_classes_is_refused(tmp_path):
     with pytest.raises(QsdError, match=r"the data has 10 classes \(labels 0 to 9\), the model only num_classes=5"):
         make_trainer(tmp_path).fit(make_task(num_classes=5), FewDigits())

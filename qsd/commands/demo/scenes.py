@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from rich.progress import track
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_sample_images
 
 from qsd.data import DigitsData
 from qsd.data.base import Part
 from qsd.errors import QsdError
+from qsd.reading.digits import FULL_SCALE, load_digits
 
 Array = npt.NDArray[Any]
 
@@ -98,7 +99,7 @@ def _columns(image: Array, columns: tuple[float, float]) -> Array:
 def _digits(part: Part) -> list[tuple[Array, int]]:
     """Grey levels 0 to 1, ``[8, 8]``, and label of each digit of a part: the parts are those of `DigitsData`."""
     chosen = DigitsData(img_size=8).load_part(part)
-    images = load_digits().images / 16
+    images = load_digits()[0] / FULL_SCALE
     numbers = [int(chosen.name(i).removeprefix("digit ")) for i in range(len(chosen))]
     return [(images[number], int(label)) for number, label in zip(numbers, chosen.labels)]
 

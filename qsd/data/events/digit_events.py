@@ -12,7 +12,7 @@ from qsd.data.events.frames import FrameAugmentation
 from qsd.data.events.pixels import PixelModel, record
 from qsd.data.events.recordings import RecordingArrays
 from qsd.limits import check_number
-from qsd.reading.digits import FULL_SCALE, SIZES
+from qsd.reading.digits import FULL_SCALE, SIZES, load_digits
 from qsd.reading.events import Events
 from qsd.reading.splits import stratified_split
 
@@ -81,25 +81,21 @@ class DigitEvents(EventData):
             part: "train", "val" or "test".
         """
         if not self._parts:
-            # Here, because importing scikit-learn takes a second that other data should not cost.
-            from sklearn.datasets import load_digits
-
-            digits = load_digits()
+            _, classes = load_digits()
             recordings = _record_digits(self.img_size, self.pixels)
-            for name, indices in zip(SIZES, stratified_split(digits.target, list(SIZES.values()))):
+            for name, indices in zip(SIZES, stratified_split(classes, list(SIZES.values()))):
                 chosen = [recordings[index] for index in indices]
                 names = [f"digit {index}" for index in indices]
-                self._parts[name] = RecordingArrays(chosen, digits.target[indices], names, self.binning())
+                self._parts[name] = RecordingArrays(chosen, classes[indices], names, self.binning())
         return self._parts[part]
 
 
 @lru_cache(maxsize=1)
 def _record_digits(size: tuple[int, int], pixels: PixelModel) -> list[Events]:
     """Recordings of all digits, by a sensor of some height and width."""
-    from sklearn.datasets import load_digits
-
     height, width = size
-    digits = np.stack([_enlarged(digit / FULL_SCALE, height, width) for digit in load_digits().images])
+    images, _ = load_digits()
+    digits = np.stack([_enlarged(image / FULL_SCALE, height, width) for image in images])
 
     def picture(now: float) -> Array:
         saccade = min(int(now / SACCADE_MS), 2)
