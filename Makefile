@@ -31,9 +31,9 @@ check: lint
 test-long: $(VENV)/.installed-dev
 	QSD_TEST_LONG=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --timeout=3600
 
-# What only a CUDA device can show.
+# What only a CUDA device can show; tests skip where there is none.
 test-cuda: $(VENV)/.installed-dev
-	$(BIN)/pytest tests/test_cuda.py tests/mm/test_cuda.py
+	$(BIN)/pytest $(wildcard tests/test_cuda*.py) tests/mm/test_cuda.py
 
 # The documentation site; docs/_build/html/index.html is its first page.
 docs: $(VENV)/.installed-dev

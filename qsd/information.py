@@ -36,6 +36,7 @@ from qsd.distillation import (
 )
 from qsd.errors import QsdError
 from qsd.neurons import SpikeNeuron
+from qsd.precision import full_float32
 
 # Membranes are counted in bins of 1/16 from -4 to 5 times the input that fires T spikes; values outside of this range
 # are counted in the outermost bins.
@@ -239,6 +240,7 @@ class InformationMeter:
 
 
 @torch.no_grad()
+@full_float32()
 def measure_information(
     model: nn.Module,
     batches: Iterable[Any],

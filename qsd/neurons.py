@@ -20,6 +20,7 @@ from qsd import functional, lean
 from qsd.collapse import expect_steps, watch_step
 from qsd.errors import QsdError
 from qsd.functional import CountRule, fixed_drive, scale_gradient, spike_count
+from qsd.lean import Choice
 from qsd.recurrence import FrameMemory, frame_slack, membrane_potentials
 
 # The name of a kind of neuron, see `register_neuron`.
@@ -40,7 +41,7 @@ class SpikeNeuron(nn.Module):
     """Integer spike counts over a window of ``time_steps``, times an amplitude (IE-LIF by default).
 
     It has no state and needs no reset call: a sample's spikes depend on nothing but its own input. For the backward
-    pass it keeps half a byte per element, see `qsd.lean`; `qsd.set_lean` switches that off.
+    pass it keeps half a byte per element where `qsd.set_lean` says so, see `qsd.lean`.
 
     With a `memory` it gets all frames of its recordings in one call, ``[F * B, ...]``, and the remainder of a frame
     lives on in the next one (`qsd.recurrence`). The remainder of the last frame is dropped before the call returns.
@@ -63,7 +64,7 @@ class SpikeNeuron(nn.Module):
         QsdError: If ``time_steps`` is out of range, the threshold is not positive, or an option is unknown.
     """
 
-    lean = True
+    lean: Choice = "auto"
     memory: FrameMemory | None = None
 
     def __init__(
@@ -122,7 +123,7 @@ class SpikeNeuron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
-        spikes = lean.fixed_spikes if self.lean else functional.fixed_spikes
+        spikes = lean.fixed_spikes if lean.TRAINS_LEAN[self.lean, x.is_cuda] else functional.fixed_spikes
         amplitude = self.threshold if self._amplitude is None else self._amplitude
         if self.memory is not None:  # The potential is in units of the threshold.
             rule = self.rule._replace(slack=self._slack(x))
@@ -210,7 +211,7 @@ class LearnedStepNeuron(SpikeNeuron):
         return self._spikes(x, scale, None)
 
     def _spikes(self, x: Tensor, scale: Factor | None, amplitude: Tensor | None) -> Tensor:
-        spikes = lean.learned_spikes if self.lean else functional.learned_spikes
+        spikes = lean.learned_spikes if lean.TRAINS_LEAN[self.lean, x.is_cuda] else functional.learned_spikes
         if self.memory is not None:  # The potential is in units of the threshold.
             return spikes(self.potential(x, scale), x.new_ones(()), amplitude, self.time_steps)
         return spikes(x, self._scaled_threshold(x, scale), amplitude, self.time_steps)

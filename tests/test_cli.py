@@ -91,7 +91,7 @@ def test_overlays_layer_and_the_printed_configuration_is_complete(tree, capsys):
     "options",
     [
         ["--trainer.precision=bf16-mixed", "--trainer.accumulate_grad_batches=2"],
-        ["--model.grad_checkpointing=true", "--model.mixup=0.5", "--model.cutmix=1.0"],
+        ["--model.grad_checkpointing=true", "--model.mixup=0.5", "--model.cutmix=1.0", "--model.lean=true"],
         ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.init_args.decay=0.9"],
     ],
     ids=["bf16 accumulated", "lean with mixup", "averaged"],
@@ -101,6 +101,7 @@ def test_training_options(tree, options):
     assert cli.main(["fit", *imagenet(tree, "--data.batch_size=4", "--trainer.max_epochs=1", *options)]) == 0
     checkpoint = torch.load("runs/imagenet/version_0/checkpoints/last.ckpt", weights_only=True)
     assert ("current_model_state" in checkpoint) == ("EMAWeightAveraging" in str(options))
+    assert checkpoint["hyper_parameters"]["lean"] == ("--model.lean=true" in options or "auto")
 
 
 def test_a_run_goes_on_where_it_stopped(tree):

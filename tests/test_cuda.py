@@ -1,16 +1,19 @@
 """What only a CUDA device can show; skipped elsewhere."""
 
+import contextlib
 import copy
 import csv
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import timm
 import torch
 
-from qsd import cli, compare_counts, set_lean, to_spike_driven
+from qsd import cli, compare_counts, count_spikes, set_lean, to_spike_driven
+from qsd.commands.benchmark import main as benchmark
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -52,6 +55,93 @@ def test_lean_training_has_the_gradients_of_ordinary_training(name):
     for name, gradient in gradients[0].items():
         difference = (gradient - gradients[1][name]).abs().max()
         assert difference <= 1e-9 * gradient.abs().max().clamp(min=1), name
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_memory_lean_training_is_off_by_default_and_keeps_less_where_it_is_on(name):
+    images, kept = torch.randn(4, 3, 64, 64, device="cuda"), {}
+    trained = network(name, images).train()
+    for setting in ("auto", False, True):
+        model, sizes = copy.deepcopy(trained), {}
+        set_lean(model, setting)
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor.detach())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(images)
+        kept[setting] = sum(size for size, _ in sizes.values())
+    assert kept["auto"] == kept[False]
+    assert kept[True] < 0.7 * kept[False]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_inference_warns_once_where_tf32_could_change_counts(allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    images = torch.randn(2, 3, 64, 64, device="cuda")
+    spiking = to_spike_driven(network("qsd_tiny", images))
+    expects = allowed and torch.cuda.get_device_capability()[0] >= 8
+    warns = pytest.warns(UserWarning, match="TF32 .* Set torch.backends.cudnn.allow_tf32 = False")
+    with warns if expects else contextlib.nullcontext():
+        spiking(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spiking(images)
+        count_spikes(spiking, images)
+
+
+@pytest.mark.parametrize("code", ["unary", "binary"])
+@pytest.mark.parametrize("name", SIZES)
+def test_cuda_graphs_have_the_bits_of_ordinary_runs(name, code, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    images, others = torch.randn(2, 4, 3, 64, 64, device="cuda").unbind()
+    spiking = to_spike_driven(network(name, images), code=code)
+    expected = [(spiking(batch), spiking.simulate(batch)) for batch in (images, others)]
+    with spiking.graphs.recording():
+        spiking(images)
+        spiking.simulate(images)
+    assert len(spiking.graphs._recorded) == 2
+    found = [(spiking(batch), spiking.simulate(batch)) for batch in (images, others)]  # no result overwrites another
+    for (logits, trace), (again, replayed) in zip(expected, found, strict=True):
+        assert torch.equal(logits, again)
+        assert torch.equal(trace.logits, replayed.logits)
+        assert trace.counts.keys() == replayed.counts.keys()
+        assert all(torch.equal(counts, replayed.counts[key]) for key, counts in trace.counts.items())
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_stepping_in_a_graph_has_the_counts_of_the_count_domain(name):
+    images = torch.randn(4, 3, 64, 64, device="cuda", dtype=torch.float64)
+    spiking = to_spike_driven(network(name, images))
+    expected = count_spikes(spiking, images)
+    with spiking.graphs.recording():
+        spiking.simulate(images)
+    found = spiking.simulate(images).counts
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(counts.double(), expected[key]) for key, counts in found.items())
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_compiled_passes_of_the_count_domain_have_the_results_of_ordinary_ones(name):
+    images = torch.randn(4, 3, 64, 64, device="cuda", dtype=torch.float64)
+    spiking = to_spike_driven(network(name, images))
+    expected = spiking(images)
+    with spiking.graphs.recording(compile=True):
+        spiking(images)
+    torch.testing.assert_close(spiking(images), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_benchmark_measures_precisions_memory_and_the_largest_batch(tmp_path, capsys):
+    small = ["--quick", "--rounds=1", "--img-size=32", "--batch-size=2", "--model=qsd_tiny", "--out", str(tmp_path)]
+    assert benchmark(["inference", "training", "--device=cuda", *small, "--profile", "quantized, eager, bf16"]) == 0
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    for precision in ("", ", tf32", ", bf16", ", fp16"):
+        row = results["training"][f"quantized, eager{precision}"]
+        assert row["allocator_peak"] > row["kept_bytes"] > 0
+        assert results["training"][f"lean, eager{precision}"]["kept_bytes"] < row["kept_bytes"]
+    assert "count domain, graph" in results["inference"]
+    assert "Self CUDA" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])

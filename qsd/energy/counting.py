@@ -15,6 +15,7 @@ from qsd.energy.prices import Preset, Prices, chosen_prices, preset_prices
 from qsd.energy.pricing import price
 from qsd.energy.signals import SignalWatch
 from qsd.energy.table import Energy, LayerEnergy
+from qsd.precision import full_float32
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.layers import LayerInputs, Operations, TimedLayer
 from qsd.spiking.layers.costs import Sums
@@ -28,6 +29,7 @@ _TAPS = {"upsample_bilinear2d": 4, "_upsample_bilinear2d_aa": 4, "upsample_bicub
 
 
 @torch.no_grad()
+@full_float32()
 def measure_energy(
     spiking: SpikingNetwork,
     images: Images,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qsd.errors import QsdError
 from qsd.export.chain_factors import hands_bias_on
 from qsd.integer.weights import IntegerWeights, chain_weights, evaluated_convolutions
+from qsd.precision import full_float32
 from qsd.spiking import SpikingNetwork
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.layers import Convolution, SpikingChain
@@ -79,6 +80,7 @@ class _Inner:
 
 
 @torch.no_grad()
+@full_float32()
 def calibrate(spiking: SpikingNetwork, images: Images | None, round_inner: Merge = "all") -> dict[str, Grid]:
     """The grids of the inner activations, from their least and largest values on images.
 

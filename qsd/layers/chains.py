@@ -11,27 +11,37 @@ from torch import Tensor, nn
 from qsd.functional import pad_frame
 from qsd.layers.layer_scale import LayerScale
 from qsd.layers.quantized import QuantConv2d, lean_form
-from qsd.lean import Synapse, framed_convolutions, has_hooks, is_ordinary, norm_in_training, two_norms, working_dtype
+from qsd.lean import (
+    TRAINS_LEAN,
+    Choice,
+    Synapse,
+    framed_convolutions,
+    has_hooks,
+    is_ordinary,
+    norm_in_training,
+    two_norms,
+    working_dtype,
+)
 
 
 class LinearChain(nn.Sequential):
     """Convolutions and batch norms in a row, with no neuron between: a linear map of spikes (in evaluation).
 
-    In training, norms run together with the layers beside them (see `qsd.lean.norms`), unless `qsd.set_lean` switches
-    that off.
+    In memory-lean training (`qsd.set_lean`), norms run together with the layers beside them, see `qsd.lean.norms`.
 
     Args:
         layers: The layers by name, in the order of application.
     """
 
-    lean = True
+    lean: Choice = "auto"
 
     def __init__(self, **layers: nn.Module) -> None:
         super().__init__(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
-        if not (self.lean and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        lean = self.training and torch.is_grad_enabled() and TRAINS_LEAN[self.lean, x.is_cuda]
+        if not lean or torch.compiler.is_compiling():
             return super().forward(x)
         layers = list(self)
         while layers:
@@ -76,17 +86,17 @@ def _framed(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, int]:
     assert isinstance(first, BatchNormPad2d)
     if len(layers) < 3 or not first.is_ordinary() or working_dtype(x) != x.dtype:
         return x, 0
-    depthwise, pointwise = _bare_form(layers[1]), _bare_form(layers[2])
+    depthwise, pointwise = _bare_form(layers[1], x), _bare_form(layers[2], x)
     if depthwise is None or pointwise is None:
         return x, 0
     return framed_convolutions(x, first.norm, depthwise, pointwise), 3
 
 
-def _bare_form(layer: nn.Module) -> tuple[Tensor, Tensor | None, Synapse] | None:
+def _bare_form(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, Synapse] | None:
     """Weight, step sizes and configuration of a convolution that may run together with its neighbours."""
     if not isinstance(layer, QuantConv2d) or layer.bias is not None or has_hooks(layer):
         return None
-    form = lean_form(layer)
+    form = lean_form(layer, x)
     return None if form is None else (layer.weight, *form)
 
 

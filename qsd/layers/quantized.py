@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.collapse import watch_step
-from qsd.lean import Geometry, Synapse, apply_synapse, has_hooks
+from qsd.lean import TRAINS_LEAN, Choice, Geometry, Synapse, apply_synapse, has_hooks
 from qsd.quantizers import StepSizeQuantizer
 
 
@@ -28,7 +28,7 @@ class QuantConv2d(nn.Conv2d):
     """
 
     quantizer: StepSizeQuantizer | None
-    lean = True
+    lean: Choice = "auto"
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
-        form = lean_form(self)
+        form = lean_form(self, x)
         if form is None:
             return self._conv_forward(x, quantized_weight(self), self.bias)
         return apply_synapse(x, self.weight, self.bias, *form)
@@ -69,7 +69,7 @@ class QuantLinear(nn.Linear):
     """
 
     quantizer: StepSizeQuantizer | None
-    lean = True
+    lean: Choice = "auto"
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, weight_bits: int | None = 4) -> None:
         super().__init__(in_features, out_features, bias)
@@ -85,22 +85,24 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C_in]`` to ``[..., C_out]``."""
-        form = lean_form(self)
+        form = lean_form(self, x)
         if form is None:
             return F.linear(x, quantized_weight(self), self.bias)
         return apply_synapse(x, self.weight, self.bias, *form)
 
 
-def lean_form(layer: QuantConv2d | QuantLinear) -> tuple[Tensor | None, Synapse] | None:
+def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | None, Synapse] | None:
     """Step sizes and static configuration of a layer for `qsd.lean.apply_synapse`, or ``None`` to run it plainly.
 
-    It runs plainly in evaluation and under a compiler, which decides itself what to keep, and where `apply_synapse`
-    would not see everything: quantizers of others or with hooks, and padding other than with zeros.
+    It runs plainly where `qsd.set_lean` says so, in evaluation, under a compiler, which decides itself what to keep,
+    and where `apply_synapse` would not see everything: quantizers of others or with hooks, and padding other than with
+    zeros.
 
     Args:
         layer: Quantized or float layer.
+        x: Its input.
     """
-    if not (layer.lean and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if not (TRAINS_LEAN[layer.lean, x.is_cuda] and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return None
     geometry = None
     if isinstance(layer, QuantConv2d):

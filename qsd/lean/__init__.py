@@ -1,8 +1,8 @@
 """Memory-efficient training: what neurons and layers keep for the backward pass, in half a byte per spike count.
 
 The modules of this package compute what `qsd.functional` and PyTorch's layers compute, with the same gradients. Neurons
-and layers call them from one place each, when `qsd.set_lean` has not switched it off. Nothing of it runs in evaluation
-or under a compiler.
+and layers call them from one place each, where `qsd.set_lean` says so: by default everywhere but on CUDA devices.
+Nothing of it runs in evaluation or under a compiler.
 """
 
 from qsd.lean.layers import Geometry, Synapse, apply_synapse, working_dtype
@@ -11,9 +11,11 @@ from qsd.lean.operands import cast
 from qsd.lean.pooling import spike_max_pool
 from qsd.lean.products import exact_matmul
 from qsd.lean.spikes import fixed_spikes, learned_spikes
-from qsd.lean.switch import has_hooks, set_lean
+from qsd.lean.switch import TRAINS_LEAN, Choice, has_hooks, set_lean
 
 __all__ = [
+    "TRAINS_LEAN",
+    "Choice",
     "Geometry",
     "Synapse",
     "apply_synapse",

@@ -14,6 +14,7 @@ from torch import distributed
 
 from qsd.configurations import find_configuration
 from qsd.errors import QsdError
+from qsd.lean import set_lean
 from qsd.mm import ops
 from qsd.mm.checks import check_data, check_weights
 from qsd.mm.hooks import register_training_hooks, stop_hook
@@ -206,6 +207,7 @@ def build_runner(config: Config, parts: tuple[str, ...]) -> Runner:
     # mmengine keeps visualizers by name for the life of the process; two runs must not share one.
     config.visualizer.name = f"{config.work_dir} {time.monotonic_ns()}"
     runner = Runner.from_cfg(config)
+    set_lean(runner.model, config.get("lean", "auto"))
     runner.logger.info(f"mmcv's operators: {ops.provider()}")
     register_training_hooks(runner)
     check_data(runner, parts)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qsd.errors import QsdError
+from qsd.precision import full_float32
 from qsd.spiking.codes import Code
 from qsd.spiking.layers import TimedLayer
 from qsd.spiking.network import SpikingNetwork
@@ -55,6 +56,7 @@ def stage_of(name: str) -> str:
 
 
 @torch.no_grad()
+@full_float32()
 def measure_activity(spiking: SpikingNetwork, image: Tensor) -> Activity:
     """Step through one image and look where and when its spikes fall.
 

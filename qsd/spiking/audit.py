@@ -9,6 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from qsd.errors import QsdError
+from qsd.precision import full_float32
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.names import Delay
 from qsd.spiking.network import SpikingNetwork
@@ -115,6 +116,7 @@ _INNER = "an inner layer of a chain without neurons, its input is analog"
 
 
 @torch.no_grad()
+@full_float32()
 def audit_spike_driven(
     spiking: SpikingNetwork,
     images: Images,

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from qsd.errors import QsdError
+from qsd.precision import full_float32
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.network import SpikingNetwork
 
@@ -90,6 +91,7 @@ class Calibration:
 
 
 @torch.no_grad()
+@full_float32()
 def calibrate_delays(
     spiking: SpikingNetwork,
     images: Images,

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from qsd.layers.wrappers import unwrapped
 from qsd.neurons import SpikeNeuron
-from qsd.precision import warn_of_autocast
+from qsd.precision import full_float32, warn_of_autocast
 from qsd.spiking.names import call_names
 from qsd.spiking.network import SpikingNetwork
 
 
 @torch.no_grad()
+@full_float32()
 def count_spikes(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Spike counts of every neuron, from a trained network or a converted one (in the count domain).
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from qsd.errors import QsdError
+from qsd.precision import full_float32
 from qsd.spiking.batches import Images, image_batches
 from qsd.spiking.layers import DelayedNeuron
 from qsd.spiking.network import SpikingNetwork
@@ -83,6 +84,7 @@ class LostSpikes:
 
 
 @torch.no_grad()
+@full_float32()
 def measure_lost_spikes(
     spiking: SpikingNetwork,
     images: Images,

@@ -9,9 +9,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qsd.errors import QsdError
 from qsd.models.compact import CompactModel
-from qsd.precision import warn_of_autocast
+from qsd.precision import warn_of_rounding
 from qsd.spiking.clock import Clock
 from qsd.spiking.codes import Code
+from qsd.spiking.graphs import Graphs
 from qsd.spiking.layers import DelayedNeuron, SpikingChain, TimedLayer
 from qsd.spiking.merging import MergeChoice
 from qsd.spiking.names import Delay, check_delay, delay_choice, matches
@@ -59,6 +60,7 @@ class SpikingNetwork(nn.Module):
         self.trained, self.merge, self.merged_bits, self.currents = trained, merge, merged_bits, currents
         self.register_buffer("example", example, persistent=False)
         self._timings: dict[tuple[int, ...], tuple[int, int]] = {}
+        self.graphs = Graphs()
         self.eval()
 
     @property
@@ -118,6 +120,10 @@ class SpikingNetwork(nn.Module):
         del mode
         return super().train(False)
 
+    def _apply(self, *args: Any, **options: Any) -> "SpikingNetwork":
+        self.graphs.clear()  # they hold the tensors that are replaced
+        return super()._apply(*args, **options)
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Any:
         """The network's output in the count domain, where all delays are lossless.
@@ -135,7 +141,7 @@ class SpikingNetwork(nn.Module):
             )
         self._check_images(images)
         with self.runtime.running("count"):
-            return self.network(images)
+            return self.graphs.run(self.network, self.runtime, self.network, images)
 
     def _check_images(self, images: Tensor, finite: bool = False) -> Tensor:
         """The images, unless the network cannot take them.
@@ -147,7 +153,7 @@ class SpikingNetwork(nn.Module):
         Raises:
             QsdError: For unbatched images and values that are not finite.
         """
-        warn_of_autocast(images.device.type)
+        warn_of_rounding(self, images)
         if images.dim() != self.example.dim():
             raise QsdError(
                 f"the input has the shape {list(images.shape)}, which is not that of a batch of {self.example.dim()} "
@@ -197,14 +203,18 @@ class SpikingNetwork(nn.Module):
         return trace
 
     def _simulate(self, images: Tensor, delay: Delay, record: tuple[str, ...], latency: int) -> Trace:
-        runtime = self.runtime
         trace = Trace(torch.empty(0), latency)
-        with runtime.running("step", delay_choice(delay), record=record, trace=trace):
-            # Images are the same in every step and have no time axis; currents come in parts.
-            inputs = self.code.spread(images) if self.currents else images
-            output = self.network(self._mark(inputs))
-            trace.logits = tree_map_only(Tensor, lambda x: runtime.split(plain(x)).sum(0), output)
+        with self.runtime.running("step", delay_choice(delay), record=record, trace=trace):
+            trace.logits, trace.counts = self.graphs.run(self.network, self.runtime, self._steps, images)
         return trace
+
+    def _steps(self, images: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        """Output and counts of all steps, in a run that may begin anew."""
+        self.runtime.run.calls.clear()
+        # Images are the same in every step and have no time axis; currents come in parts.
+        output = self.network(self._mark(self.code.spread(images) if self.currents else images))
+        logits = tree_map_only(Tensor, lambda x: self.runtime.split(plain(x)).sum(0), output)
+        return logits, dict(self.runtime.run.trace.counts)
 
     def latency(self, delay: Delay = None) -> int:
         """Time steps on one global clock from the first input step to the last output step.
@@ -311,8 +321,7 @@ class SpikingNetwork(nn.Module):
     def _trace(self, delay: Delay = None) -> tuple[list[MarkedTensor], Paths]:
         with self.runtime.running("trace", delay_choice(delay)) as run:
             output = self.network(self._mark(self.example.clone()))
-        # At once, since other threads may run the network.
-        self.runtime.paths = run.paths
+        self.runtime.paths = run.paths  # at once, since other threads may run the network
         self.runtime.repeated = frozenset(name for name, calls in run.calls.items() if calls > 1)
         outputs = tree_leaves(output)
         if not outputs or not all(isinstance(x, MarkedTensor) for x in outputs):

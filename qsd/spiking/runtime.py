@@ -142,6 +142,11 @@ class Runtime:
         finally:
             self._thread.on_counts = None
 
+    @property
+    def collects(self) -> bool:
+        """Whether somebody collects counts in this thread, see `counting`."""
+        return self._thread.on_counts is not None
+
     def hand_out(self, call: str, counts: Tensor) -> None:
         """Pass the counts of a neuron's call to whoever collects them.
 

@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from qsd.errors import QsdError
 from qsd.layers.frames import channels_last
 from qsd.layers.steps import step_names
-from qsd.lean import set_lean
+from qsd.lean import Choice, set_lean
 from qsd.limits import check_number
 from qsd.models import load_weights
 from qsd.models.checkpoints import check_weights
@@ -67,8 +67,8 @@ class ClassificationTask(LightningModule):
         cutmix: Alpha of CutMix; 0 for none.
         grad_checkpointing: Recompute blocks in the backward pass, to save memory.
         compile: Compile the network with ``torch.compile``; a string names the backend.
-        lean: Keep spike counts in half a byte for the backward pass (see `qsd.set_lean`); ``False`` takes less time per
-            step where images are small.
+        lean: Keep spike counts in half a byte for the backward pass (see `qsd.set_lean`): ``True``, ``False``, or
+            ``"auto"`` for all devices but CUDA. ``False`` takes less time per step where images are small.
 
     Raises:
         QsdError: For a model name that timm does not know, with the nearest names.
@@ -93,7 +93,7 @@ class ClassificationTask(LightningModule):
         cutmix: float = 0.0,
         grad_checkpointing: bool = False,
         compile: bool | str = False,
-        lean: bool = True,
+        lean: Choice = "auto",
     ) -> None:
         super().__init__()
         check_name(model)
@@ -133,8 +133,7 @@ class ClassificationTask(LightningModule):
             self.neurons_are_set = not load_weights(model, h["init_from"])
         if h["grad_checkpointing"]:
             model.set_grad_checkpointing()
-        if not h["lean"]:
-            set_lean(model, False)
+        set_lean(model, h["lean"])
         if trainer and trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if h["compile"]:

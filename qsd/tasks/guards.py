@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsd.errors import QsdError
 from qsd.layers.steps import collapsed_step
 from qsd.models.diagnosis import first_non_finite, non_finite_parameter
-from qsd.precision import AUTOCAST
+from qsd.precision import AUTOCAST, tf32_note
 
 
 class StepSizeGuard(Callback):
@@ -26,13 +26,15 @@ class StepSizeGuard(Callback):
 
 
 class PrecisionNote(Callback):
-    """Warn once that an evaluation under autocast has other counts and classes than the converted network."""
+    """Warn once that an evaluation under autocast or in TF32 has other counts than the converted network."""
 
     def __init__(self) -> None:
         super().__init__()
         self._told = False
 
-    def _tell(self, trainer: Trainer) -> None:
+    def _tell(self, trainer: Trainer, network: nn.Module) -> None:
+        if (note := tf32_note(network, trainer.strategy.root_device)) is not None:
+            rank_zero_warn(note)
         precision = str(trainer.precision)
         if not self._told and precision.endswith("-mixed"):
             self._told = True
@@ -44,15 +46,15 @@ class PrecisionNote(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before validation."""
-        self._tell(trainer)
+        self._tell(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a test."""
-        self._tell(trainer)
+        self._tell(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before predictions."""
-        self._tell(trainer)
+        self._tell(trainer, pl_module)
 
 
 def check_step_sizes(task: LightningModule) -> None:

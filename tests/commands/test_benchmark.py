@@ -10,6 +10,7 @@ from torch import nn
 
 from qsd.commands.benchmark import command, meter
 from qsd.commands.benchmark.direct import DirectlyTrained, LeakyIntegrateAndFire
+from qsd.commands.benchmark.largest import largest_batch
 from qsd.functional import spike_count
 from tests.helpers import long
 
@@ -48,6 +49,57 @@ def test_quick_inference_and_training_write_ratios_and_a_plot(benchmark, tmp_pat
     assert kept["direct, eager"] > 1.5 * kept["quantized, eager"]
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert "inference, qsd_tiny, 32 px, batch 2" in capsys.readouterr().out
+
+
+def test_half_precision_is_measured_beside_the_twin_and_kernels_are_listed(benchmark, tmp_path, capsys):
+    small = ["--quick", "--rounds=1", "--no-memory", "--img-size=32", "--batch-size=2", "--out", str(tmp_path)]
+    options = ["--precisions", "bf16", "--profile", "quantized, eager, bf16"]
+    assert benchmark.main(["training", *small, *options]) == 0
+    results = json.loads((tmp_path / "benchmark.json").read_text())["training"]
+    row = results["quantized, eager, bf16"]
+    assert set(row["ratios"]) == {"float twin, eager, bf16", "direct, eager, bf16"}
+    assert row["images_per_second"] == pytest.approx(2 / row["median"])
+    assert row["kept_bytes"] < 0.7 * results["plain, eager, bf16"]["kept_bytes"]
+    assert "aten::" in row["profile"]
+    assert "kernels, quantized, eager, bf16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--device=cuda"], "the device 'cuda' does not exist here; there are 0 CUDA devices"),
+    (["--precisions", "tf32"], "TF32 is measured on CUDA devices alone, and the device is cpu; leave it out."),
+    (["--largest"], "the largest batch is measured on CUDA devices alone"),
+    (["training", "--quick", "--profile", "twin"], "profile='twin' is no case of this benchmark; cases: float twin,"),
+])  # fmt: skip
+def test_impossible_measurements_are_refused_in_one_line(options, says, benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert benchmark.main(options) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_on_a_device_both_families_are_measured_in_all_precisions_at_batch_64(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    settings = benchmark.parse(["--device=cuda", "--out", str(tmp_path)])
+    assert (settings.name, *settings.also) == ("qsd_15m", "csdformer_8_384")
+    assert tuple(settings.suites) == ("inference", "training")
+    assert tuple(settings.precisions) == ("float32", "tf32", "bf16", "fp16")
+    assert settings.batch_size == 64
+
+
+def test_the_largest_batch_is_found_to_a_sixteenth_in_few_tries():
+    for most in (0, 1, 2, 3, 17, 63, 64, 65, 100, 1000, 4097):
+        tried = []
+
+        def fits(batch, most=most, tried=tried):
+            tried.append(batch)
+            return batch <= most
+
+        found = largest_batch(fits, 64)
+        assert found <= most
+        assert most - found <= most // 16 + 1
+        assert len(set(tried)) == len(tried) <= 14
+    assert largest_batch(lambda batch: True, 64) == 2**16
 
 
 @long

@@ -37,6 +37,7 @@ TRAINING = ("fit", "validate", "test", "predict")
 EXEMPT = {
     "python tools/ablation.py": "39 trainings; tests/test_distillation_tools.py runs it with tiny ones",
     "python docs/pictures/draw.py": "tests/docs/test_site.py draws the pictures",
+    "qsd benchmark --device cuda": "it needs a device; tests/commands/test_benchmark.py runs its parts on a processor",
     "python docs/read_integers.py digits-integers": "tests/export/test_integer_files.py runs it on other folders",
 }
 

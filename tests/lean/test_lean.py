@@ -8,9 +8,12 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
+import qsd
 from qsd import functional, set_lean
+from qsd.errors import QsdError
 from qsd.layers import (
     LinearChain,
     NReluSelfAttention,
@@ -22,6 +25,7 @@ from qsd.layers import (
     quantized_weight,
     rep_conv,
 )
+from qsd.layers.quantized import lean_form
 from qsd.lean import exact_matmul, fixed_spikes
 from qsd.lean.operands import layout_of
 from qsd.neurons import LsqNeuron, QcfsNeuron, SpikeNeuron
@@ -432,3 +436,23 @@ def test_the_switch_reaches_every_layer():
     assert not any(m.lean for m in model.modules() if isinstance(m, kinds))
     set_lean(model)
     assert all(m.lean for m in model.modules() if isinstance(m, kinds))
+
+
+@pytest.mark.parametrize(("device", "setting", "lean"), [
+    ("cpu", "auto", True), ("cuda", "auto", False), ("cpu", False, False), ("cuda", True, True),
+])  # fmt: skip
+def test_by_default_layers_train_lean_on_every_device_but_cuda(device, setting, lean, monkeypatch):
+    monkeypatch.setattr(functional, "fixed_spikes", lambda *_: False)
+    monkeypatch.setattr(qsd.lean, "fixed_spikes", lambda *_: True)
+    layer, neuron = QuantConv2d(3, 4, 1), SpikeNeuron(4)
+    assert layer.lean == neuron.lean == "auto"
+    set_lean(nn.Sequential(layer, neuron), setting)
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, 4, device=device)
+    assert (lean_form(layer, x) is not None) == lean
+    assert neuron(x) == lean
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(QsdError, match="lean='on' is unknown; use 'auto', true or false"):
+        set_lean(SpikeNeuron(4), "on")

@@ -106,7 +106,8 @@ def test_a_conversion_that_fails_names_the_safe_checkpoint_and_leaves_no_files(r
     def fail(*_, **__):
         raise RuntimeError("out of ideas")
 
-    runner = build_runner(config(scenes, tmp_path), ("train", "val"))
+    runner = build_runner(config(scenes, tmp_path, lean=False), ("train", "val"))
+    assert not any(getattr(module, "lean", False) for module in runner.model.modules())
     (best,) = run.glob("best_mIoU_iter_*.pth")
     runner.message_hub.update_info("best_ckpt", str(best))
     monkeypatch.setattr("qsd.report.files.html", fail)

@@ -4,9 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from qsd import QsdError, calibrate_delays, compare_counts, to_spike_driven
+from qsd import (
+    QsdError,
+    audit_spike_driven,
+    calibrate_delays,
+    compare_counts,
+    count_spikes,
+    measure_energy,
+    to_spike_driven,
+)
 from qsd.layers import QuantConv2d, QuantLinear
 from qsd.neurons import SpikeNeuron
+from qsd.precision import full_float32, tf32_note
+from qsd.spiking.lost_spikes import measure_lost_spikes
 from tests.helpers.networks import dense_network
 
 IMAGES = torch.randn(6, 3, 32, 32, dtype=torch.float64)
@@ -63,6 +73,52 @@ def test_comparisons_are_in_full_float32_and_leave_the_settings_as_they_were(set
     with pytest.raises(QsdError):
         compare_counts(model, spiking, IMAGES[:, :1])
     assert setting() == on
+
+
+def test_measuring_auditing_and_calibrating_alone_are_in_full_float32(setting):
+    network = nn.Sequential(QuantConv2d(1, 2, 3), SpikeNeuron(2), nn.Flatten(), QuantLinear(8, 3)).eval()
+    seen, images, on = [], torch.randn(1, 1, 4, 4), setting()
+    spiking = to_spike_driven(network, example=images)
+    next(iter(spiking.layers().values())).register_forward_hook(lambda *_: seen.append(setting()))
+    for measure in (count_spikes, measure_energy, audit_spike_driven, measure_lost_spikes):
+        seen.clear()
+        measure(spiking, images)
+        assert set(seen) <= {"ieee", False}, measure
+        assert seen
+        assert setting() == on
+    seen.clear()
+    calibrate_delays(spiking, images, progress=False)
+    assert set(seen) <= {"ieee", False}
+    seen.clear()
+    spiking(images)
+    assert seen == [on], "inference follows PyTorch's setting"
+
+
+def test_settings_return_when_the_last_of_several_threads_ends(setting):
+    on, first, second = setting(), full_float32(), full_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert setting() in ("ieee", False)
+    second.__exit__(None, None, None)
+    assert setting() == on
+
+
+def test_a_network_that_tf32_could_change_says_so_once(setting, monkeypatch):
+    device, capability = torch.device("cuda"), [8, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    network = nn.Linear(3, 4)  # no convolution, so that one setting matters alone
+    assert tf32_note(network, torch.device("cpu")) is None
+    assert tf32_note(nn.Linear(3, 4).double(), device) is None
+    with full_float32():
+        assert tf32_note(network, device) is None
+    capability[0] = 7
+    assert tf32_note(network, device) is None
+    capability[0] = 8
+    note = tf32_note(network, device)
+    assert "Set torch.backends.cuda.matmul.allow_tf32 = False." in note
+    assert "\n" not in note
+    assert tf32_note(network, device) is None
 
 
 def test_a_difference_that_rounding_does_not_explain_is_seen():

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 import qsd
 from qsd.commands.benchmark.direct import DirectlyTrained
 from qsd.commands.benchmark.onnx_file import OnnxFile
+from qsd.commands.benchmark.precisions import arithmetic, autocast, suffix
 from qsd.commands.benchmark.settings import Settings
 from qsd.distillation import AttentionRecorder, Teacher, attention_loss, logits_loss
+from qsd.lean import TRAINS_LEAN
 from qsd.models import CsdFormer
 from qsd.models.variants import family_of
 from qsd.spiking.conversion import convert
@@ -29,6 +31,8 @@ class Case:
         job: Makes the function that is timed, given the network.
         versus: The cases that the time is divided by, each with the target of the ratio, if there is one.
         seconds: The measured times.
+        allocator_peak: Bytes that PyTorch's allocator held at most in a run, beyond those before it, on CUDA devices.
+        profile: A table of the kernels of a run, where it was asked for.
     """
 
     name: str
@@ -36,6 +40,8 @@ class Case:
     job: Callable[[Any], Callable[[], Any]]
     versus: dict[str, float | None] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    allocator_peak: int | None = None
+    profile: str | None = None
 
 
 def cases_of(suite: str, settings: Settings) -> list[Case]:
@@ -94,19 +100,23 @@ def _inference(settings: Settings) -> list[Case]:
         return _trained_like(settings.model(), images)
 
     @cache
+    def twin() -> nn.Module:
+        return _trained_like(settings.model("_ann"), images)
+
+    @cache
     def spiking(merge: bool) -> qsd.SpikingNetwork:
         return convert(trained(), None, merge, None, None, check=False)
 
     def evaluate(network: nn.Module) -> Callable[[], Any]:
-        return torch.no_grad()(lambda: network(images))
+        return _evaluation(network, images, "float32")
 
     def simulate(network: qsd.SpikingNetwork) -> Callable[[], Any]:
-        return lambda: network.simulate(images)
+        return arithmetic("float32")(lambda: network.simulate(images))
 
-    limit = settings.time_steps + 0.5
+    limit = settings.time_steps + (0.3 if settings.device.type == "cuda" else 0.5)
     merged = "count domain, merged kernels"
-    return [
-        Case("float twin", lambda: _trained_like(settings.model("_ann"), images), evaluate),
+    cases = [
+        Case("float twin", twin, evaluate),
         Case("quantized", trained, evaluate, {"float twin": None}),
         Case("count domain", lambda: spiking(False), evaluate, {"quantized": 1.0}),
         Case(merged, lambda: spiking(True), partial(_merged_counts, images), {"count domain": None}),
@@ -114,11 +124,43 @@ def _inference(settings: Settings) -> list[Case]:
         Case("stepping, merged kernels", lambda: spiking(True), simulate, {merged: limit}),
         Case("conversion", trained, lambda network: lambda: qsd.to_spike_driven(network)),
     ]
+    for precision in (name for name in settings.precisions if name != "float32"):
+        job, end = partial(_evaluation, images=images, precision=precision), suffix(precision)
+        beside = f"float twin{end}"
+        cases.append(Case(beside, twin, job))
+        cases.append(Case(f"quantized{end}", trained, job, {beside: None}))
+        cases.append(Case(f"count domain{end}", lambda: spiking(False), job, {beside: 1.0}))
+        cases[2].versus[beside] = None
+    for how in ["graph"] * (settings.device.type == "cuda") + ["compiled"] * settings.compile:
+        for name, run in (("count domain", evaluate), *([("stepping", simulate)] if how == "graph" else [])):
+            job = partial(_recorded, run, how)
+            cases.append(Case(f"{name}, {how}", lambda: _unmerged(trained()), job, {name: None}))
+    return cases
+
+
+def _evaluation(network: nn.Module, images: Tensor, precision: str) -> Callable[[], Any]:
+    """A pass without gradients."""
+
+    @torch.no_grad()
+    def run() -> Any:
+        with arithmetic(precision), autocast(precision, images.device):
+            return network(images)
+
+    return run
+
+
+def _recorded(job: Callable[[Any], Callable[[], Any]], how: str, network: qsd.SpikingNetwork) -> Callable[[], Any]:
+    """A job whose run is recorded, as a compiled program or as it is, and replayed whenever it is timed."""
+    run = job(network)
+    with network.graphs.recording(compile=how == "compiled"):
+        run()
+    return run
 
 
 def _merged_counts(images: Tensor, network: qsd.SpikingNetwork) -> Callable[[], Any]:
     """A count-domain pass with merged kernels, which the count domain otherwise evaluates factor by factor."""
 
+    @arithmetic("float32")
     def run() -> None:
         for chain in network.chains().values():
             chain.merged_counts = True
@@ -165,52 +207,70 @@ def _training(settings: Settings) -> list[Case]:
     """Training steps: float twin and quantized network, eager and compiled, with a teacher, and direct training."""
     images = settings.images()
     labels = torch.randint(settings.num_classes, (len(images),), device=images.device)
-    csdformer = family_of(settings.name).cls is CsdFormer
-    eager, compiled = (1.25, 1.1) if csdformer else (1.2, 1.1)
 
-    def step(network: nn.Module) -> Callable[[], Any]:
-        return _training_step(network, images, labels)
-
-    def network(suffix: str, how: str) -> nn.Module:
-        model: nn.Module = settings.model(suffix)
-        if how == "compiled":
-            model.compile()
-        return model
-
-    def plain() -> nn.Module:
+    def lean(enable: bool) -> nn.Module:
         model: nn.Module = settings.model()
-        qsd.set_lean(model, False)
+        qsd.set_lean(model, enable)
         return model
 
     def direct() -> nn.Module:
         model = DirectlyTrained(settings.name, settings.time_steps, num_classes=settings.num_classes)
         return model.to(settings.device)
 
+    other = {True: "plain, eager", False: "lean, eager"}[TRAINS_LEAN["auto", images.is_cuda]]
+    cases = []
+    for precision in settings.precisions:
+        step, end = partial(_training_step, images=images, labels=labels, precision=precision), suffix(precision)
+        cases += _beside_the_twin(settings, step, end)
+        twin: dict[str, float | None] = {f"float twin, eager{end}": None}
+        cases.append(Case(f"{other}{end}", partial(lean, other == "lean, eager"), step, twin))
+        cases.append(Case(f"direct, eager{end}", direct, step, twin))
+    taught = partial(_distillation_step, teacher=lambda: settings.model("_ann"), images=images, labels=labels)
+    end = suffix(settings.precisions[0])
+    if not end:
+        cases.append(Case("distilled, eager", settings.model, taught, {"quantized, eager": 1.45}))
+    return cases
+
+
+def _beside_the_twin(settings: Settings, step: Callable[[Any], Callable[[], Any]], end: str) -> list[Case]:
+    """The float twin's step and the quantized network's, eager and compiled, in one precision."""
+    csdformer = family_of(settings.name).cls is CsdFormer
+    if settings.device.type == "cuda":
+        eager, compiled = (1.15, 1.05) if csdformer else (1.1, 1.0)
+    else:
+        eager, compiled = (1.25, 1.1) if csdformer else (1.2, 1.1)
+
+    def network(kind: str, how: str) -> nn.Module:
+        model: nn.Module = settings.model(kind)
+        if how == "compiled":
+            model.compile(dynamic=False)
+        return model
+
     cases = []
     for how, limit in (("eager", eager), *([("compiled", compiled)] if settings.compile else [])):
-        versus: dict[str, float | None] = {f"float twin, {how}": limit}
+        twin = f"float twin, {how}{end}"
+        versus: dict[str, float | None] = {twin: limit}
         if how == "eager":
-            versus["direct, eager"] = 0.4 if csdformer else None
-        cases.append(Case(f"float twin, {how}", partial(network, "_ann", how), step))
-        cases.append(Case(f"quantized, {how}", partial(network, "", how), step, versus))
-    taught = partial(_distillation_step, teacher=lambda: settings.model("_ann"), images=images, labels=labels)
-    return [
-        *cases,
-        Case("plain, eager", plain, step, {"float twin, eager": None}),
-        Case("distilled, eager", settings.model, taught, {"quantized, eager": 1.45}),
-        Case("direct, eager", direct, step, {"float twin, eager": None}),
-    ]
+            versus[f"direct, eager{end}"] = 0.4 if csdformer else None
+        cases.append(Case(twin, partial(network, "_ann", how), step))
+        cases.append(Case(f"quantized, {how}{end}", partial(network, "", how), step, versus))
+    return cases
 
 
-def _training_step(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Any]:
+def _training_step(network: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32") -> Callable[[], Any]:
     """A step of AdamW on one batch."""
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
+    scaler = torch.amp.GradScaler(images.device.type, enabled=precision == "fp16")
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(network(images), labels).backward()
-        optimizer.step()
+        with arithmetic(precision):
+            with autocast(precision, images.device):
+                loss = F.cross_entropy(network(images), labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
 
     return step
 

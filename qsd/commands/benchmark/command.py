@@ -6,9 +6,14 @@ backward pass, without parameters. The suite loading trains on JPEG files and gi
 waits for them, and the images per second of folders, parquet files and shards beside a plain loop. Results go to
 benchmark.json and benchmark.png.
 
+On a CUDA device inference and training are measured for both families, at batch 64, in float32, TF32 and autocast, with
+CUDA graphs; memory is that of PyTorch's allocator. Results go to benchmark-MODEL.json.
+
 Examples:
   qsd benchmark                     (all suites for qsd_15m at 224 pixels; about an hour on two cores)
   qsd benchmark inference --quick
+  qsd benchmark --device cuda --largest
+  qsd benchmark training --precisions float32 bf16 --profile "quantized, eager, bf16"
 """
 
 import argparse
@@ -16,6 +21,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,7 @@ from qsd.commands.benchmark.cases import cases_of
 from qsd.commands.benchmark.formats import formats, show_formats
 from qsd.commands.benchmark.loading import loading
 from qsd.commands.benchmark.meter import report_peak
+from qsd.commands.benchmark.precisions import PRECISIONS
 from qsd.commands.benchmark.recordings import recordings
 from qsd.commands.benchmark.settings import Settings
 from qsd.commands.benchmark.suites import compare, growth
@@ -39,6 +46,8 @@ from qsd.limits import whole
 
 SUITES = ("inference", "training", "export", "loading", "sizes")
 SIZES = (128, 192, 256, 384, 512)
+FAMILIES = ("qsd_15m", "csdformer_8_384")
+COMPARED = ("inference", "training", "export")
 MODELS = ("qsd_8m", "qsd_15m", "qsd_31m", "qsd_55m")
 _QUICK: dict[str, Any] = {
     "model": "qsd_tiny",
@@ -79,14 +88,17 @@ def parse(args: list[str]) -> Settings:
     options = parser.parse_args(args)
     if unknown := [suite for suite in options.suites if suite not in SUITES]:
         raise QsdError(f"suite {unknown[0]!r} is unknown; choose from {', '.join(SUITES)}.")
+    cuda = options.device.startswith("cuda")
+    names = [options.model] if options.model else FAMILIES if cuda else FAMILIES[:1]
     if options.threads:
         torch.set_num_threads(options.threads)
     return Settings(
-        suites=options.suites or SUITES,
-        name=options.model,
+        suites=options.suites or (COMPARED[:2] if cuda else SUITES),
+        name=names[0],
+        also=names[1:],
         time_steps=options.time_steps,
         img_size=options.img_size,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or (64 if cuda else 8),
         num_classes=options.num_classes,
         rounds=options.rounds,
         device=torch.device(options.device),
@@ -94,6 +106,9 @@ def parse(args: list[str]) -> Settings:
         sizes=options.sizes,
         models=options.models,
         compile=not options.no_compile,
+        precisions=options.precisions or (PRECISIONS if cuda else PRECISIONS[:1]),
+        profile=options.profile,
+        largest=options.largest,
         memory=not options.no_memory,
         out=options.out,
         peak=options.peak,
@@ -105,10 +120,10 @@ def _parser() -> program.Parser:
     parser = program.Parser(prog="qsd benchmark", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE",
                         help=f"{', '.join(SUITES)}; the default is all")  # fmt: skip
-    parser.add_argument("--model", default="qsd_15m", help="registered name of the model")
+    parser.add_argument("--model", help="registered name of the model; the default is qsd_15m, on CUDA both families")
     parser.add_argument("--time-steps", type=whole(1, 255), default=4, help="number of time steps T")
     parser.add_argument("--img-size", type=whole(1), default=224, help="side of the images in pixels")
-    parser.add_argument("--batch-size", type=whole(1), default=8, help="images per pass or step")
+    parser.add_argument("--batch-size", type=whole(1), help="images per pass or step; the default is 8, on CUDA 64")
     parser.add_argument("--num-classes", type=whole(1), default=1000, help="outputs of the classifier")
     parser.add_argument("--rounds", type=whole(1), default=7, help="number of times that each case is timed")
     parser.add_argument("--threads", type=whole(1), help="threads of the processor; the default is PyTorch's choice")
@@ -116,6 +131,10 @@ def _parser() -> program.Parser:
     parser.add_argument("--workers", type=whole(0), help="processes that load images; the default is the data module's")
     parser.add_argument("--sizes", type=whole(1), nargs="+", default=SIZES, help="image sides of the table of growth")
     parser.add_argument("--models", nargs="+", default=MODELS, help="models of the table of growth")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS,
+                        help="number formats; the default is float32, on CUDA all")  # fmt: skip
+    parser.add_argument("--profile", metavar="CASE", help="list the kernels of a case, such as 'quantized, eager'")
+    parser.add_argument("--largest", action="store_true", help="search the largest batch of each training step (CUDA)")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled cases")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--quick", action="store_true", help="small model, small images, three rounds, no compilation")
@@ -129,6 +148,28 @@ def _run(settings: Settings) -> None:
         report_peak(settings, cases_of(settings.suites[0], settings))
         return
     console = Console(width=None if sys.stdout.isatty() else 160)  # a table in a file needs its columns
+    for name in (settings.name, *settings.also):
+        one = replace(settings, name=name, also=())
+        if settings.profile is not None:
+            _check_profile(one)
+        _measure_model(one, console, f"benchmark-{name}" if settings.also else "benchmark")
+
+
+def _check_profile(settings: Settings) -> None:
+    """Refuse the name of a case that is not measured, before hours of measuring."""
+    names = [case.name for suite in settings.suites if suite in COMPARED for case in cases_of(suite, settings)]
+    if settings.profile not in names:
+        raise QsdError(f"profile={settings.profile!r} is no case of this benchmark; cases: {'; '.join(names)}.")
+
+
+def _measure_model(settings: Settings, console: Console, stem: str) -> None:
+    """Measure all suites for one model, and write its files.
+
+    Args:
+        settings: The settings of the benchmark.
+        console: The console to print on.
+        stem: The name of the files without their endings.
+    """
     results: dict[str, Any] = {
         "model": settings.name,
         "time_steps": settings.time_steps,
@@ -139,12 +180,15 @@ def _run(settings: Settings) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+    if settings.device.type == "cuda":
+        results["gpu"] = torch.cuda.get_device_name(settings.device)
+    path = settings.out / f"{stem}.json"
     for suite in settings.suites:
         results[suite] = _measure_and_show(suite, settings, console)
-        with replacing(settings.out / "benchmark.json") as partial:  # after every suite: a long run is not lost
+        with replacing(path) as partial:  # after every suite: a long run is not lost
             partial.write_text(json.dumps(results, indent=1))
-    draw(results, settings.out / "benchmark.png")
-    console.print(escape(f"written: {settings.out / 'benchmark.json'}, {settings.out / 'benchmark.png'}"))
+    draw(results, path.with_suffix(".png"))
+    console.print(escape(f"written: {path}, {path.with_suffix('.png')}"))
 
 
 def _measure_and_show(suite: str, settings: Settings, console: Console) -> dict[str, Any]:

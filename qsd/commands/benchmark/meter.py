@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from qsd.commands.benchmark.cases import Case
+from qsd.commands.benchmark.precisions import arithmetic, autocast
 from qsd.commands.benchmark.settings import Settings
 from qsd.errors import QsdError
 
@@ -29,10 +30,13 @@ class Meter:
     Args:
         rounds: Number of times that each case is timed.
         device: The device that the cases compute on.
+        profile: The name of a case whose kernels are listed after the times, or ``None``.
     """
 
-    def __init__(self, rounds: int, device: torch.device) -> None:
-        self.rounds, self.device = rounds, device
+    def __init__(self, rounds: int, device: torch.device, profile: str | None = None) -> None:
+        self.rounds, self.device, self.profile = rounds, device, profile
+        # On a device the second step finds memory and algorithms that the first one has chosen.
+        self.warmups = 3 if device.type == "cuda" else 1
 
     def __call__(self, cases: Sequence[Case], title: str) -> dict[str, Any]:
         """Measure the seconds of the cases.
@@ -46,7 +50,7 @@ class Meter:
         """
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task(title, total=len(cases) * (self.rounds + 2))
+            task = progress.add_task(title, total=len(cases) * (self.rounds + self.warmups + 1))
             networks, runs = {}, {}
             for case in cases:
                 networks[case.name] = case.network()
@@ -54,7 +58,7 @@ class Meter:
                 progress.advance(task)
             gc.collect()
             gc.freeze()  # the collection before each turn then skips all objects that exist now
-            for turn in range(-1, self.rounds):  # the first one warms up
+            for turn in range(-self.warmups, self.rounds):
                 for index in range(len(cases)):
                     case = cases[(index + turn) % len(cases)]
                     seconds = self._time(runs[case.name])
@@ -62,7 +66,23 @@ class Meter:
                         case.seconds.append(seconds)
                     progress.advance(task)
             gc.unfreeze()
+        for case in cases:
+            if self.device.type == "cuda":
+                case.allocator_peak = self._allocator_peak(networks[case.name], runs[case.name])
+            if case.name == self.profile:
+                case.profile = kernels(runs[case.name], self.device)
         return networks
+
+    def _allocator_peak(self, network: Any, run: Callable[[], Any]) -> int:
+        """Bytes that the allocator holds at most in a run beyond those before it, weights and their moments."""
+        if isinstance(network, nn.Module):
+            network.zero_grad(set_to_none=True)  # those of the last step are no part of what a step begins with
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        run()
+        self._synchronize()
+        return int(torch.cuda.max_memory_allocated(self.device) - before)
 
     def _time(self, run: Callable[[], Any]) -> float:
         gc.collect()
@@ -78,12 +98,31 @@ class Meter:
             torch.cuda.synchronize(self.device)
 
 
-def kept_bytes(network: nn.Module, images: Tensor) -> int:
+def kernels(run: Callable[[], Any], device: torch.device) -> str:
+    """A table of the kernels of a run, those that take most of the time first.
+
+    Args:
+        run: The run, which has been run before.
+        device: The device that it computes on: the kernels of a CUDA device, or the operators of a processor.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        run()
+        if cuda:
+            torch.cuda.synchronize(device)
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=70)
+
+
+def kept_bytes(network: nn.Module, images: Tensor, precision: str = "float32") -> int:
     """Bytes of all storages that a forward pass keeps for the backward pass, without parameters and images.
 
     Args:
         network: The network, which is put in training mode.
         images: Images ``[B, C, H, W]``.
+        precision: The number format of the pass.
     """
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), images)}
     kept: dict[int, tuple[int, Tensor]] = {}
@@ -95,7 +134,8 @@ def kept_bytes(network: nn.Module, images: Tensor) -> int:
         return tensor
 
     network.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with arithmetic(precision), autocast(precision, images.device), hooks:
         output = network(images)
     del output
     return sum(size for size, _ in kept.values())
@@ -131,13 +171,9 @@ def report_peak(settings: Settings, cases: Sequence[Case]) -> None:
     case = next(c for c in cases if c.name == settings.peak)
     run = case.job(case.network())
     peaks = {"before": resident_peak()}
-    if settings.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         run()
     peaks["peak"] = resident_peak()
-    if settings.device.type == "cuda":
-        peaks["allocator"] = torch.cuda.max_memory_allocated()
     print(json.dumps(peaks))
 
 
@@ -157,6 +193,7 @@ def summary(case: Case, cases: Sequence[Case]) -> dict[str, Any]:
         cases: All cases of its suite.
     """
     result: dict[str, Any] = {**_spread(case.seconds), "rounds": case.seconds}
+    result |= {key: value for key in ("allocator_peak", "profile") if (value := getattr(case, key)) is not None}
     for name, target in case.versus.items():
         other = next(c for c in cases if c.name == name)
         ratios = [a / b for a, b in zip(case.seconds, other.seconds)]

@@ -19,6 +19,7 @@ class Settings:
     Attributes:
         suites: The suites to measure.
         name: The registered name of the model.
+        also: Further models that are measured in the same way.
         time_steps: T.
         img_size: The side of the images in pixels.
         batch_size: Images of a pass or step.
@@ -29,6 +30,9 @@ class Settings:
         sizes: Image sides of the table of growth.
         models: Models of the table of growth.
         compile: Whether compiled cases are measured.
+        precisions: The number formats, of `qsd.commands.benchmark.precisions.PRECISIONS`.
+        profile: The name of a case whose kernels are listed, or ``None``.
+        largest: Whether the largest batch of each training step is searched.
         memory: Whether peak memory is measured.
         out: The folder of the results.
         peak: The one case of the first suite to measure the memory of, in a process of its own.
@@ -40,6 +44,7 @@ class Settings:
 
     suites: Sequence[str]
     name: str
+    also: Sequence[str]
     time_steps: int
     img_size: int
     batch_size: int
@@ -50,18 +55,24 @@ class Settings:
     sizes: Sequence[int]
     models: Sequence[str]
     compile: bool
+    precisions: Sequence[str]
+    profile: str | None
+    largest: bool
     memory: bool
     out: Path
     peak: str | None
     passed_on: Sequence[str]
 
     def __post_init__(self) -> None:
-        unknown = [name for name in (self.name, *self.models) if not timm.is_model(f"{name}_ann")]
+        unknown = [name for name in (self.name, *self.also, *self.models) if not timm.is_model(f"{name}_ann")]
         if unknown:
             raise QsdError(f"model {unknown[0]!r} is unknown or has no float twin; try qsd_15m.")
         for name in ("rounds", "batch_size", "img_size", "time_steps"):
             if getattr(self, name) < 1:
                 raise QsdError(f"{name}={getattr(self, name)} is not positive.")
+        if self.device.type != "cuda" and ("tf32" in self.precisions or self.largest):
+            wish = "TF32" if "tf32" in self.precisions else "the largest batch"
+            raise QsdError(f"{wish} is measured on CUDA devices alone, and the device is {self.device}; leave it out.")
         if not self.out.is_dir():
             raise QsdError(f"the folder {self.out} does not exist; make it first.")
 

@@ -21,6 +21,9 @@ def show(console: Console, title: str, results: dict[str, Any]) -> None:
     extra: dict[str, Callable[[Any], str]] = {
         "peak memory": lambda row: f"{row['peak_memory']['peak'] / 1e9:.2f} GB" if "peak_memory" in row else "",
         "kept bytes": lambda row: f"{row['kept_bytes'] / 1e6:.0f} MB" if "kept_bytes" in row else "",
+        "images/s": lambda row: f"{row['images_per_second']:.1f}" if "images_per_second" in row else "",
+        "allocator": lambda row: f"{row['allocator_peak'] / 1e9:.2f} GB" if "allocator_peak" in row else "",
+        "largest batch": lambda row: _largest(row["largest"]) if "largest" in row else "",
         "file": lambda row: f"{row['file_bytes'] / 1e6:.1f} MB" if "file_bytes" in row else "",
     }
     extra = {column: told for column, told in extra.items() if any(map(told, results.values()))}
@@ -42,6 +45,15 @@ def show(console: Console, title: str, results: dict[str, Any]) -> None:
             colour = "green" if kept["ratio"] <= kept["target"] else "red"
             kept_ratio = f"[{colour}]{kept['ratio']:.3f}[/{colour}] (target {kept['target']:g})"
             console.print(f"kept bytes, {name}: {kept_ratio} of {versus}")
+        if "profile" in row:
+            console.print(f"\nkernels, {name}:\n")
+            console.print(row["profile"], markup=False, highlight=False, soft_wrap=True)
+
+
+def _largest(found: dict[str, Any]) -> str:
+    if not found["batch_size"]:
+        return "none fits"
+    return f"{found['batch_size']}: {found['images_per_second']:.1f}/s, {found['allocator_peak'] / 1e9:.2f} GB"
 
 
 def _colour(ratio: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from qsd.energy.prices import chosen_prices
 from qsd.errors import QsdError
 from qsd.mm.spiking.segments import DENSE, cut, dense_head
 from qsd.neurons import SpikeNeuron
+from qsd.precision import full_float32
 from qsd.spiking import Audit, SpikingNetwork, Trace, to_spike_driven
 from qsd.spiking.audit import Auditor
 from qsd.spiking.codes import Code, CodeName
@@ -256,6 +257,7 @@ class ConvertedModel(nn.Module):
             images = self._run_all(batches, "energy" if progress else None)
         return {segment: counter.energy(name, images, known) for segment, counter in counters.items()}
 
+    @full_float32()
     def _run_all(self, batches: Iterable[Batch], progress: str | None) -> int:
         images = 0
         for batch in batches if progress is None else track(batches, progress, transient=True):

@@ -311,18 +311,19 @@ class HalfEvenNeuron(DelayedNeuron):
 
 def _filled(value: Potential, like: Tensor) -> Tensor:
     """A new tensor in the shape of another, of one value or of values that broadcast."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and (value.dim() or value.is_cuda):
         return torch.empty_like(like).copy_(value)
-    return torch.full_like(like, value)
+    return torch.full_like(like, float(value))  # no copy from processor to device, which a CUDA graph cannot record
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
     """Parts of ``[T, B, ...]`` in the order of memory, ``[T, N]``.
 
-    Neurons do not see each other. Some thousands at a time, their membranes stay in the processor's cache.
+    Neurons do not see each other. Some thousands at a time, their membranes stay in the processor's cache. On a CUDA
+    device each part would be a launch of its own, so that there is one part.
     """
     size = x.shape[1:].numel() if len(x) else x.stride(0)
-    return x.as_strided((len(x), size), (x.stride(0), 1)).split(_NEURONS_AT_A_TIME, dim=1)
+    return x.as_strided((len(x), size), (x.stride(0), 1)).split(size if x.is_cuda else _NEURONS_AT_A_TIME, dim=1)
 
 
 def _as_chunks(value: Potential, like: Tensor) -> Iterator[Any]:
