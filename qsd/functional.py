@@ -27,7 +27,8 @@ class CountRule(NamedTuple):
     Attributes:
         half_even: Halves round to the even count (E-SpikeFormer's published base network) instead of up.
         closed: The gradient passes at the ends 0 and T of its window too.
-        slack: Steps below a threshold that still reach it; ``None`` for that of `tie_slack`.
+        slack: Steps below a threshold that still reach it; ``None`` for that of `tie_slack` where the input and its
+            threshold are known, and else for none.
     """
 
     half_even: bool = False
@@ -62,7 +63,7 @@ def passes(drive: Tensor, time_steps: int, closed: bool) -> Tensor:
     return (drive >= 0) & (drive <= time_steps) if closed else (drive > 0) & (drive < time_steps)
 
 
-def spike_count(drive: Tensor, time_steps: int, rule: CountRule = HALF_UP, slack: float = 0.0) -> Tensor:
+def spike_count(drive: Tensor, time_steps: int, rule: CountRule = HALF_UP) -> Tensor:
     """Number of spikes that a membrane fires within its window: ``clip(floor(drive + 1/2), 0, T)``.
 
     Halves round up, as an integrate-and-fire neuron that starts at half its threshold does, unless the rule says
@@ -72,12 +73,12 @@ def spike_count(drive: Tensor, time_steps: int, rule: CountRule = HALF_UP, slack
     Args:
         drive: Accumulated input divided by the threshold, any shape.
         time_steps: T, the most spikes that a neuron can fire.
-        rule: Rounding of halves, and the window of the gradient.
-        slack: Steps below a threshold that still reach it, see `tie_slack`.
+        rule: Rounding of halves, slack for ties, and the window of the gradient.
 
     Returns:
         Integer-valued counts in ``0..T``, in the dtype and shape of ``drive``. Twice differentiating is an error.
     """
+    slack = rule.slack or 0.0
     if not (torch.is_grad_enabled() and drive.requires_grad):
         return round_counts(drive, time_steps, slack, rule.half_even)  # without the mask of the backward pass
     return _SpikeCount.apply(drive, time_steps, rule.half_even, rule.closed, slack)
@@ -116,8 +117,9 @@ def fixed_spikes(
         from qsd.kernels import spikes
 
         return spikes.fixed_spikes(x, time_steps, threshold, amplitude, *rule)
-    slack = tie_slack(x, time_steps, threshold) if rule.slack is None else rule.slack
-    counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps, rule, slack)
+    if rule.slack is None:
+        rule = CountRule(rule.half_even, rule.closed, tie_slack(x, time_steps, threshold))
+    counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps, rule)
     return counts if amplitude == 1 else counts * amplitude
 
 

@@ -15,6 +15,7 @@ class BadValue(argparse.ArgumentTypeError, ValueError):
 
 
 LARGEST_SEED = 2**32 - 1  # NumPy's
+LARGEST_LABEL = 999_999  # A larger one is no class but another number; names of so many classes would fill the memory.
 
 # Lightning fails on values out of these ranges late, or passes over them.
 _TRAINER: dict[str, tuple[float | None, float | None]] = {

@@ -112,22 +112,22 @@ class SpikeNeuron(nn.Module):
         drive = self.drive(x, *scale)
         if self.memory is None:
             return drive
-        return membrane_potentials(drive, self.time_steps, self.memory, self.rule, self._slack(x))
+        return membrane_potentials(drive, self.time_steps, self.memory, self._rule(x))
 
-    def _slack(self, x: Tensor) -> float:
-        return frame_slack(x, self.time_steps, self._threshold, self.memory)
+    def _rule(self, x: Tensor) -> CountRule:
+        """The rule with the slack for ties of an input."""
+        return self.rule._replace(slack=frame_slack(x, self.time_steps, self._threshold, self.memory))
 
     def counts(self, x: Tensor) -> Tensor:
         """Spike counts ``0..T`` for the accumulated input ``x``, in its shape and dtype."""
-        return spike_count(self.potential(x), self.time_steps, self.rule, self._slack(x))
+        return spike_count(self.potential(x), self.time_steps, self._rule(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
         spikes = lean.fixed_spikes if lean.TRAINS_LEAN[self.lean, x.is_cuda] else functional.fixed_spikes
         amplitude = self.threshold if self._amplitude is None else self._amplitude
         if self.memory is not None:  # The potential is in units of the threshold.
-            rule = self.rule._replace(slack=self._slack(x))
-            return spikes(self.potential(x), self.time_steps, 1.0, amplitude, rule)
+            return spikes(self.potential(x), self.time_steps, 1.0, amplitude, self._rule(x))
         return spikes(x, self.time_steps, self._threshold, amplitude, self.rule)
 
     def extra_repr(self) -> str:

@@ -43,9 +43,7 @@ def frame_slack(x: Tensor, time_steps: int, threshold: float | Tensor | None, me
     return tie_slack(x, time_steps, threshold)
 
 
-def membrane_potentials(
-    drive: Tensor, time_steps: int, memory: FrameMemory, rule: CountRule = HALF_UP, slack: float = 0.0
-) -> Tensor:
+def membrane_potentials(drive: Tensor, time_steps: int, memory: FrameMemory, rule: CountRule = HALF_UP) -> Tensor:
     """The membrane potential of every frame before its spikes.
 
     The gradient runs back through all earlier frames by the decay. It takes the spikes that were subtracted for
@@ -55,8 +53,7 @@ def membrane_potentials(
         drive: Input of each frame in units of the threshold, ``[F * B, ...]``.
         time_steps: T.
         memory: Number of frames and decay.
-        rule: Rounding of halves.
-        slack: Steps below a threshold that still reach it.
+        rule: Rounding of halves, and slack for ties.
 
     Returns:
         Potentials in units of the threshold, in the shape of ``drive``.
@@ -64,6 +61,7 @@ def membrane_potentials(
     if memory.frames == 1:
         return drive
     potentials: list[Tensor] = []
+    slack = rule.slack or 0.0
     for z in drive.chunk(memory.frames):
         potential = z
         if potentials:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from qsd.errors import QsdError
+from qsd.limits import LARGEST_LABEL
 from qsd.reading import regular_file, shown
 from qsd.reading.images import BadImage, ExifOrientation, decode_image
 
@@ -32,6 +33,8 @@ class HubImages:
 
     Attributes:
         class_names: Names of the classes, by label.
+        texts: Whether the labels are texts.
+        numbers: Whether the labels are numbers without names.
         labels: Class of each image ``[N]``.
 
     Raises:
@@ -56,7 +59,10 @@ class HubImages:
                 columns = ", ".join(map(shown, dataset.column_names))
                 raise QsdError(f"the split {split} has no column {key!r}; choose --data.{name} from {columns}.")
         values = dataset.select_columns([label_key]).with_format("numpy")[:][label_key]
-        self.class_names, self.labels = _classes(np.asarray(values), dataset.features[label_key], split, class_names)
+        values, feature = np.asarray(values), dataset.features[label_key]
+        self.texts = values.dtype.kind in "UO"
+        self.numbers = values.dtype.kind in "iu" and not hasattr(feature, "names")
+        self.class_names, self.labels = _classes(values, feature, split, class_names)
         if isinstance(dataset.features[image_key], datasets.Image):
             dataset = dataset.cast_column(image_key, datasets.Image(decode=False))
         dataset = dataset.select_columns([image_key])
@@ -106,14 +112,35 @@ def load_split(name: str, root: Path | None, split: str, download: bool) -> Any:
         assert root is not None
         if (folder := _saved(root, split)) is not None:
             return datasets.load_from_disk(str(folder))
-        files = [str(path) for path in _parquet_files(root, split)]
-        return datasets.load_dataset("parquet", data_files={split: files}, split=split)
+        return _load_parquet(_parquet_files(root, split), split)
     except QsdError:
         raise
     except Exception as error:  # of the hub, of the network, of Arrow: the package lists no types
         fetched = "" if download or not name else "; --data.download true fetches it"
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300].removesuffix(".")
         raise QsdError(f"the split {split} of {name or root} cannot be read: {reason}{fetched}.") from error
+
+
+def _load_parquet(paths: list[Path], split: str) -> Any:
+    """The rows of parquet files.
+
+    Raises:
+        QsdError: If a file holds none, which the package tells by an error of its own code.
+    """
+    import datasets
+    from pyarrow import parquet
+
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says the same once more
+    try:
+        return datasets.load_dataset("parquet", data_files={split: [str(path) for path in paths]}, split=split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        empty = next((path for path in paths if parquet.read_metadata(path).num_rows == 0), None)
+        if empty is None:
+            raise (error.__cause__ or error) from None
+        raise QsdError(f"{shown(empty)} holds no rows; remove it, or write it again.") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def has_split(root: Path, split: str) -> bool:
@@ -155,12 +182,15 @@ def _classes(
         names, values = np.unique(values.astype(str), return_inverse=True)
     elif values.ndim != 1 or values.dtype.kind not in "iu":
         raise QsdError(f"the labels of the split {split} are neither whole numbers nor texts; see --data.label_key.")
-    if names is None:
-        return known or [str(number) for number in range(int(values.max(initial=-1)) + 1)], values.astype(np.int64)
-    names, values = [str(name) for name in names], values.astype(np.int64)
-    if len(values) and not -1 <= values.min() <= values.max() < len(names):
+    most = LARGEST_LABEL if names is None else len(names) - 1
+    if len(values) and not -1 <= values.min() <= values.max() <= most:
         wrong = values.min() if values.min() < -1 else values.max()
-        raise QsdError(f"the split {split} has the label {wrong}, and its columns name {len(names)} classes.")
+        fault = "which is no class" if names is None else f"and its columns name {len(names)} classes"
+        raise QsdError(f"the split {split} has the label {wrong}, {fault}; see --data.label_key.")
+    values = values.astype(np.int64)
+    if names is None:
+        return known or [str(number) for number in range(int(values.max(initial=-1)) + 1)], values
+    names = [str(name) for name in names]
     if known is None or names == known:
         return names, values
     if unknown := [names[label] for label in np.unique(values) if label >= 0 and names[label] not in known]:

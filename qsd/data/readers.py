@@ -85,6 +85,7 @@ class ReaderData(PhotographData):
         self._class_file = class_names
         self._download = download
         self._class_names: list[str] | None = None
+        self._found_texts = False  # whether the labels of the training split are texts, which we number
         self._found_names: list[str] | None = None  # as the training split has them, not as `class_names` lists them
         self._read: dict[str, ImageSource] = {}
         self._shards: dict[str, list[Path]] = {}
@@ -185,8 +186,13 @@ class ReaderData(PhotographData):
         dataset = load_split(self._name, self.root, split, self._download)
         keys = (self._image_key, self._label_key or "label")
         images = HubImages(dataset, *keys, split, self.exif_orientation, self._found_names)
+        if self._found_texts and images.numbers:
+            raise QsdError(
+                f"the labels of the split {split} are numbers without names, and those of the training split texts; "
+                "write texts in both."
+            )
         if self._class_names is None:
-            self._found_names = images.class_names
+            self._found_texts, self._found_names = images.texts, images.class_names
             self._class_names = self._listed_names(len(images.class_names)) or images.class_names
         return images
 
@@ -236,7 +242,10 @@ class ReaderData(PhotographData):
         if self._class_file is None:
             return None
         path = regular_file(self._class_file, "list of classes")
-        names = path.read_text().splitlines()
+        try:
+            names = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise QsdError(f"{shown(path)} is no text in UTF-8; save it as such.") from error
         if len(names) < count:
             raise QsdError(f"{shown(path)} has {len(names)} lines, and the data set has {count} classes.")
         return names

@@ -20,6 +20,7 @@ from PIL import Image
 
 from qsd.errors import QsdError
 from qsd.files import cache_folder, replacing
+from qsd.limits import LARGEST_LABEL
 from qsd.reading import FileError, read_safetensors, regular_file, shown
 from qsd.reading.images import BadImage, ExifOrientation, decode_image, image_endings
 from qsd.reading.tar_files import Member, read_member, tar_members
@@ -168,13 +169,20 @@ def _sample(path: Path, files: dict[str, Member], label_key: str | None) -> Iter
         raise QsdError(f"{where} has a .{ending} of {member.size} bytes, which is no label.")
     content = read_member(path, member.offset, member.size)
     try:
-        label = int(content if label_key is None else _field(json.loads(content), label_key))
+        label = _whole(content if label_key is None else _field(json.loads(content), label_key))
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         field = "" if label_key is None else f" in the field {label_key!r}"
         raise QsdError(f"{where} has no whole number as its label in .{ending}{field}.") from error
-    if label < -1:  # timm marks images without a class by -1
+    if not -1 <= label <= LARGEST_LABEL:  # timm marks images without a class by -1
         raise QsdError(f"{where} has the label {label}, which is no class.")
     yield image, str(label)
+
+
+def _whole(value: Any) -> int:
+    """A whole number out of a file; fractions are not rounded."""
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError("no whole number")
+    return int(value)
 
 
 def _field(content: Any, key: str) -> Any:

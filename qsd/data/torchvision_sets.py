@@ -225,7 +225,7 @@ class TorchvisionData(ImageData):
             if images.shape[1] == 3:  # SVHN and STL-10 are kept as [N, 3, H, W]
                 images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
             self._class_names = list(getattr(read, "classes", None) or self.class_names)
-        if len(images) != len(labels) or not 0 <= labels.min() <= labels.max() < self.num_classes:
+        if not len(images) == len(labels) > 0 or not 0 <= labels.min() <= labels.max() < self.num_classes:
             raise QsdError(f"{self.name} in {self.root} is damaged: its labels do not fit its images; fetch it again.")
         return images, labels
 

@@ -76,10 +76,12 @@ class IntegerGraph:
         for node in graph.node:
             call = self._calls.get(node.output[0])
             if call is None:
+                node.ClearField("name")  # Outputs have names; a second one for each operation takes room.
                 self._nodes.append(node)
             elif call.output not in self._written:
                 writes.of(call.layer)(call.layer, call, self)
         del graph.node[:]
+        del graph.value_info[:]  # Runtimes find the shapes themselves.
         if self.compact:
             pin_versions(self.model, EARLY_OPSET, EARLY_IR_VERSION)
         if self._words:  # They are unpacked first.
@@ -135,7 +137,7 @@ class IntegerGraph:
         Returns:
             The name of its output.
         """
-        self._nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
+        self._nodes.append(self.onnx.helper.make_node(kind, inputs, [output], **attributes))
         return output
 
     def constant(self, name: str, values: Any, dtype: type) -> str:
@@ -194,12 +196,16 @@ class IntegerGraph:
             self.model.graph.initializer.append(types(name=value, data_type=types.INT4, dims=dims, raw_data=packed))
         if not small.factors:
             return value if self.compact else self.add("Cast", [value], name, to=types.INT8)
-        value = self.add("Cast", [value], f"{name}.wide", to=types.INT32)
+        value = self.add("Cast", [value], self._short_name(), to=types.INT32)
         for number, factor in enumerate(small.factors):
-            label = f"{name}.factor{number}"
-            wide = self.add("Cast", [self.constant(label, factor, np.int8)], f"{label}.wide", to=types.INT32)
-            value = self.add("Mul", [value, wide], f"{name}.scaled{number}")
+            factors = self.constant(f"{name}.factor{number}", factor, np.int8)
+            wide = self.add("Cast", [factors], self._short_name(), to=types.INT32)
+            value = self.add("Mul", [value, wide], self._short_name())
         return self.add("Cast", [value], name, to=types.INT8)
+
+    def _short_name(self) -> str:
+        """A name for a value that nobody looks for; long names take room, and names of layers have no such sign."""
+        return f"#{len(self._nodes)}"
 
     def split(self, inputs: list[str], outputs: list[str]) -> None:
         """Add a division of a tensor into parts.
@@ -208,7 +214,7 @@ class IntegerGraph:
             inputs: Names of the tensor and of the sizes of its parts.
             outputs: Names of the parts.
         """
-        self._nodes.append(self.onnx.helper.make_node("Split", inputs, outputs, name=f"{inputs[0]}.split"))
+        self._nodes.append(self.onnx.helper.make_node("Split", inputs, outputs))
 
     def floats(self, value: str, output: str) -> str:
         """Add a conversion to floats.

@@ -42,6 +42,7 @@ def write_qonnx(network: IntegerNetwork, path: str | Path) -> None:
     for layer in network.description.layers:
         if layer.kind in _REFUSED:
             raise QsdError(f"layer {layer.name} {_REFUSED[layer.kind]}, so that QONNX cannot express the network.")
+    for layer in network.description.layers:
         if layer.bits > _EXACT_BITS - (not layer.signed):
             raise QsdError(
                 f"layer {layer.name} has sums of {layer.bits} bits, and QONNX computes in float32, which holds 24; use "

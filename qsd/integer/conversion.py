@@ -106,6 +106,8 @@ def _check(spiking: SpikingNetwork, fractional_bits: int | None, inner_bits: int
         raise QsdError("the network has the binary code, and an integer network the unary one; use code='unary'.")
     if spiking.currents:
         raise QsdError("the network takes currents, and an integer network takes images; convert the whole network.")
+    if spiking.example.dim() == 5:
+        raise QsdError("the network takes the frames of recordings, and an integer network takes images.")
     if fractional_bits is not None and not 1 <= fractional_bits <= 30:
         raise QsdError(f"fractional_bits={fractional_bits} is not from 1 to 30.")
     if not 4 <= inner_bits <= 24:

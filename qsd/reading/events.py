@@ -1,30 +1,26 @@
 """From a recording of an event camera to arrays of events; a broken file becomes a value, not an exception.
 
-Structured arrays (``.npy``, ``.npz``, HDF5) are read here. The formats of cameras (``.aedat``, ``.aedat4``, and the
-``.bin`` files of N-MNIST and N-Caltech101) are read by tonic, which `qsd[events]` installs. No reader unpickles,
-follows links to other files, or allocates more than the file's own size allows.
+Structured arrays (``.npy``, ``.npz``, HDF5) are read here, and the formats of cameras by `qsd.reading.cameras`. No
+reader unpickles or follows links to other files.
 """
 
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from qsd.errors import QsdError
+from qsd.reading.cameras import EventFormat, NoRecording, needed, read_aedat, read_aedat4, read_bin
 from qsd.reading.images import BadImage
 
 __all__ = ["EventFormat", "Events", "event_endings", "load_events", "sorted_events"]
 
 Array = np.ndarray[Any, Any]
-# The layout of a file where its ending does not tell it: ``dvs128`` and ``ibm`` are addresses in ``.aedat`` files, and
-# ``gesture`` is an array of columns x, y, polarity and milliseconds.
-EventFormat = Literal["auto", "dvs128", "ibm", "gesture"]
 MICROSECONDS = {"us": 1.0, "ms": 1e3, "s": 1e6, "ns": 1e-3}
 # Names of the four fields of an event in structured arrays and HDF5 files.
 _FIELDS = {
@@ -33,10 +29,9 @@ _FIELDS = {
     "t": ("t", "ts", "time", "timestamp", "timestamps"),
     "p": ("p", "pol", "polarity", "polarities"),
 }
-# Places of column, row and polarity in the addresses of ``.aedat`` files, and the mask of the first two.
-_ADDRESSES = {"dvs128": ((8, 1, 0), 0x7F), "ibm": ((17, 2, 1), 0x1FFF)}
 _MOST_EVENTS = 1 << 28
 _MOST_BYTES = 1 << 33  # of the arrays in a compressed file
+_LATEST = 2.0**51  # microseconds, 71 years: differences of such times are exact
 _GROUPS = ("", "events", "CD/events")  # where HDF5 files keep their events
 
 
@@ -54,10 +49,6 @@ class Events(NamedTuple):
     y: Array
     t: Array
     p: Array
-
-
-class _Problem(Exception):
-    """The reason why a file holds no recording."""
 
 
 def event_endings() -> tuple[str, ...]:
@@ -93,7 +84,7 @@ def load_events(path: str, layout: EventFormat = "auto", time_unit: str = "us") 
         return _checked(fields, MICROSECONDS[unit or time_unit])
     except (MemoryError, QsdError):
         raise  # which are not the file's fault
-    except _Problem as problem:
+    except NoRecording as problem:
         return BadImage(path, str(problem))
     except BaseException as error:  # readers list no types, and Rust's panics are no Exceptions
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
@@ -143,19 +134,27 @@ def sorted_events(x: Array, y: Array, t: Array, p: Array) -> Events:
 def _checked(fields: Mapping[str, Array], unit: float) -> Events:
     lengths = {len(field) for field in fields.values()}
     if len(lengths) != 1:
-        raise _Problem(f"its fields have different lengths: {sorted(lengths)}")
+        raise NoRecording(f"its fields have different lengths: {sorted(lengths)}")
     if not lengths.pop():
-        raise _Problem("it holds no event")
+        raise NoRecording("it holds no event")
     for name, field in fields.items():
         if field.ndim != 1 or field.dtype.kind not in "iufb":
-            raise _Problem(f"its field {name} is no list of numbers, but {field.dtype} of {field.ndim} dimensions")
+            raise NoRecording(f"its field {name} is no list of numbers, but {field.dtype} of {field.ndim} dimensions")
         if field.dtype.kind == "f" and not bool(np.isfinite(field).all()):
-            raise _Problem(f"its field {name} holds values that are not finite")
+            raise NoRecording(f"its field {name} holds values that are not finite")
     for name in "xy":
         low, high = fields[name].min(), fields[name].max()
         if low < 0 or high >= 1 << 15:
-            raise _Problem(f"its field {name} goes from {low} to {high}, which is no range of pixels")
-    times = fields["t"].astype(np.float64) * unit
+            raise NoRecording(f"its field {name} goes from {low} to {high}, which is no range of pixels")
+    low, high = fields["p"].min(), fields["p"].max()
+    if low < -1 or high > 1 or (fields["p"].dtype.kind == "f" and bool((fields["p"] % 1).any())):
+        raise NoRecording(f"its field p goes from {low} to {high}, where polarities are 0 or -1 and 1")
+    with np.errstate(over="ignore"):
+        times = fields["t"].astype(np.float64) * unit
+    if times.min() <= -_LATEST or times.max() >= _LATEST:
+        raise NoRecording(
+            f"its times go from {times.min():g} to {times.max():g} microseconds, and 71 years are the most"
+        )
     return sorted_events(fields["x"], fields["y"], times, fields["p"])
 
 
@@ -165,7 +164,9 @@ def _named(names: tuple[str, ...] | list[str], get: Callable[[str], Any]) -> dic
     for field, known in _FIELDS.items():
         name = next((name for name in known if name in names), None)
         if name is None:
-            raise _Problem(f"it has no field {' or '.join(known)}; its fields are {', '.join(names)[:100] or 'none'}")
+            raise NoRecording(
+                f"it has no field {' or '.join(known)}; its fields are {', '.join(names)[:100] or 'none'}"
+            )
         found[field] = get(name)
     return found
 
@@ -178,16 +179,16 @@ def _read_array(stream: Any, size: int) -> Array:
     version = np.lib.format.read_magic(stream)
     header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if header is None:
-        raise _Problem(f"its array has the version {version} of NumPy's format, where 1 and 2 are read")
+        raise NoRecording(f"its array has the version {version} of NumPy's format, where 1 and 2 are read")
     shape, fortran, dtype = header(stream)
     if dtype.hasobject:
-        raise _Problem("it holds an array of objects, which would run code; save numbers instead")
+        raise NoRecording("it holds an array of objects, which would run code; save numbers instead")
     count = int(np.prod(shape, dtype=np.float64)) if shape else 1
     if count > _MOST_EVENTS * 4 or count * dtype.itemsize > size:
-        raise _Problem(f"its header tells of {count} values, more than the file holds")
+        raise NoRecording(f"its header tells of {count} values, more than the file holds")
     values = np.frombuffer(stream.read(count * dtype.itemsize), dtype=dtype)
     if len(values) != count:
-        raise _Problem("the file is truncated")
+        raise NoRecording("the file is truncated")
     return values.reshape(shape, order="F" if fortran else "C")
 
 
@@ -196,7 +197,7 @@ def _fields_of(array: Array, layout: EventFormat) -> dict[str, Array]:
         return _named(array.dtype.names, lambda name: array[name].reshape(-1))
     if layout == "gesture" and array.ndim == 2 and array.shape[1] >= 4:
         return dict(zip("xypt", array[:, :4].T))
-    raise _Problem(f"its array of {array.dtype} and shape {array.shape} has no fields x, y, t and p")
+    raise NoRecording(f"its array of {array.dtype} and shape {array.shape} has no fields x, y, t and p")
 
 
 def _read_npy(path: str, layout: EventFormat) -> tuple[Mapping[str, Array], str | None]:
@@ -209,7 +210,7 @@ def _read_npz(path: str, layout: EventFormat) -> tuple[Mapping[str, Array], str 
     with zipfile.ZipFile(path) as archive:
         members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
         if sum(member.file_size for member in members.values()) > _MOST_BYTES:
-            raise _Problem("its arrays need more than 8 GiB of memory")
+            raise NoRecording("its arrays need more than 8 GiB of memory")
 
         def get(name: str) -> Array:
             with archive.open(members[name]) as stream:
@@ -224,7 +225,7 @@ def _read_npz(path: str, layout: EventFormat) -> tuple[Mapping[str, Array], str 
 
 
 def _read_hdf5(path: str, layout: EventFormat) -> tuple[Mapping[str, Array], str | None]:
-    with _needed("h5py"):
+    with needed("h5py"):
         import h5py
     with h5py.File(path, "r") as file:
         for name in _GROUPS:
@@ -233,7 +234,7 @@ def _read_hdf5(path: str, layout: EventFormat) -> tuple[Mapping[str, Array], str
                 return _fields_of(_dataset(found), layout), None
             if isinstance(found, h5py.Group) and any(key in found for key in _FIELDS["t"]):
                 return _named(list(found), partial(_column, found)), None
-    raise _Problem("it has no fields x, y, t and p, neither at its root nor in a group events")
+    raise NoRecording("it has no fields x, y, t and p, neither at its root nor in a group events")
 
 
 def _column(group: Any, name: str) -> Array:
@@ -248,7 +249,7 @@ def _follow(group: Any, path: str) -> Any:
         if not isinstance(group, h5py.Group) or key not in group.keys():  # noqa: SIM118 - not a dictionary
             return None
         if not isinstance(group.get(key, getlink=True), h5py.HardLink):
-            raise _Problem(f"its part {path} is a link, perhaps to another file, which is not followed")
+            raise NoRecording(f"its part {path} is a link, perhaps to another file, which is not followed")
         group = group[key]
     return group
 
@@ -257,57 +258,15 @@ def _dataset(dataset: Any) -> Array:
     import h5py
 
     if not isinstance(dataset, h5py.Dataset):
-        raise _Problem("one of its fields is a group, where numbers belong")
+        raise NoRecording("one of its fields is a group, where numbers belong")
     if dataset.external or dataset.is_virtual:
-        raise _Problem("its numbers lie in another file, which is not read")
+        raise NoRecording("its numbers lie in another file, which is not read")
     if dataset.dtype.hasobject:
-        raise _Problem("it holds an array of objects; save numbers instead")
+        raise NoRecording("it holds an array of objects; save numbers instead")
     if dataset.size is None or dataset.size > _MOST_EVENTS:
-        raise _Problem(f"it holds {dataset.size} events, and at most {_MOST_EVENTS} are read")
+        raise NoRecording(f"it holds {dataset.size} events, and at most {_MOST_EVENTS} are read")
     values: Array = dataset[()]
     return values
-
-
-# -- formats of cameras ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _needed(package: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise QsdError(f"reading such recordings needs {package}: pip install 'qsd[events]'.") from error
-
-
-def _read_aedat(path: str, layout: EventFormat) -> tuple[Mapping[str, Array], str | None]:
-    with _needed("tonic"):
-        from tonic import io
-    # Not by `io.read_dvs_128`, which fails in tonic 1.7 on what its own reader of headers returns.
-    version, start, *_ = io.read_aedat_header_from_file(path)
-    events = io.get_aer_events_from_file(path, version, start)
-    address, (x, y, p), mask = events["address"].astype(np.int64), *_ADDRESSES["ibm" if layout == "ibm" else "dvs128"]
-    fields = {"x": address >> x & mask, "y": address >> y & mask, "p": address >> p & 1}
-    return {**fields, "t": events["timeStamp"]}, "us"
-
-
-def _read_aedat4(path: str, layout: EventFormat) -> tuple[Mapping[str, Array], str | None]:
-    del layout
-    with _needed("tonic"):
-        import aedat  # noqa: F401 - which tonic asks for only when it reads
-        from tonic import io
-    events = io.read_aedat4(path)
-    names = ("on" if "on" in events.dtype.names else "p", "x", "y", "t")
-    return {"p": events[names[0]], **{name: events[name] for name in names[1:]}}, "us"
-
-
-def _read_bin(path: str, layout: EventFormat) -> tuple[Mapping[str, Array], str | None]:
-    del layout
-    if os.path.getsize(path) % 5:
-        raise _Problem("its length is no multiple of 5 bytes, so that it is truncated, or no recording of N-MNIST")
-    with _needed("tonic"):
-        from tonic import io
-    events = io.read_mnist_file(path, np.dtype([("x", int), ("y", int), ("t", int), ("p", int)]))
-    return {name: events[name] for name in "xytp"}, "us"
 
 
 _READERS: dict[str, Callable[[str, EventFormat], tuple[Mapping[str, Array], str | None]]] = {
@@ -315,7 +274,7 @@ _READERS: dict[str, Callable[[str, EventFormat], tuple[Mapping[str, Array], str 
     ".npz": _read_npz,
     ".h5": _read_hdf5,
     ".hdf5": _read_hdf5,
-    ".aedat": _read_aedat,
-    ".aedat4": _read_aedat4,
-    ".bin": _read_bin,
+    ".aedat": read_aedat,
+    ".aedat4": read_aedat4,
+    ".bin": read_bin,
 }

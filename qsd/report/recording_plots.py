@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from qsd import plots
 from qsd.report.activity_record import ActivityRecord, FrameRecord
@@ -34,6 +35,7 @@ def recording_over_time(record: ActivityRecord) -> Figure:
         axes = figure.add_subplot(grid[1])
         axes.bar(np.arange(1, len(frames) + 1), [frame.events for frame in frames], width=0.8, color=plots.ORANGE)
         axes.set_xlim(0.5, len(frames) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("events", rotation=0, ha="right", va="center", fontsize=6.5)
         axes.set_xlabel("frame", labelpad=1)
         most = max((max(values, default=0.0) for values in timeline.values()), default=0.0) or 1.0

@@ -35,6 +35,9 @@ def test_all_formats_give_the_events_that_were_written(tmp_path):
         assert not isinstance(found, BadImage), (name, found)
         for field in "xytp":
             assert np.array_equal(getattr(found, field), events[field].astype(float)), (name, field)
+    recordings.write_aedat3(tmp_path / "ibm.aedat", events)
+    found = load_events(str(tmp_path / "ibm.aedat"), "ibm")
+    assert all(np.array_equal(getattr(found, field), events[field].astype(float)) for field in "xytp")
     path = str(tmp_path / "gesture.npy")
     recordings.write_gesture(path, events)
     found = load_events(path, "gesture")
@@ -70,7 +73,13 @@ def _harmful(tmp_path, events):
     (tmp_path / "noise.aedat4").write_bytes(os.urandom(200))
     yield "noise.aedat4", ""
     (tmp_path / "noise.aedat").write_bytes(b"#!AER-DAT7.0\r\n")
-    yield "noise.aedat", ""
+    yield "noise.aedat", "does not begin with #!AER-DAT2.0"
+    for version, write in ((2, recordings.write_aedat2), (3, recordings.write_aedat3)):
+        write(tmp_path / "whole", events)
+        content = (tmp_path / "whole").read_bytes()
+        for left in (1, 7) if version == 2 else (1, 8, 28, 60, 1000):
+            (tmp_path / f"cut{version}.{left}.aedat").write_bytes(content[:-left])
+            yield f"cut{version}.{left}.aedat", "truncated"
     with zipfile.ZipFile(tmp_path / "empty.npz", "w"):
         pass
     yield "empty.npz", "no field x"
@@ -78,10 +87,16 @@ def _harmful(tmp_path, events):
     yield "nothing.npy", "empty"
     os.mkfifo(tmp_path / "pipe.npy")
     yield "pipe.npy", "pipe"
-    odd = events.copy()
-    odd["x"][3] = -1
-    np.save(tmp_path / "negative.npy", odd)
-    yield "negative.npy", "no range of pixels"
+    for name, field, values, reason in (
+        ("negative", "x", events["x"] - 1, "no range of pixels"),
+        ("bytes", "p", np.where(events["p"], 1, 255), "from 1 to 255, where polarities are 0 or -1 and 1"),
+        ("halves", "p", np.full(500, 0.5), "where polarities are"),
+        ("unknown", "p", np.full(500, np.nan), "not finite"),
+        ("ages", "t", np.linspace(0, 1e300, 500), "71 years"),
+    ):
+        fields = {n: values if n == field else events[n] for n in "xytp"}
+        np.savez(tmp_path / f"{name}.npz", **fields)
+        yield f"{name}.npz", reason
 
 
 def test_harmful_and_damaged_recordings_are_refused_with_a_reason(tmp_path):
@@ -136,6 +151,8 @@ def test_a_cache_gives_the_same_frames_and_follows_the_file(tmp_path):
     assert other.shape[0] == 4
     recordings.write_npy(path, recordings.random_events(200, seed=1))
     assert source.load(0).sum() == 200
+    with pytest.raises(QsdError, match=r"the folder cache=.* cannot be made"):
+        RecordingFiles([path], [0], Binning(3, (16, 16)), cache=path)
 
 
 def test_a_pixel_reports_changes_of_log_intensity():

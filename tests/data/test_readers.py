@@ -298,6 +298,7 @@ def test_damaged_archives_are_refused_and_missing_ends_are_said(tmp_path, caplog
         (one + one, None, "holds a.png several times"),
         (one + two + one, None, "holds the image a.png 2 times"),
         ([one[0], (one[1][0], b"-2")], None, "the label -2, which is no class"),
+        ([one[0], (one[1][0], b"9" * 30)], None, "the label 9{30}, which is no class"),
         ([one[0], (one[1][0], b"-1")], None, "hold no image with a class"),
     ):
         with pytest.raises(QsdError, match=message):
@@ -309,6 +310,10 @@ def test_damaged_archives_are_refused_and_missing_ends_are_said(tmp_path, caplog
     source = read([*one, two[0], (two[1][0], b"-1")])
     assert (len(source), source.name(0)) == (1, f"{path}/a.png")
     assert "1 of 2 images of the split train have no class" in caplog.text
+    for label in (b"1.7", b"Infinity", b'"x"'):
+        write_tar(path, [one[0], ("a.json", b'{"label": %s}' % label)])
+        with pytest.raises(QsdError, match=r"no whole number as its label in .json in the field 'label'"):
+            ReaderData("wds/", str(tmp_path), label_key="label", **SMALL).load_part("train")
 
 
 def test_lists_of_shards_that_do_not_fit_their_files(tmp_path, caplog):
@@ -363,6 +368,7 @@ def test_splits_with_other_names_or_numbers_of_classes(tmp_path):
         ("beyond", [0, 5], ["ant", "bee"], "has the label 5, and its columns name 2 classes"),
         ("plainer", [0, 3], None, "has the label 3, and 3 classes are known"),
         ("without", [0, -1], ["ant", "bee"], "1 of the 2 images of the val part have no class"),
+        ("enormous", [0, 10**12], None, "has the label 1000000000000, which is no class"),
     ):
         with pytest.raises(QsdError, match=message):
             labels(name, validation, names)
@@ -396,6 +402,18 @@ def test_parquet_files_of_other_programs_with_texts_as_labels(tmp_path):
     assert module.class_names == ["a", "b", "c"]
     assert [module.load_part(part).labels.tolist() for part in ("train", "val")] == [[1, 0, 2], [2, 1]]
     assert module.load_part("val").load(1).getpixel((0, 0)) == (1, 254, 7)
+    columns = {"picture": [picture(0)], "kind": [0]}
+    datasets.Dataset.from_dict(columns).to_pandas().to_parquet(tmp_path / "val.parquet")
+    datasets.Dataset.from_dict(columns).to_pandas()[:0].to_parquet(tmp_path / "test.parquet")
+    for part, message in (("val", "numbers without names, and those of the training split texts"), ("test", "no rows")):
+        with pytest.raises(QsdError, match=message):
+            ReaderData(
+                "hfds/", str(tmp_path), image_key="picture", label_key="kind", test_split="test", **SMALL
+            ).load_part(part)
+    (tmp_path / "names.txt").write_bytes(b"caf\xe9\nb\nc\n")
+    keys = {"image_key": "picture", "label_key": "kind", "class_names": str(tmp_path / "names.txt")}
+    with pytest.raises(QsdError, match=r"names.txt is no text in UTF-8"):
+        ReaderData("hfds/", str(tmp_path), **keys, **SMALL).load_part("train")
 
 
 def test_what_equal_steps_leave_out_or_repeat_is_said(caplog):

@@ -211,6 +211,7 @@ def test_damaged_and_missing_idx_files_are_one_line(tmp_path):
         (gzip.compress(b"\0\0\x08\x01\0\0\0\x09" + bytes(10)), "has 10 values for the sizes"),
         (gzip.compress(b"not one"), "no IDX file"),
         (gzip.compress(b"\0\0\x08\x01\0\0\0\x0a" + bytes([77] * 10)), "labels do not fit"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\0"), "labels do not fit"),
     ):
         labels.write_bytes(content)
         with pytest.raises(QsdError, match=message):

@@ -40,6 +40,15 @@ def write_aedat2(path, events):
     Path(path).write_bytes(b"#!AER-DAT2.0\r\n# a test\r\n" + pairs.tobytes())
 
 
+def write_aedat3(path, events, packet=64):
+    """The ``.aedat`` files of DVS128 Gesture: packets with a header, and addresses of another layout, little-endian."""
+    address = (events["x"].astype(np.uint32) << 17) | (events["y"].astype(np.uint32) << 2) | events["p"] << 1
+    pairs = np.stack([address, events["t"].astype(np.uint32)], 1).astype("<u4")
+    parts = [pairs[start : start + packet] for start in range(0, len(pairs), packet)]
+    packets = [struct.pack("<HH6I", 1, 0, 8, 4, 0, len(p), len(p), len(p)) + p.tobytes() for p in parts]
+    Path(path).write_bytes(b"#!AER-DAT3.1\r\n#Start-Time: a day\r\n#!END-HEADER\r\n" + b"".join(packets))
+
+
 def write_aedat4(path, events):
     """An AEDAT4 file with one stream of events, without compression."""
     import flatbuffers

@@ -394,6 +394,11 @@ def test_a_classifier_with_fewer_outputs_than_classes_is_refused(tmp_path):
         make_trainer(tmp_path).fit(make_task(num_classes=5), FewDigits())
 
 
+def test_one_class_is_refused(tmp_path):
+    with pytest.raises(QsdError, match=r"num_classes=1, and a classifier needs two or more"):
+        make_trainer(tmp_path).validate(make_task(num_classes=1), FewDigits(), verbose=False)
+
+
 def test_a_label_outside_the_classifier_is_named_when_the_data_does_not_declare_its_classes(tmp_path):
     batches = torch.utils.data.DataLoader([(torch.randn(1, 16, 16), label) for label in (0, 1, 7)], batch_size=3)
     task = make_task(num_classes=5, model_args={"in_chans": 1})

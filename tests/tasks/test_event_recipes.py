@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import qsd_launcher
-from qsd import QsdError, load_packed, to_spike_driven
+from qsd import QsdError, load_packed, to_integer, to_spike_driven
 from qsd.commands.predictor import run_session
 from qsd.data.events import DigitEvents, RecordingArrays
 from qsd.export import to_onnx
@@ -114,6 +114,8 @@ def test_a_file_of_one_frame_gives_the_network_output_by_its_state(tmp_path):
     np.testing.assert_allclose(run_session(session, x.numpy()), expected.numpy(), rtol=1e-4, atol=1e-4)
     with pytest.raises(QsdError, match="keeps its membrane from frame to frame"):
         to_onnx(spiking, tmp_path / "b.onnx", integer=True, images=x)
+    with pytest.raises(QsdError, match="takes the frames of recordings, and an integer network takes images"):
+        to_integer(spiking, x)
     average = to_spike_driven(TinyNetwork("average").eval(), example=x[:1])
     to_onnx(average, tmp_path / "b.onnx", integer=True, images=x)
     session = onnxruntime.InferenceSession(tmp_path / "b.onnx", providers=["CPUExecutionProvider"])

@@ -5,7 +5,7 @@ current folder.
 
   digits         a classifier of 8 x 8 digits (about four minutes on two cores); with --pretrained the trained network
                  of the package instead (about ten seconds)
-  events         a classifier of digits that move in front of a simulated event camera
+  events         a classifier of digits that move in front of a simulated event camera (about five minutes)
   detection      a detector of digits on photographs; needs qsd[mm]
   segmentation   a segmenter of digits on photographs; needs qsd[mm]
   scenes         the images of detection and segmentation alone

@@ -11,7 +11,7 @@ from qsd.data.events.base import EventData
 from qsd.data.events.frames import FrameAugmentation
 from qsd.data.events.pixels import PixelModel, record
 from qsd.data.events.recordings import RecordingArrays
-from qsd.errors import QsdError
+from qsd.limits import check_number
 from qsd.reading.digits import FULL_SCALE, SIZES, load_digits
 from qsd.reading.events import Events
 from qsd.reading.splits import stratified_split
@@ -62,11 +62,9 @@ class DigitEvents(EventData):
     ) -> None:
         augmentation = FrameAugmentation(degrees, shift, scale, 0.0, drop)
         super().__init__(frames, img_size, batch_size, num_workers, augmentation=augmentation, seed=seed)
-        if not threshold > 0 or refractory_ms < 0 or noise_hz < 0:
-            raise QsdError(
-                f"threshold={threshold}, refractory_ms={refractory_ms}, noise_hz={noise_hz}: the threshold must be "
-                "positive and the others must not be negative."
-            )
+        check_number("threshold", threshold, 1e-3)
+        check_number("refractory_ms", refractory_ms, 0)
+        check_number("noise_hz", noise_hz, 0, 1e3)
         self.sensor = self.img_size
         self.pixels = PixelModel(threshold, refractory_ms=refractory_ms, noise_hz=noise_hz)
         self._parts: dict[Part, RecordingArrays] = {}

@@ -4,6 +4,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ class RecordingFiles:
         denoise_ms: See `read_frames`.
         cache: Folder that keeps the frames, by content of the settings and by size and time of the file; ``None`` reads
             the events every time.
+
+    Raises:
+        QsdError: If the folder cannot be made.
     """
 
     def __init__(
@@ -81,6 +85,11 @@ class RecordingFiles:
         self.labels = np.asarray(labels if labels is not None else [-1] * len(paths), dtype=np.int64)
         self._binning, self._how = binning, (layout, time_unit, denoise_ms)
         self._cache = None if cache is None else Path(cache)
+        if self._cache is not None:
+            try:
+                self._cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise QsdError(f"the folder cache={cache} cannot be made: {error.strerror}.") from error
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -97,9 +106,11 @@ class RecordingFiles:
             return frames
         frames = read_frames(path, self._binning, *self._how)
         if kept is not None and not isinstance(frames, BadImage):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(kept) as partial, partial.open("wb") as file:
-                np.savez_compressed(file, frames=frames)
+            # A folder that may only be read, or a full disk, costs time alone.
+            with suppress(OSError, QsdError):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(kept) as partial, partial.open("wb") as file:
+                    np.savez_compressed(file, frames=frames)
         return frames
 
     def _cached_file(self, path: str) -> Path | None:

@@ -124,17 +124,18 @@ class DelayedNeuron(TimedLayer):
             scale: Value of one unit of the input, where the input is a product of spikes.
         """
         threshold = self.threshold_at(*scale)
-        drive, slack = x / threshold if scale else self.drive(x), self._slack(x, threshold)
+        drive = x / threshold if scale else self.drive(x)
+        rule = self.rule._replace(slack=self._slack(x, threshold))
         remainders = self.runtime.run.remainders
         if self.memory is not None and remainders is not None:
             if (left := remainders.get(self.call)) is not None:
                 drive = drive + self.memory.decay * left
-            counts = spike_count(drive, self.time_steps, self.rule, slack)
+            counts = spike_count(drive, self.time_steps, rule)
             remainders[self.call] = drive - counts
             return counts
         if self.memory is not None:
-            drive = membrane_potentials(drive, self.time_steps, self.memory, self.rule, slack)
-        return spike_count(drive, self.time_steps, self.rule, slack)
+            drive = membrane_potentials(drive, self.time_steps, self.memory, rule)
+        return spike_count(drive, self.time_steps, rule)
 
     def _slack(self, x: Tensor, threshold: Potential) -> float:
         return frame_slack(x, self.time_steps, threshold, self.memory)
