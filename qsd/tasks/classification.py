@@ -156,14 +156,14 @@ class ClassificationTask(LightningModule):
         num_classes = self.hparams["num_classes"] or available
         if num_classes is None:
             raise QsdError("num_classes is not given and no data module has it; pass --model.num_classes.")
-        if num_classes < 2:
-            raise QsdError(
-                f"num_classes={num_classes}, and a classifier needs two or more; check the labels of the data."
-            )
         if available is not None and available > num_classes:
             raise QsdError(
                 f"the data has {available} classes (labels 0 to {available - 1}), the model only "
                 f"num_classes={num_classes}; raise it, or leave it out to take it from the data."
+            )
+        if num_classes < 2:
+            raise QsdError(
+                f"num_classes={num_classes}, and a classifier needs two or more; check the labels of the data."
             )
         model_args = sizes_from_data(self.hparams["model_args"], data)
         # Loggers and checkpoints contain the real sizes.

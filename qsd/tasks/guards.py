@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsd.errors import QsdError
 from qsd.layers.steps import collapsed_step
@@ -32,8 +32,8 @@ class PrecisionNote(Callback):
         super().__init__()
         self._told = False
 
-    def _tell(self, trainer: Trainer, network: nn.Module) -> None:
-        if (note := tf32_note(network, trainer.strategy.root_device)) is not None:
+    def _tell(self, trainer: Trainer, task: LightningModule) -> None:
+        if (note := tf32_note(task, task.device)) is not None:
             rank_zero_warn(note)
         precision = str(trainer.precision)
         if not self._told and precision.endswith("-mixed"):
