@@ -394,9 +394,13 @@ def test_a_classifier_with_fewer_outputs_than_classes_is_refused(tmp_path):
         make_trainer(tmp_path).fit(make_task(num_classes=5), FewDigits())
 
 
+class OneClass(FewDigits):
+    num_classes = 1
+
+
 def test_one_class_is_refused(tmp_path):
     with pytest.raises(QsdError, match=r"num_classes=1, and a classifier needs two or more"):
-        make_trainer(tmp_path).validate(make_task(num_classes=1), FewDigits(), verbose=False)
+        make_trainer(tmp_path).validate(make_task(), OneClass(), verbose=False)
 
 
 def test_a_label_outside_the_classifier_is_named_when_the_data_does_not_declare_its_classes(tmp_path):
