@@ -227,10 +227,10 @@ def pass_learned(
 
 
 @triton.jit
-def value_of(code, amplitude, BITS: tl.constexpr, KIND: tl.constexpr):
-    """The neuron's output for a code."""
+def value_of(code, amplitude, BITS: tl.constexpr, KIND: tl.constexpr, OUT: tl.constexpr):
+    """The neuron's output for a code, in its own type and then in that of the layer that it feeds."""
     count = (code & ((1 << (BITS - 1)) - 1)).to(tl.float32)
-    return rounded(count * amplitude, KIND)
+    return rounded(rounded(count * amplitude, KIND), OUT)
 
 
 @triton.jit
@@ -251,11 +251,11 @@ def decode(
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = place < low
     code = tl.load(codes + place, mask=first, other=0).to(tl.int32)
-    value = rounded(value_of(code, amplitude, BITS, KIND), OUT)
+    value = value_of(code, amplitude, BITS, KIND, OUT)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=first)
     if BITS == 4:
         rest = place + low
-        value = rounded(value_of(code >> 4, amplitude, BITS, KIND), OUT)
+        value = value_of(code >> 4, amplitude, BITS, KIND, OUT)
         tl.store(out + rest, value.to(out.dtype.element_ty), mask=rest < size)
 
 
@@ -288,12 +288,12 @@ def compare(
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = place < low
     code = tl.load(codes + place, mask=first, other=0).to(tl.int32)
-    value = rounded(value_of(code, amplitude, BITS, KIND), OUT).to(x.dtype.element_ty)
+    value = value_of(code, amplitude, BITS, KIND, OUT).to(x.dtype.element_ty)
     actual = tl.load(x + place, mask=first, other=0.0)
     tl.store(bad + place * 0, 1, mask=first & (bits_of(value, OUT) != bits_of(actual, OUT)))
     if BITS == 4:
         rest = place + low
         second = rest < size
-        value = rounded(value_of(code >> 4, amplitude, BITS, KIND), OUT).to(x.dtype.element_ty)
+        value = value_of(code >> 4, amplitude, BITS, KIND, OUT).to(x.dtype.element_ty)
         actual = tl.load(x + rest, mask=second, other=0.0)
         tl.store(bad + place * 0, 1, mask=second & (bits_of(value, OUT) != bits_of(actual, OUT)))
