@@ -124,7 +124,7 @@ class SpikeNeuron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
-        spikes = lean.fixed_spikes if lean.TRAINS_LEAN[self.lean, x.is_cuda] else functional.fixed_spikes
+        spikes = lean.fixed_spikes if lean.trains_lean(self.lean, x) else functional.fixed_spikes
         amplitude = self.threshold if self._amplitude is None else self._amplitude
         if self.memory is not None:  # The potential is in units of the threshold.
             return spikes(self.potential(x), self.time_steps, 1.0, amplitude, self._rule(x))
@@ -211,7 +211,7 @@ class LearnedStepNeuron(SpikeNeuron):
         return self._spikes(x, scale, None)
 
     def _spikes(self, x: Tensor, scale: Factor | None, amplitude: Tensor | None) -> Tensor:
-        spikes = lean.learned_spikes if lean.TRAINS_LEAN[self.lean, x.is_cuda] else functional.learned_spikes
+        spikes = lean.learned_spikes if lean.trains_lean(self.lean, x) else functional.learned_spikes
         if self.memory is not None:  # The potential is in units of the threshold.
             return spikes(self.potential(x, scale), x.new_ones(()), amplitude, self.time_steps)
         return spikes(x, self._scaled_threshold(x, scale), amplitude, self.time_steps)

@@ -12,13 +12,13 @@ from qsd.functional import pad_frame
 from qsd.layers.layer_scale import LayerScale
 from qsd.layers.quantized import QuantConv2d, lean_form
 from qsd.lean import (
-    TRAINS_LEAN,
     Choice,
     Synapse,
     framed_convolutions,
     has_hooks,
     is_ordinary,
     norm_in_training,
+    trains_lean,
     two_norms,
     working_dtype,
 )
@@ -40,8 +40,7 @@ class LinearChain(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
-        lean = self.training and torch.is_grad_enabled() and TRAINS_LEAN[self.lean, x.is_cuda]
-        if not lean or torch.compiler.is_compiling():
+        if not (self.training and trains_lean(self.lean, x)):
             return super().forward(x)
         layers = list(self)
         while layers:

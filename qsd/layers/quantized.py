@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.collapse import watch_step
-from qsd.lean import TRAINS_LEAN, Choice, Geometry, Synapse, apply_synapse, has_hooks
+from qsd.lean import Choice, Geometry, Synapse, apply_synapse, has_hooks, trains_lean
 from qsd.quantizers import StepSizeQuantizer
 
 
@@ -102,7 +102,7 @@ def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | Non
         layer: Quantized or float layer.
         x: Its input.
     """
-    if not (TRAINS_LEAN[layer.lean, x.is_cuda] and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if not trains_lean(layer.lean, x):
         return None
     geometry = None
     if isinstance(layer, QuantConv2d):

@@ -68,7 +68,7 @@ class ClassificationTask(LightningModule):
         grad_checkpointing: Recompute blocks in the backward pass, to save memory.
         compile: Compile the network with ``torch.compile``; a string names the backend.
         lean: Keep spike counts in half a byte for the backward pass (see `qsd.set_lean`): ``True``, ``False``, or
-            ``"auto"`` for all devices but CUDA. ``False`` takes less time per step where images are small.
+            ``"auto"`` for large tensors on all devices but CUDA.
 
     Raises:
         QsdError: For a model name that timm does not know, with the nearest names.
