@@ -186,7 +186,7 @@ def products(rows: Tensor, codes: Tensor) -> Tensor:
     """
     if rows.is_cuda and rows.dtype in HALF_TYPES:
         product = torch.mm if rows.dim() == 2 else torch.bmm
-        return product(rows, codes, out_dtype=torch.float32)  # type: ignore[call-overload]
+        return product(rows, codes, out_dtype=torch.float32)
     return rows.float() @ codes.float()
 
 

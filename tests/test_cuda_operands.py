@@ -3,7 +3,6 @@
 import contextlib
 
 import pytest
-import timm
 import torch
 
 import qsd
@@ -13,6 +12,7 @@ from qsd.layers.integer_sums import _as_matrices
 from qsd.layers.weights import weight_codes
 from qsd.neurons import SpikeNeuron
 from qsd.precision import full_float32, tf32
+from tests.helpers.networks import NAMES
 from tests.layers.test_integer_operands import GEOMETRIES, integer_convolution, trained
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -72,12 +72,12 @@ def test_the_largest_sums_are_exact(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["csdformer_4_256", "e_spikeformer"])
+@pytest.mark.parametrize("family", ["csdformer_4_256", "e_spikeformer", "qsd_tiny"])
 def test_networks_have_all_counts_of_float32_in_every_format(family):
     torch.manual_seed(0)
-    model = trained(next(n for n in timm.list_models("*former*") if n.startswith(family))).cuda()
+    model = trained(next(n for n in NAMES if n.startswith(family))).cuda()
     images, counts = torch.randn(4, 3, 64, 64, device="cuda"), {}
-    qsd.set_integer_operands(model)
+    qsd.set_integer_operands(model, "all")
     for name, context in FORMATS.items():
         counts[name] = {}
         hooks = [

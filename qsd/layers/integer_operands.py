@@ -1,6 +1,6 @@
 """The switch of integer operands, and the bound that makes their sums exact, by layer."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -10,8 +10,11 @@ from qsd.layers.chains import LinearChain
 from qsd.layers.quantized import QuantConv2d, QuantLinear
 from qsd.operands import EXACT_SUM, largest_sum
 
+# Off; on; on, with inner layers of chains in full float32.
+IntegerOperands = bool | Literal["all"]
 
-def set_integer_operands(model: nn.Module, enable: bool = True) -> None:
+
+def set_integer_operands(model: nn.Module, enable: IntegerOperands = True) -> None:
     """Let layers that see spike counts add up integers in evaluation, with the same result in every number format.
 
     A layer whose input is a neuron's output, and whose weights are quantized, computes with the integers of both: it
@@ -21,22 +24,24 @@ def set_integer_operands(model: nn.Module, enable: bool = True) -> None:
 
     Layers of images, and layers whose sums could be too large (see `largest_sums`), compute in full float32. Inner
     layers of a chain, which see neither counts nor an image, follow autocast and PyTorch's setting of TF32, and
-    may change counts. Training, compiled networks and converted networks do not change.
+    may change counts, unless they compute in full float32, too. Training, compiled networks and converted networks do
+    not change.
 
     Args:
         model: Any module; neurons, layers and pools are found at any depth.
-        enable: Whether integer operands are used; they are not in a new network.
+        enable: Whether integer operands are used; they are not in a new network. ``"all"`` uses them and computes inner
+            layers in full float32, so that all spike counts are those of float32.
 
     Raises:
-        QsdError: If the setting is no boolean.
+        QsdError: For any other setting.
     """
-    if not isinstance(enable, bool):
-        raise QsdError(f"integer_operands={enable!r} is unknown; use true or false.")
+    if enable not in (True, False, "all"):
+        raise QsdError(f"integer_operands={enable!r} is unknown; use true, false or 'all'.")
     for module in model.modules():
         if hasattr(module, "integer_operands"):
-            module.integer_operands = enable  # type: ignore[assignment]
+            module.integer_operands = bool(enable)  # type: ignore[assignment]
     for layer in inner_layers(model):
-        layer.integer_operands = False
+        layer.integer_operands = enable == "all"
 
 
 def inner_layers(model: nn.Module) -> list[QuantConv2d]:
@@ -50,10 +55,10 @@ def inner_layers(model: nn.Module) -> list[QuantConv2d]:
 
 
 def has_counts_of_float32(model: nn.Module) -> bool:
-    """Whether evaluation under autocast and in TF32 has the spike counts of float32: every layer is switched.
+    """Whether evaluation under autocast and in TF32 has the spike counts of float32: every layer is switched on.
 
     Args:
-        model: Any module. One with inner layers of chains has other counts, and so has a compiled one.
+        model: Any module. A compiled one has other counts.
     """
     layers = [m for m in model.modules() if isinstance(m, _ConvNd | nn.Linear)]
     compiled = any(m._compiled_call_impl is not None for m in model.modules())

@@ -16,8 +16,8 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from qsd.errors import QsdError
-from qsd.layers import set_integer_operands
 from qsd.layers.frames import channels_last
+from qsd.layers.integer_operands import IntegerOperands, set_integer_operands
 from qsd.layers.steps import step_names
 from qsd.lean import Choice, set_lean
 from qsd.limits import check_number
@@ -71,7 +71,7 @@ class ClassificationTask(LightningModule):
         lean: Keep spike counts in half a byte for the backward pass (see `qsd.set_lean`): ``True``, ``False``, or
             ``"auto"`` for all devices but CUDA. ``False`` takes less time per step where images are small.
         integer_operands: Evaluate with exact sums of spike counts times weight codes, which are the same under autocast
-            and in TF32 (see `qsd.set_integer_operands`).
+            and in TF32 (see `qsd.set_integer_operands`): ``True``, ``False``, or ``"all"``.
 
     Raises:
         QsdError: For a model name that timm does not know, with the nearest names.
@@ -97,7 +97,7 @@ class ClassificationTask(LightningModule):
         grad_checkpointing: bool = False,
         compile: bool | str = False,
         lean: Choice = "auto",
-        integer_operands: bool = False,
+        integer_operands: IntegerOperands = False,
     ) -> None:
         super().__init__()
         check_name(model)
