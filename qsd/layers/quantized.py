@@ -1,14 +1,14 @@
 """Convolution and linear layers whose weights are quantized to a few bits."""
 
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.collapse import watch_step
+from qsd.layers.integer_sums import evaluate
+from qsd.layers.weights import forget_weights
+from qsd.layers.weights import quantized_weight as quantized_weight
 from qsd.lean import Choice, Geometry, Synapse, apply_synapse, has_hooks, trains_lean
+from qsd.operands import in_evaluation
 from qsd.quantizers import StepSizeQuantizer
 
 
@@ -29,6 +29,7 @@ class QuantConv2d(nn.Conv2d):
 
     quantizer: StepSizeQuantizer | None
     lean: Choice = "auto"
+    integer_operands: bool = False
 
     def __init__(
         self,
@@ -47,11 +48,13 @@ class QuantConv2d(nn.Conv2d):
         initialize_steps(self)
 
     def train(self, mode: bool = True) -> "QuantConv2d":
-        _EVALUATION_WEIGHTS.pop(self, None)
+        forget_weights(self)
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
+        if self.integer_operands and in_evaluation():
+            return evaluate(self, x)
         form = lean_form(self, x)
         if form is None:
             return self._conv_forward(x, quantized_weight(self), self.bias)
@@ -70,6 +73,7 @@ class QuantLinear(nn.Linear):
 
     quantizer: StepSizeQuantizer | None
     lean: Choice = "auto"
+    integer_operands: bool = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, weight_bits: int | None = 4) -> None:
         super().__init__(in_features, out_features, bias)
@@ -80,11 +84,13 @@ class QuantLinear(nn.Linear):
         initialize_steps(self)
 
     def train(self, mode: bool = True) -> "QuantLinear":
-        _EVALUATION_WEIGHTS.pop(self, None)
+        forget_weights(self)
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C_in]`` to ``[..., C_out]``."""
+        if self.integer_operands and in_evaluation():
+            return evaluate(self, x)
         form = lean_form(self, x)
         if form is None:
             return F.linear(x, quantized_weight(self), self.bias)
@@ -118,51 +124,6 @@ def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | Non
         quantizer.seen = quantizer.step._version
         watch_step(quantizer, quantizer.step)
     return quantizer.step, Synapse((quantizer.q_min, quantizer.q_max), geometry)
-
-
-class _QuantizedWeight(NamedTuple):
-    """A quantized weight and the state of the parameters that it was computed from."""
-
-    state: tuple[tuple[object, ...], ...]
-    parameters: tuple[Tensor, ...]
-    weight: Tensor
-
-    @staticmethod
-    def state_of(parameters: tuple[Tensor, ...]) -> tuple[tuple[object, ...], ...]:
-        return tuple((t.data_ptr(), t._version, t.dtype) for t in parameters)
-
-
-# The quantized weights of layers in evaluation. They are kept outside of the modules, so that copies, checkpoints and
-# averages of a model do not hold them, and disappear with their layer.
-_EVALUATION_WEIGHTS: WeakKeyDictionary[nn.Module, _QuantizedWeight] = WeakKeyDictionary()
-
-
-def quantized_weight(layer: QuantConv2d | QuantLinear) -> Tensor:
-    """The weight that the layer computes with: quantized, or the float one if it has no quantizer.
-
-    In evaluation without gradients it is computed once, and again when weights or steps change or the layer is put into
-    training or evaluation mode. Do not write into it. (PyTorch does not count writing through ``.data`` as a change.)
-
-    Args:
-        layer: Quantized or float layer.
-    """
-    quantizer, weight = layer.quantizer, layer.weight
-    if quantizer is None:
-        return weight
-    if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_special(weight):
-        return quantizer(weight)
-    state = _QuantizedWeight.state_of((weight, quantizer.step))
-    known = _EVALUATION_WEIGHTS.get(layer)
-    if known is None or known.state != state:
-        # The parameters' memory is held, so that it is not given to other tensors of the same address and version.
-        parameters = weight.detach(), quantizer.step.detach()
-        known = _EVALUATION_WEIGHTS[layer] = _QuantizedWeight(state, parameters, quantizer(weight))
-    return known.weight
-
-
-def _is_special(weight: Tensor) -> bool:
-    """Whether changes cannot be noticed: tensors without versions or of other kinds."""
-    return weight.is_inference() or type(weight) is not nn.Parameter
 
 
 def initialize_steps(model: nn.Module) -> None:
