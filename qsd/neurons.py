@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from qsd import lean
 from qsd.collapse import expect_steps, watch_step
 from qsd.errors import QsdError
 from qsd.functional import CountRule, fixed_drive, scale_gradient, spike_count
@@ -125,7 +126,8 @@ class SpikeNeuron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
-        spikes = functions_for(self.lean, self.integer_operands, x).fixed_spikes
+        trains_lean = lean.trains_lean(self.lean, x)
+        spikes = (lean if trains_lean else functions_for(self.integer_operands, x)).fixed_spikes
         amplitude = self.threshold if self._amplitude is None else self._amplitude
         if self.memory is not None:  # The potential is in units of the threshold.
             return spikes(self.potential(x), self.time_steps, 1.0, amplitude, self._rule(x))
@@ -212,7 +214,8 @@ class LearnedStepNeuron(SpikeNeuron):
         return self._spikes(x, scale, None)
 
     def _spikes(self, x: Tensor, scale: Factor | None, amplitude: Tensor | None) -> Tensor:
-        spikes = functions_for(self.lean, self.integer_operands, x).learned_spikes
+        trains_lean = lean.trains_lean(self.lean, x)
+        spikes = (lean if trains_lean else functions_for(self.integer_operands, x)).learned_spikes
         if self.memory is not None:  # The potential is in units of the threshold.
             return spikes(self.potential(x, scale), x.new_ones(()), amplitude, self.time_steps)
         return spikes(x, self._scaled_threshold(x, scale), amplitude, self.time_steps)

@@ -22,9 +22,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, UntypedStorage
 
-from qsd import functional, lean
+from qsd import functional
 from qsd.functional import HALF_UP, CountRule
-from qsd.lean import Choice
 from qsd.rounding import HALF_TYPES
 
 Scalar = float | Tensor
@@ -69,17 +68,14 @@ def in_evaluation() -> bool:
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def functions_for(lean_setting: Choice, integer_operands: bool, x: Tensor) -> Any:
-    """The package whose ``fixed_spikes`` and ``learned_spikes`` a neuron calls.
+def functions_for(integer_operands: bool, x: Tensor) -> Any:
+    """The object whose ``fixed_spikes`` and ``learned_spikes`` a neuron calls, unless it trains in the memory-lean way.
 
     Args:
-        lean_setting: Setting of memory-lean training.
         integer_operands: Whether layers use integer operands in evaluation.
         x: Input of the neuron.
     """
-    if integer_operands and in_evaluation() and type(x) is Tensor:
-        return _Noting
-    return lean if lean.trains_lean(lean_setting, x) else functional
+    return _Noting if integer_operands and in_evaluation() and type(x) is Tensor else functional
 
 
 class _Noting:

@@ -17,7 +17,14 @@ from torch._subclasses import FakeTensor
 from qsd.lean.codes import BLOCK, Layout, same_bits_
 
 
-class _Codes(NamedTuple):
+class Codes(NamedTuple):
+    """The codes of a tensor of counts times the amplitude, which is dense and alone in its storage.
+
+    Attributes:
+        layout: Layout of the codes.
+        packed: Codes, uint8.
+    """
+
     layout: Layout
     packed: Tensor
 
@@ -42,9 +49,9 @@ class NormOrigin(NamedTuple):
     eps: float
 
 
-# The notes, by storage. A storage is one Python object as long as its memory is alive; views and detached tensors
-# share it.
-_CODES: WeakKeyDictionary[UntypedStorage, _Codes] = WeakKeyDictionary()
+# The notes, by storage; neurons, pools and norms write them. A storage is one Python object as long as its memory is
+# alive; views and detached tensors share it.
+CODES: WeakKeyDictionary[UntypedStorage, Codes] = WeakKeyDictionary()
 NORMS: WeakKeyDictionary[UntypedStorage, NormOrigin] = WeakKeyDictionary()
 
 
@@ -86,21 +93,10 @@ def save_operand(x: Tensor) -> tuple[SavedOperand, Tensor]:
     Returns:
         The description, and the tensor to save: codes if the operand has exactly their values, else ``x``.
     """
-    codes = _CODES.get(x.untyped_storage())
+    codes = CODES.get(x.untyped_storage())
     if codes is not None and codes.layout.matches(codes.packed, x):
         return SavedOperand(codes.layout, x.dtype, x.shape, x.stride(), int(x.storage_offset())), codes.packed
     return SavedOperand(None, x.dtype, x.shape, (), 0), x
-
-
-def note_codes(output: Tensor, layout: Layout, packed: Tensor) -> None:
-    """Note the codes of a tensor for the layers that will save it.
-
-    Args:
-        output: Counts times the amplitude, dense and alone in its storage.
-        layout: Layout of the codes.
-        packed: Codes.
-    """
-    _CODES[output.untyped_storage()] = _Codes(layout, packed)
 
 
 def layout_of(x: Tensor) -> Layout | None:
@@ -109,7 +105,7 @@ def layout_of(x: Tensor) -> Layout | None:
     Args:
         x: Any tensor.
     """
-    codes = _CODES.get(x.untyped_storage())
+    codes = CODES.get(x.untyped_storage())
     return None if codes is None else codes.layout
 
 
@@ -123,9 +119,9 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x
     result = x.to(dtype)
-    codes = None if torch.compiler.is_compiling() else _CODES.get(x.untyped_storage())
+    codes = None if torch.compiler.is_compiling() else CODES.get(x.untyped_storage())
     if codes is not None and result.stride() == x.stride() and result.numel() == codes.layout.numel:
-        note_codes(result, *codes)
+        CODES[result.untyped_storage()] = codes
     return result
 
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from qsd.errors import QsdError
 
@@ -16,6 +17,8 @@ Choice = bool | Literal["auto"]
 # and 1.08 times at batch 128; with this bound, 0.99 and 1.01 times. At 224 pixels every layer of qsd_15m and
 # csdformer_8_384 but the classifier is above the bound, even for one image.
 SMALLEST = 2**16
+# Tensors of other classes may not have the memory that codes are compared with.
+_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
 
 def trains_lean(setting: Choice, x: Tensor) -> bool:
@@ -31,7 +34,7 @@ def trains_lean(setting: Choice, x: Tensor) -> bool:
         x: Its input.
     """
     # Before the size, which a compiler would fix.
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) not in _TENSORS:
         return False
     if setting == "auto":
         return x.numel() >= SMALLEST and not x.is_cuda
