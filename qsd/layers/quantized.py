@@ -5,11 +5,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.collapse import watch_step
-from qsd.layers.integer_sums import evaluate
+from qsd.layers.integer_sums import full_precision, integer_sums, is_exact
 from qsd.layers.weights import forget_weights
 from qsd.layers.weights import quantized_weight as quantized_weight
-from qsd.lean import TRAINS_LEAN, Choice, Geometry, Synapse, apply_synapse, has_hooks
-from qsd.operands import in_evaluation
+from qsd.lean import TRAINS_LEAN, Choice, Geometry, Synapse, apply_synapse, cast, has_hooks
+from qsd.operands import counts_of
 from qsd.quantizers import StepSizeQuantizer
 
 
@@ -54,8 +54,12 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
-        if self.integer_operands and in_evaluation():
-            return evaluate(self, x)
+        if self.integer_operands and not torch.compiler.is_compiling():
+            return with_integers(self, x)
+        return self.decoded(x)
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """`forward` with spikes as they are and quantized weights."""
         form = lean_form(self, x)
         if form is None:
             return self._conv_forward(x, quantized_weight(self), self.bias)
@@ -90,8 +94,12 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C_in]`` to ``[..., C_out]``."""
-        if self.integer_operands and in_evaluation():
-            return evaluate(self, x)
+        if self.integer_operands and not torch.compiler.is_compiling():
+            return with_integers(self, x)
+        return self.decoded(x)
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """`forward` with spikes as they are and quantized weights."""
         form = lean_form(self, x)
         if form is None:
             return F.linear(x, quantized_weight(self), self.bias)
@@ -111,6 +119,10 @@ def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | Non
     """
     if not (TRAINS_LEAN[layer.lean, x.is_cuda] and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return None
+    return _form(layer)
+
+
+def _form(layer: QuantConv2d | QuantLinear) -> tuple[Tensor | None, Synapse] | None:
     geometry = None
     if isinstance(layer, QuantConv2d):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
@@ -125,6 +137,28 @@ def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | Non
         quantizer.seen = quantizer.step._version
         watch_step(quantizer, quantizer.step)
     return quantizer.step, Synapse((quantizer.q_min, quantizer.q_max), geometry)
+
+
+def with_integers(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
+    """The layer by exact sums of counts times codes where that can be, else in full float32.
+
+    The result has the type of the weights, also under autocast. The backward pass is that of the decoded operands, in
+    autocast's type.
+
+    Args:
+        layer: Quantized or float layer.
+        x: Its input.
+    """
+    counts = counts_of(x)
+    if counts is not None and is_exact(layer, counts):
+        if not torch.is_grad_enabled():
+            return integer_sums(layer, counts)
+        form = _form(layer)
+        if form is not None:
+            return apply_synapse(x, layer.weight, layer.bias, *form, lambda: integer_sums(layer, counts))
+    x = cast(x, layer.weight.dtype)
+    with full_precision(x), torch.autocast(x.device.type, enabled=False):
+        return layer.decoded(x)
 
 
 def initialize_steps(model: nn.Module) -> None:
