@@ -144,7 +144,7 @@ def apply_synapse(
         bias: Bias of the output's channels.
         step: Step sizes of the weights' grid ``[C_out]``, or ``None`` to compute with the float weights.
         synapse: Static configuration of the layer.
-        result: Computes the result of the layer in another way, of which the gradients do not depend.
+        result: Computes the result of the layer in another way; the gradients are those of `Synapse.forward`.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = cast(x, working_dtype(x))  # within the function, autocast's casts would not be differentiated
