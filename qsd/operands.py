@@ -64,18 +64,21 @@ class _Note(NamedTuple):
 _NOTES: WeakKeyDictionary[UntypedStorage, _Note] = WeakKeyDictionary()
 
 
-def functions_for(lean_setting: Choice, integer_operands: bool, x: Tensor) -> Any:
-    """The package whose ``fixed_spikes`` and ``learned_spikes`` a neuron calls.
+# The package whose ``fixed_spikes`` and ``learned_spikes`` a neuron calls, by its setting of memory-lean training and
+# by whether its input lies on a CUDA device: a table for the reason that `qsd.lean.TRAINS_LEAN` is one.
+PACKAGES: dict[tuple[Choice, bool], Any] = {key: lean if on else functional for key, on in lean.TRAINS_LEAN.items()}
+
+
+def noting(setting: Choice, x: Tensor) -> Any:
+    """A package of `PACKAGES` whose functions also note what `counts_of` needs.
 
     Args:
-        lean_setting: Setting of memory-lean training.
-        integer_operands: Whether layers use integer operands.
+        setting: Setting of memory-lean training.
         x: Input of the neuron.
     """
-    package = lean if lean.TRAINS_LEAN[lean_setting, x.is_cuda] else functional
-    if integer_operands and type(x) is Tensor and not torch.compiler.is_compiling():
-        return _Training(package) if torch.is_grad_enabled() else _Evaluation
-    return package
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return PACKAGES[setting, x.is_cuda]
+    return _Training(PACKAGES[setting, x.is_cuda]) if torch.is_grad_enabled() else _Evaluation
 
 
 class _Evaluation:

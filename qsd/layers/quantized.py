@@ -56,10 +56,6 @@ class QuantConv2d(nn.Conv2d):
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
         if self.integer_operands and not torch.compiler.is_compiling():
             return with_integers(self, x)
-        return self.decoded(x)
-
-    def decoded(self, x: Tensor) -> Tensor:
-        """`forward` with spikes as they are and quantized weights."""
         form = lean_form(self, x)
         if form is None:
             return self._conv_forward(x, quantized_weight(self), self.bias)
@@ -96,17 +92,15 @@ class QuantLinear(nn.Linear):
         """``[..., C_in]`` to ``[..., C_out]``."""
         if self.integer_operands and not torch.compiler.is_compiling():
             return with_integers(self, x)
-        return self.decoded(x)
-
-    def decoded(self, x: Tensor) -> Tensor:
-        """`forward` with spikes as they are and quantized weights."""
         form = lean_form(self, x)
         if form is None:
             return F.linear(x, quantized_weight(self), self.bias)
         return apply_synapse(x, self.weight, self.bias, *form)
 
 
-def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | None, Synapse] | None:
+def lean_form(
+    layer: QuantConv2d | QuantLinear, x: Tensor, always: bool = False
+) -> tuple[Tensor | None, Synapse] | None:
     """Step sizes and static configuration of a layer for `qsd.lean.apply_synapse`, or ``None`` to run it plainly.
 
     It runs plainly where `qsd.set_lean` says so, in evaluation, under a compiler, which decides itself what to keep,
@@ -116,13 +110,11 @@ def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | Non
     Args:
         layer: Quantized or float layer.
         x: Its input.
+        always: Whether the setting of `qsd.set_lean` does not matter.
     """
-    if not (TRAINS_LEAN[layer.lean, x.is_cuda] and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    wanted = always or TRAINS_LEAN[layer.lean, x.is_cuda]
+    if not (wanted and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return None
-    return _form(layer)
-
-
-def _form(layer: QuantConv2d | QuantLinear) -> tuple[Tensor | None, Synapse] | None:
     geometry = None
     if isinstance(layer, QuantConv2d):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
@@ -153,12 +145,23 @@ def with_integers(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
     if counts is not None and is_exact(layer, counts):
         if not torch.is_grad_enabled():
             return integer_sums(layer, counts)
-        form = _form(layer)
+        form = lean_form(layer, x, always=True)
         if form is not None:
             return apply_synapse(x, layer.weight, layer.bias, *form, lambda: integer_sums(layer, counts))
     x = cast(x, layer.weight.dtype)
     with full_precision(x), torch.autocast(x.device.type, enabled=False):
-        return layer.decoded(x)
+        return _decoded(layer, x)
+
+
+def _decoded(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
+    """The layer without integer operands. Layers do the same themselves, because each call takes time."""
+    form = lean_form(layer, x)
+    if form is not None:
+        return apply_synapse(x, layer.weight, layer.bias, *form)
+    weight = quantized_weight(layer)
+    if isinstance(layer, QuantConv2d):
+        return layer._conv_forward(x, weight, layer.bias)
+    return F.linear(x, weight, layer.bias)
 
 
 def initialize_steps(model: nn.Module) -> None:
