@@ -49,7 +49,7 @@ class Counts(NamedTuple):
 
 
 class _Note(NamedTuple):
-    """Counts of a tensor (``None``: the tensor itself), its type and its version when they were noted."""
+    """Counts of a tensor (``None``: they follow from it), its type and its version when they were noted."""
 
     counts: Tensor | None
     amplitude: Scalar
@@ -63,22 +63,19 @@ class _Note(NamedTuple):
 _NOTES: WeakKeyDictionary[UntypedStorage, _Note] = WeakKeyDictionary()
 
 
-def in_evaluation() -> bool:
-    """Whether integer operands are used where they are switched on: no gradient is recorded, nothing compiled."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def functions_for(integer_operands: bool, x: Tensor) -> Any:
-    """The object whose ``fixed_spikes`` and ``learned_spikes`` a neuron calls, unless it trains in the memory-lean way.
+def noting(package: Any, x: Tensor) -> Any:
+    """A package with ``fixed_spikes`` and ``learned_spikes`` whose functions also note what `counts_of` needs.
 
     Args:
-        integer_operands: Whether layers use integer operands in evaluation.
+        package: `qsd.functional` or `qsd.lean`.
         x: Input of the neuron.
     """
-    return _Noting if integer_operands and in_evaluation() and type(x) is Tensor else functional
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return package
+    return _Training(package) if torch.is_grad_enabled() else _Evaluation
 
 
-class _Noting:
+class _Evaluation:
     """The functions of `qsd.functional`, with the same bits, which note the counts of their output."""
 
     @staticmethod
@@ -95,6 +92,33 @@ class _Noting:
         with torch.inference_mode(False), torch.no_grad():
             counts = functional.learned_spikes(x, threshold, None, time_steps)
             return with_counts(counts, 1.0 if amplitude is None else amplitude, time_steps)
+
+
+class _Training(NamedTuple):
+    """The functions of a package, which note the amplitude of their output, so that counts follow from it."""
+
+    package: Any
+
+    def fixed_spikes(self, x: Tensor, time_steps: int, threshold: float | None, amplitude: float, *rule: Any) -> Tensor:
+        output: Tensor = self.package.fixed_spikes(x, time_steps, threshold, amplitude, *rule)
+        return note_amplitude(output, amplitude, time_steps)
+
+    def learned_spikes(self, x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
+        output: Tensor = self.package.learned_spikes(x, threshold, amplitude, time_steps)
+        return note_amplitude(output, 1.0 if amplitude is None else amplitude.detach().clone(), time_steps)
+
+
+def note_amplitude(output: Tensor, amplitude: Scalar, largest: int) -> Tensor:
+    """Note that a tensor consists of counts times an amplitude, if it is float32, and return it.
+
+    Args:
+        output: Counts times the amplitude.
+        amplitude: Factor of the counts, without a gradient.
+        largest: The largest count that is possible.
+    """
+    if output.dtype == torch.float32:  # Half precision would leave large counts in doubt.
+        _NOTES[output.untyped_storage()] = _Note(None, amplitude, largest, output.dtype, output._version)
+    return output
 
 
 def with_counts(counts: Tensor, amplitude: Scalar, largest: int) -> Tensor:
@@ -124,7 +148,12 @@ def counts_of(x: Tensor) -> Counts | None:
     note = _NOTES.get(x.untyped_storage())
     if note is None or x.dtype != note.dtype or x._version != note.version:
         return None
-    values = x if note.counts is None else note.counts.as_strided(x.shape, x.stride(), x.storage_offset())
+    if note.counts is not None:
+        values = note.counts.as_strided(x.shape, x.stride(), x.storage_offset())
+    elif not isinstance(note.amplitude, Tensor) and note.amplitude == 1:
+        values = x.detach()
+    else:
+        values = (x.detach() / note.amplitude).round_()  # Both roundings are far below 1/2.
     return Counts(values, note.amplitude, note.largest)
 
 

@@ -93,3 +93,17 @@ def test_networks_have_all_counts_of_float32_in_every_format(family):
             hook.remove()
     for name in counts:
         assert all(torch.equal(value, counts["float32"][key]) for key, value in counts[name].items()), name
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_training_has_the_forward_pass_of_evaluation(name):
+    model = torch.nn.Sequential(SpikeNeuron(4), QuantConv2d(64, 64, 3, padding=1, bias=True)).cuda()
+    x = torch.randn(2, 64, 16, 16, device="cuda")
+    qsd.set_integer_operands(model)
+    with torch.no_grad(), full_float32():
+        expected = model.eval()(x)
+    with FORMATS[name]():
+        output = model.train()(x)
+        output.sum().backward()
+    assert torch.equal(output.detach(), expected)
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())

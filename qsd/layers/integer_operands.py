@@ -15,7 +15,7 @@ IntegerOperands = bool | Literal["all"]
 
 
 def set_integer_operands(model: nn.Module, enable: IntegerOperands = True) -> None:
-    """Let layers that see spike counts add up integers in evaluation, with the same result in every number format.
+    """Let layers that see spike counts add up integers, with the same result in every number format.
 
     A layer whose input is a neuron's output, and whose weights are quantized, computes with the integers of both: it
     sums in float32, where the sum is exact, multiplies by amplitude times step size once, and passes on float32. So its
@@ -24,8 +24,8 @@ def set_integer_operands(model: nn.Module, enable: IntegerOperands = True) -> No
 
     Layers of images, and layers whose sums could be too large (see `largest_sums`), compute in full float32. Inner
     layers of a chain, which see neither counts nor an image, follow autocast and PyTorch's setting of TF32, and
-    may change counts, unless they compute in full float32, too. Training, compiled networks and converted networks do
-    not change.
+    may change counts, unless they compute in full float32, too. The backward pass of a training multiplies gradients by
+    decoded operands, as ever. Compiled networks, converted networks and float64 do not change.
 
     Args:
         model: Any module; neurons, layers and pools are found at any depth.

@@ -1,63 +1,32 @@
-"""Quantized layers in evaluation with integer operands, see `qsd.operands`."""
+"""Quantized layers with integer operands, see `qsd.operands`."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qsd.layers.weights import quantized_weight, weight_codes
+from qsd.layers.weights import weight_codes
 from qsd.lean import has_hooks
-from qsd.operands import EXACT_OPERAND, EXACT_SUM, Counts, convolved, counts_of, largest_sum, operand_dtype, products
+from qsd.operands import EXACT_OPERAND, EXACT_SUM, Counts, convolved, largest_sum, operand_dtype, products
 from qsd.precision import full_float32
 from qsd.quantizers import StepSizeQuantizer
 
 
-def evaluate(layer: Any, x: Tensor) -> Tensor:
-    """A convolution or linear layer by exact sums of counts times codes where that can be, else in full float32.
-
-    The result has the type of the weights, also under autocast.
-
-    Args:
-        layer: `qsd.layers.QuantConv2d` or `qsd.layers.QuantLinear`.
-        x: Its input.
-    """
-    counts = counts_of(x)
-    exact = None if counts is None else evaluate_counts(layer, counts)
-    return evaluate_floats(layer, x) if exact is None else exact
-
-
-def evaluate_floats(layer: Any, x: Tensor) -> Tensor:
-    """The layer with decoded operands in the type of its weights, where autocast and TF32 would shorten them.
-
-    Args:
-        layer: `qsd.layers.QuantConv2d` or `qsd.layers.QuantLinear`.
-        x: Its input.
-    """
-    x = x.to(layer.weight.dtype)
-    with _full_precision(x), torch.autocast(x.device.type, enabled=False):
-        return _apply(layer, x, quantized_weight(layer), layer.bias)
-
-
-def evaluate_counts(layer: Any, counts: Counts) -> Tensor | None:
+def integer_sums(layer: Any, counts: Counts) -> Tensor:
     """The layer as sums of integers in float32, times the product of amplitude and step sizes, plus the bias.
 
     Args:
-        layer: `qsd.layers.QuantConv2d` or `qsd.layers.QuantLinear`.
+        layer: `qsd.layers.QuantConv2d` or `qsd.layers.QuantLinear`, for which `is_exact` holds.
         counts: Its input.
-
-    Returns:
-        The result in float32, or ``None`` if sums need not be exact or cannot be computed so.
     """
-    if not is_exact(layer, counts.largest) or counts.values.device.type not in ("cpu", "cuda"):
-        return None
     x, quantizer = counts.values, layer.quantizer
     x = x.to(operand_dtype(x.device, counts.largest))
     codes = weight_codes(layer, x.dtype)
     # Larger operands are not exact in every format that PyTorch may shorten float32 to.
     wide = counts.largest > EXACT_OPERAND[torch.bfloat16]
-    with _full_precision(x) if wide else nullcontext(), torch.autocast(x.device.type, enabled=False):
+    with full_precision(x) if wide else nullcontext(), torch.autocast(x.device.type, enabled=False):
         sums = _apply(layer, x, codes, None) if x.is_cpu else _as_matrices(layer, x, codes)
         scale, bias = quantizer.step * counts.amplitude, layer.bias
         if isinstance(layer, nn.Conv2d):
@@ -67,22 +36,29 @@ def evaluate_counts(layer: Any, counts: Counts) -> Tensor | None:
         return sums if bias is None else sums.add_(bias)
 
 
-def is_exact(layer: Any, largest: int) -> bool:
+def is_exact(layer: Any, counts: Counts) -> bool:
     """Whether the sums of a layer are exact integers for all inputs, and all its parameters are float32.
 
     Args:
         layer: `qsd.layers.QuantConv2d` or `qsd.layers.QuantLinear`.
-        largest: The largest count of its input.
+        counts: Its input.
     """
     quantizer = layer.quantizer
     if type(quantizer) is not StepSizeQuantizer or has_hooks(quantizer):
         return False
     if any(p.dtype != torch.float32 for p in (layer.weight, quantizer.step)):
         return False
-    return largest_sum(layer.weight[0].numel(), largest, quantizer.bits) < EXACT_SUM
+    if counts.values.device.type not in ("cpu", "cuda"):
+        return False
+    return largest_sum(layer.weight[0].numel(), counts.largest, quantizer.bits) < EXACT_SUM
 
 
-def _full_precision(x: Tensor) -> Any:
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which float32 is not shortened, if a tensor is float32.
+
+    Args:
+        x: Input of a layer.
+    """
     return full_float32() if x.dtype == torch.float32 else nullcontext()
 
 

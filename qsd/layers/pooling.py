@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from qsd.lean import spike_max_pool
-from qsd.operands import counts_of, in_evaluation, with_counts
+from qsd.operands import counts_of, note_amplitude, with_counts
 
 
 class SpikeMaxPool2d(nn.MaxPool2d):
@@ -16,7 +16,8 @@ class SpikeMaxPool2d(nn.MaxPool2d):
         """``[B, C, H, W]`` to ``[B, C, H', W']``."""
         if self.return_indices:
             return super().forward(x)
-        if self.integer_operands and in_evaluation() and (counts := counts_of(x)) is not None:
+        counts = counts_of(x) if self.integer_operands else None
+        if counts is not None and not torch.is_grad_enabled():
             # The largest of some counts times a positive amplitude is the largest count times the amplitude.
             with torch.inference_mode(False), torch.no_grad():
                 return with_counts(super().forward(counts.values).to(x.dtype), counts.amplitude, counts.largest)
@@ -24,7 +25,8 @@ class SpikeMaxPool2d(nn.MaxPool2d):
             _pair(v) for v in (self.kernel_size, self.stride, self.padding, self.dilation)
         )
         pooled = spike_max_pool(x, (kernel, stride, padding, dilation, self.ceil_mode))
-        return super().forward(x) if pooled is None else pooled
+        pooled = super().forward(x) if pooled is None else pooled
+        return pooled if counts is None else note_amplitude(pooled, counts.amplitude, counts.largest)
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:

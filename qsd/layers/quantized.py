@@ -1,14 +1,15 @@
 """Convolution and linear layers whose weights are quantized to a few bits."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.collapse import watch_step
-from qsd.layers.integer_sums import evaluate
+from qsd.layers.integer_sums import full_precision, integer_sums, is_exact
 from qsd.layers.weights import forget_weights
 from qsd.layers.weights import quantized_weight as quantized_weight
-from qsd.lean import Choice, Geometry, Synapse, apply_synapse, has_hooks, trains_lean
-from qsd.operands import in_evaluation
+from qsd.lean import Choice, Geometry, Synapse, apply_synapse, cast, has_hooks, trains_lean
+from qsd.operands import counts_of
 from qsd.quantizers import StepSizeQuantizer
 
 
@@ -53,8 +54,8 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
-        if self.integer_operands and in_evaluation():
-            return evaluate(self, x)
+        if self.integer_operands and not torch.compiler.is_compiling():
+            return with_integers(self, x)
         form = lean_form(self, x)
         if form is None:
             return self._conv_forward(x, quantized_weight(self), self.bias)
@@ -89,15 +90,17 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C_in]`` to ``[..., C_out]``."""
-        if self.integer_operands and in_evaluation():
-            return evaluate(self, x)
+        if self.integer_operands and not torch.compiler.is_compiling():
+            return with_integers(self, x)
         form = lean_form(self, x)
         if form is None:
             return F.linear(x, quantized_weight(self), self.bias)
         return apply_synapse(x, self.weight, self.bias, *form)
 
 
-def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | None, Synapse] | None:
+def lean_form(
+    layer: QuantConv2d | QuantLinear, x: Tensor, always: bool = False
+) -> tuple[Tensor | None, Synapse] | None:
     """Step sizes and static configuration of a layer for `qsd.lean.apply_synapse`, or ``None`` to run it plainly.
 
     It runs plainly where `qsd.set_lean` says so, in evaluation, under a compiler, which decides itself what to keep,
@@ -107,8 +110,9 @@ def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | Non
     Args:
         layer: Quantized or float layer.
         x: Its input.
+        always: Whether the setting of `qsd.set_lean` does not matter.
     """
-    if not trains_lean(layer.lean, x):
+    if not trains_lean(True if always else layer.lean, x):
         return None
     geometry = None
     if isinstance(layer, QuantConv2d):
@@ -124,6 +128,39 @@ def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | Non
         quantizer.seen = quantizer.step._version
         watch_step(quantizer, quantizer.step)
     return quantizer.step, Synapse((quantizer.q_min, quantizer.q_max), geometry)
+
+
+def with_integers(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
+    """The layer by exact sums of counts times codes where that can be, else in full float32.
+
+    The result has the type of the weights, also under autocast. The backward pass is that of the decoded operands, in
+    autocast's type.
+
+    Args:
+        layer: Quantized or float layer.
+        x: Its input.
+    """
+    counts = counts_of(x)
+    if counts is not None and is_exact(layer, counts):
+        if not torch.is_grad_enabled():
+            return integer_sums(layer, counts)
+        form = lean_form(layer, x, always=True)
+        if form is not None:
+            return apply_synapse(x, layer.weight, layer.bias, *form, lambda: integer_sums(layer, counts))
+    x = cast(x, layer.weight.dtype)
+    with full_precision(x), torch.autocast(x.device.type, enabled=False):
+        return _decoded(layer, x)
+
+
+def _decoded(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
+    """The layer without integer operands. Layers do the same themselves, because each call takes time."""
+    form = lean_form(layer, x)
+    if form is not None:
+        return apply_synapse(x, layer.weight, layer.bias, *form)
+    weight = quantized_weight(layer)
+    if isinstance(layer, QuantConv2d):
+        return layer._conv_forward(x, weight, layer.bias)
+    return F.linear(x, weight, layer.bias)
 
 
 def initialize_steps(model: nn.Module) -> None:

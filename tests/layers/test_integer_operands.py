@@ -17,6 +17,8 @@ from qsd.layers.integer_operands import has_counts_of_float32, inner_layers
 from qsd.layers.weights import weight_codes
 from qsd.neurons import LsqNeuron, SpikeNeuron
 from qsd.spiking.counts import named_calls, watch_neurons
+from qsd.tasks import ClassificationTask
+from qsd.tasks.guards import PrecisionNote
 from tests.helpers.networks import NAMES, randomize_norms, randomize_steps, small
 
 HALF = (torch.bfloat16, torch.float16)
@@ -133,9 +135,9 @@ def test_networks_have_all_counts_of_float32_under_autocast(name, setting):
     assert sum(bool(c.any()) for c in exact.values()) > len(exact) / 2
 
 
-@torch.no_grad()
-def test_layers_that_see_counts_are_exact_in_a_network_with_inner_layers():
-    model, images, seen = trained("qsd_tiny"), torch.randn(2, 3, 32, 32), []
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_that_see_counts_are_exact_in_a_network_with_inner_layers(training):
+    model, images, seen = trained("qsd_tiny").train(training), torch.randn(2, 3, 32, 32), []
     qsd.set_integer_operands(model)
     assert not has_counts_of_float32(model)
     inner = {id(layer) for layer in inner_layers(model)}
@@ -150,7 +152,7 @@ def test_layers_that_see_counts_are_exact_in_a_network_with_inner_layers():
     layers = [m for m in model.modules() if isinstance(m, QuantConv2d | QuantLinear)]
     for layer in layers:
         layer.register_forward_hook(compare)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
         model(images)
     assert {id(layer) for layer in layers} - {id(layer) for layer in seen} == inner | {id(layers[0])}
 
@@ -220,31 +222,50 @@ def test_the_bound_is_reached_and_layers_beyond_it_compute_in_float32():
             assert torch.equal(found, F.linear(counts.float(), layer.quantizer(layer.weight), layer.bias))
 
 
-def test_training_compiled_networks_and_float64_stay_as_they_are():
-    model, x = nn.Sequential(SpikeNeuron(3), QuantConv2d(4, 5, 3), SpikeNeuron(3)), torch.rand(2, 4, 6, 6)
+def gradients(model, x, cotangent):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    output = model(x)
+    output.backward(cotangent.to(output.dtype))
+    return [output.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+def test_training_has_the_sums_of_evaluation_and_the_gradients_of_decoded_operands():
+    cotangent = torch.randn(2, 5, 3, 3).bfloat16().float()  # the same under autocast
+    for neuron, lean in ((SpikeNeuron(3), True), (SpikeNeuron(3), False), (LsqNeuron(7), True), (LsqNeuron(7), False)):
+        model = nn.Sequential(neuron, SpikeMaxPool2d(2), QuantConv2d(4, 5, 3, padding=1, bias=True))
+        x = torch.randn(2, 4, 6, 6)
+        qsd.set_lean(model, lean)
+        for dtype in (None, torch.bfloat16):
+            with autocast(dtype):
+                qsd.set_integer_operands(model, False)
+                _, *expected = gradients(model, x, cotangent)
+                qsd.set_integer_operands(model)
+                output, *found = gradients(model, x, cotangent)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            with torch.no_grad():
+                assert torch.equal(model.eval()(x), output)
+            model.train()
+
+
+def test_float64_stays_as_it_is_and_other_settings_are_refused():
+    model, x = nn.Sequential(SpikeNeuron(3), QuantConv2d(4, 5, 3)).double(), torch.rand(2, 4, 6, 6).double()
     results = []
     for enable in (False, True):
         qsd.set_integer_operands(model, enable)
-        model.zero_grad()
-        output = model(x)
-        output.square().sum().backward()
         with torch.no_grad():
-            double = model.double()(x.double())
-        results.append([output, model[1].weight.grad.float(), double])
-        model.float()
+            plain = model(x)
+        results.append([plain, *gradients(model, x, torch.ones(2, 5, 4, 4))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     with pytest.raises(qsd.QsdError, match="integer_operands='yes' is unknown; use true, false or 'all'"):
         qsd.set_integer_operands(model, "yes")
 
 
 def test_a_configuration_switches_it_on_and_evaluation_then_needs_no_warning(recwarn):
-    from qsd.tasks import ClassificationTask
-    from qsd.tasks.guards import PrecisionNote
-
     arguments = {"embed_dims": 32, "num_heads": 4, "depth": 1}
     for enable in (True, False):
         task = ClassificationTask("csdformer_4_256", model_args=arguments, num_classes=3, integer_operands=enable)
         task.configure_model()
         assert has_counts_of_float32(task) == enable
         PrecisionNote().on_validation_start(SimpleNamespace(precision="bf16-mixed"), task)
-        assert len(recwarn) == (not enable)
+        assert any("autocast" in str(warning.message) for warning in recwarn) == (not enable)
