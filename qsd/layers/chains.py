@@ -15,6 +15,7 @@ from qsd.lean import (
     Choice,
     Synapse,
     framed_convolutions,
+    group_of,
     has_hooks,
     is_ordinary,
     norm_in_training,
@@ -45,7 +46,7 @@ class LinearChain(nn.Sequential):
         layers = list(self)
         while layers:
             first, taken = layers[0], 0
-            if isinstance(first, nn.BatchNorm2d):
+            if isinstance(first, nn.BatchNorm2d | nn.SyncBatchNorm):
                 x, taken = _norms(x, layers)
             elif isinstance(first, BatchNormPad2d):
                 x, taken = _framed(x, layers)
@@ -67,7 +68,7 @@ def _norms(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, int]:
     if len(layers) == 1:
         return norm_in_training(x, first), 1
     second = layers[1]
-    if is_ordinary(second):
+    if is_ordinary(second) and group_of(first) == group_of(second):
         scale = _scale(layers[2]) if len(layers) > 2 else None
         return two_norms(x, first, second, scale), 2 + (scale is not None)
     scale = _scale(second)

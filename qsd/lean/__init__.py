@@ -11,6 +11,7 @@ from qsd.lean.operands import cast
 from qsd.lean.pooling import spike_max_pool
 from qsd.lean.products import exact_matmul
 from qsd.lean.spikes import fixed_spikes, learned_spikes
+from qsd.lean.statistics import group_of
 from qsd.lean.switch import Choice, has_hooks, set_lean, trains_lean
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "exact_matmul",
     "fixed_spikes",
     "framed_convolutions",
+    "group_of",
     "has_hooks",
     "is_ordinary",
     "learned_spikes",

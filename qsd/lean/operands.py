@@ -39,6 +39,7 @@ class NormOrigin(NamedTuple):
         mean: Mean of the batch ``[C]``.
         inverse: Inverse standard deviation of the batch ``[C]``.
         eps: Of the norm.
+        var: Variance of the batch ``[C]`` where processes share the statistics, else ``None``.
     """
 
     x: Tensor
@@ -47,6 +48,7 @@ class NormOrigin(NamedTuple):
     mean: Tensor
     inverse: Tensor
     eps: float
+    var: Tensor | None = None
 
 
 # The notes, by storage; neurons, pools and norms write them. A storage is one Python object as long as its memory is
@@ -141,9 +143,11 @@ def norm_origin(x: Tensor) -> NormOrigin | None:
 
 def _gives(origin: NormOrigin, output: Tensor) -> bool:
     """Whether a batch norm of the same tensors gives an output again, bit by bit."""
-    x, weight, bias, mean, inverse, eps = origin
+    x, weight, bias, mean, inverse, eps, var = origin
     if x.stride() != output.stride():
         return False
+    if var is not None:
+        return torch.equal(torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0], output)
     if not x.is_cpu:
         return torch.equal(torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)[0], output)
     # On a processor the statistics take most of the time. A norm in evaluation with variance 1 and epsilon 0 has the

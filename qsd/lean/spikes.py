@@ -91,7 +91,7 @@ class _LearnedSpikes(torch.autograd.Function):
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
             origin = norm_origin(x)
-            kept, ctx.eps = ((x,), None) if origin is None else (origin[:-1], origin.eps)
+            kept, ctx.eps = ((x,), None) if origin is None else (origin[:5], origin.eps)
         ctx.save_for_backward(packed, *kept)
         return output
 
