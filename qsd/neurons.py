@@ -41,8 +41,7 @@ def _check_time_steps(time_steps: int) -> None:
 class SpikeNeuron(nn.Module):
     """Integer spike counts over a window of ``time_steps``, times an amplitude (IE-LIF by default).
 
-    It has no state and needs no reset call: a sample's spikes depend on nothing but its own input. For the backward
-    pass it keeps half a byte per element where `qsd.set_lean` says so, see `qsd.lean`.
+    It has no state and needs no reset call. `qsd.set_lean` chooses how little it keeps for the backward pass.
 
     With a `memory` it gets all frames of its recordings in one call, ``[F * B, ...]``, and the remainder of a frame
     lives on in the next one (`qsd.recurrence`). The remainder of the last frame is dropped before the call returns.

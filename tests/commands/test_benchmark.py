@@ -12,7 +12,13 @@ from qsd.commands.benchmark import command, meter
 from qsd.commands.benchmark.direct import DirectlyTrained, LeakyIntegrateAndFire
 from qsd.commands.benchmark.largest import largest_batch
 from qsd.functional import spike_count
+from qsd.lean import switch
 from tests.helpers import long
+
+
+@pytest.fixture(autouse=True)
+def tensors_of_all_sizes_train_lean(monkeypatch):
+    monkeypatch.setattr(switch, "SMALLEST", 0)
 
 
 @pytest.fixture
