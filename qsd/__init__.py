@@ -8,7 +8,7 @@ from qsd.energy import measure_energy
 from qsd.errors import QsdError
 from qsd.integer import IntegerNetwork, to_integer
 from qsd.kernels import set_kernels
-from qsd.layers import initialize_neurons, initialize_steps, set_lean
+from qsd.layers import initialize_neurons, initialize_steps, set_integer_operands, set_lean
 from qsd.models import load_reference_weights, load_weights
 from qsd.packing import load_packed, model_size, save_packed
 from qsd.publishing import save_pretrained
@@ -39,6 +39,7 @@ __all__ = [
     "model_size",
     "save_packed",
     "save_pretrained",
+    "set_integer_operands",
     "set_kernels",
     "set_lean",
     "to_integer",

@@ -16,11 +16,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from qsd import functional, lean
 from qsd.collapse import expect_steps, watch_step
 from qsd.errors import QsdError
 from qsd.functional import CountRule, fixed_drive, scale_gradient, spike_count
 from qsd.lean import Choice
+from qsd.operands import PACKAGES, noting
 from qsd.recurrence import FrameMemory, frame_slack, membrane_potentials
 
 # The name of a kind of neuron, see `register_neuron`.
@@ -65,6 +65,7 @@ class SpikeNeuron(nn.Module):
     """
 
     lean: Choice = "auto"
+    integer_operands: bool = False
     memory: FrameMemory | None = None
 
     def __init__(
@@ -124,7 +125,8 @@ class SpikeNeuron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
-        spikes = lean.fixed_spikes if lean.TRAINS_LEAN[self.lean, x.is_cuda] else functional.fixed_spikes
+        package = noting(self.lean, x) if self.integer_operands else PACKAGES[self.lean, x.is_cuda]
+        spikes = package.fixed_spikes
         amplitude = self.threshold if self._amplitude is None else self._amplitude
         if self.memory is not None:  # The potential is in units of the threshold.
             return spikes(self.potential(x), self.time_steps, 1.0, amplitude, self._rule(x))
@@ -211,7 +213,8 @@ class LearnedStepNeuron(SpikeNeuron):
         return self._spikes(x, scale, None)
 
     def _spikes(self, x: Tensor, scale: Factor | None, amplitude: Tensor | None) -> Tensor:
-        spikes = lean.learned_spikes if lean.TRAINS_LEAN[self.lean, x.is_cuda] else functional.learned_spikes
+        package = noting(self.lean, x) if self.integer_operands else PACKAGES[self.lean, x.is_cuda]
+        spikes = package.learned_spikes
         if self.memory is not None:  # The potential is in units of the threshold.
             return spikes(self.potential(x, scale), x.new_ones(()), amplitude, self.time_steps)
         return spikes(x, self._scaled_threshold(x, scale), amplitude, self.time_steps)

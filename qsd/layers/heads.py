@@ -1,9 +1,12 @@
 """Classifiers."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qsd.layers.integer_sums import integer_sums, is_exact
 from qsd.layers.quantized import QuantLinear
+from qsd.operands import mean_of_counts
 
 
 class TokenMeanLinear(QuantLinear):
@@ -25,5 +28,9 @@ class TokenMeanLinear(QuantLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``[B, C, H, W]``, or their mean ``[B, C]`` with its dropout done, to logits ``[B, classes]``."""
         if x.dim() == 4:
+            if self.integer_operands and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+                means = mean_of_counts(x)
+                if means is not None and is_exact(self, means):
+                    return integer_sums(self, means)
             x = F.dropout(x.mean(dim=(2, 3)), self.drop_rate, self.training)
         return super().forward(x)

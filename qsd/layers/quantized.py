@@ -1,14 +1,15 @@
 """Convolution and linear layers whose weights are quantized to a few bits."""
 
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qsd.collapse import watch_step
-from qsd.lean import TRAINS_LEAN, Choice, Geometry, Synapse, apply_synapse, has_hooks
+from qsd.layers.integer_sums import full_precision, integer_sums, is_exact
+from qsd.layers.weights import forget_weights
+from qsd.layers.weights import quantized_weight as quantized_weight
+from qsd.lean import TRAINS_LEAN, Choice, Geometry, Synapse, apply_synapse, cast, has_hooks
+from qsd.operands import counts_of
 from qsd.quantizers import StepSizeQuantizer
 
 
@@ -29,6 +30,7 @@ class QuantConv2d(nn.Conv2d):
 
     quantizer: StepSizeQuantizer | None
     lean: Choice = "auto"
+    integer_operands: bool = False
 
     def __init__(
         self,
@@ -47,11 +49,13 @@ class QuantConv2d(nn.Conv2d):
         initialize_steps(self)
 
     def train(self, mode: bool = True) -> "QuantConv2d":
-        _EVALUATION_WEIGHTS.pop(self, None)
+        forget_weights(self)
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
+        if self.integer_operands and not torch.compiler.is_compiling():
+            return with_integers(self, x)
         form = lean_form(self, x)
         if form is None:
             return self._conv_forward(x, quantized_weight(self), self.bias)
@@ -70,6 +74,7 @@ class QuantLinear(nn.Linear):
 
     quantizer: StepSizeQuantizer | None
     lean: Choice = "auto"
+    integer_operands: bool = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, weight_bits: int | None = 4) -> None:
         super().__init__(in_features, out_features, bias)
@@ -80,18 +85,22 @@ class QuantLinear(nn.Linear):
         initialize_steps(self)
 
     def train(self, mode: bool = True) -> "QuantLinear":
-        _EVALUATION_WEIGHTS.pop(self, None)
+        forget_weights(self)
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C_in]`` to ``[..., C_out]``."""
+        if self.integer_operands and not torch.compiler.is_compiling():
+            return with_integers(self, x)
         form = lean_form(self, x)
         if form is None:
             return F.linear(x, quantized_weight(self), self.bias)
         return apply_synapse(x, self.weight, self.bias, *form)
 
 
-def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | None, Synapse] | None:
+def lean_form(
+    layer: QuantConv2d | QuantLinear, x: Tensor, always: bool = False
+) -> tuple[Tensor | None, Synapse] | None:
     """Step sizes and static configuration of a layer for `qsd.lean.apply_synapse`, or ``None`` to run it plainly.
 
     It runs plainly where `qsd.set_lean` says so, in evaluation, under a compiler, which decides itself what to keep,
@@ -101,8 +110,10 @@ def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | Non
     Args:
         layer: Quantized or float layer.
         x: Its input.
+        always: Whether the setting of `qsd.set_lean` does not matter.
     """
-    if not (TRAINS_LEAN[layer.lean, x.is_cuda] and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    wanted = always or TRAINS_LEAN[layer.lean, x.is_cuda]
+    if not (wanted and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return None
     geometry = None
     if isinstance(layer, QuantConv2d):
@@ -120,49 +131,37 @@ def lean_form(layer: QuantConv2d | QuantLinear, x: Tensor) -> tuple[Tensor | Non
     return quantizer.step, Synapse((quantizer.q_min, quantizer.q_max), geometry)
 
 
-class _QuantizedWeight(NamedTuple):
-    """A quantized weight and the state of the parameters that it was computed from."""
+def with_integers(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
+    """The layer by exact sums of counts times codes where that can be, else in full float32.
 
-    state: tuple[tuple[object, ...], ...]
-    parameters: tuple[Tensor, ...]
-    weight: Tensor
-
-    @staticmethod
-    def state_of(parameters: tuple[Tensor, ...]) -> tuple[tuple[object, ...], ...]:
-        return tuple((t.data_ptr(), t._version, t.dtype) for t in parameters)
-
-
-# The quantized weights of layers in evaluation. They are kept outside of the modules, so that copies, checkpoints and
-# averages of a model do not hold them, and disappear with their layer.
-_EVALUATION_WEIGHTS: WeakKeyDictionary[nn.Module, _QuantizedWeight] = WeakKeyDictionary()
-
-
-def quantized_weight(layer: QuantConv2d | QuantLinear) -> Tensor:
-    """The weight that the layer computes with: quantized, or the float one if it has no quantizer.
-
-    In evaluation without gradients it is computed once, and again when weights or steps change or the layer is put into
-    training or evaluation mode. Do not write into it. (PyTorch does not count writing through ``.data`` as a change.)
+    The result has the type of the weights, also under autocast. The backward pass is that of the decoded operands, in
+    autocast's type.
 
     Args:
         layer: Quantized or float layer.
+        x: Its input.
     """
-    quantizer, weight = layer.quantizer, layer.weight
-    if quantizer is None:
-        return weight
-    if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_special(weight):
-        return quantizer(weight)
-    state = _QuantizedWeight.state_of((weight, quantizer.step))
-    known = _EVALUATION_WEIGHTS.get(layer)
-    if known is None or known.state != state:
-        # The parameters' memory is held, so that it is not given to other tensors of the same address and version.
-        parameters = weight.detach(), quantizer.step.detach()
-        known = _EVALUATION_WEIGHTS[layer] = _QuantizedWeight(state, parameters, quantizer(weight))
-    return known.weight
+    counts = counts_of(x)
+    if counts is not None and is_exact(layer, counts):
+        if not torch.is_grad_enabled():
+            return integer_sums(layer, counts)
+        form = lean_form(layer, x, always=True)
+        if form is not None:
+            return apply_synapse(x, layer.weight, layer.bias, *form, lambda: integer_sums(layer, counts))
+    x = cast(x, layer.weight.dtype)
+    with full_precision(x), torch.autocast(x.device.type, enabled=False):
+        return _decoded(layer, x)
 
 
-def _is_special(weight: Tensor) -> bool:
-    """Whether changes cannot be noticed: tensors without versions or of other kinds."""
-    return weight.is_inference() or type(weight) is not nn.Parameter
+def _decoded(layer: QuantConv2d | QuantLinear, x: Tensor) -> Tensor:
+    """The layer without integer operands. Layers do the same themselves, because each call takes time."""
+    form = lean_form(layer, x)
+    if form is not None:
+        return apply_synapse(x, layer.weight, layer.bias, *form)
+    weight = quantized_weight(layer)
+    if isinstance(layer, QuantConv2d):
+        return layer._conv_forward(x, weight, layer.bias)
+    return F.linear(x, weight, layer.bias)
 
 
 def initialize_steps(model: nn.Module) -> None:

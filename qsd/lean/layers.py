@@ -4,6 +4,7 @@ The gradients are those of the plain layers, to the bit: the same operators comp
 differentiating is an error.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -104,12 +105,18 @@ class Synapse(NamedTuple):
 class _SynapseFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, step: Tensor | None, synapse: Synapse
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        step: Tensor | None,
+        synapse: Synapse,
+        result: Callable[[], Tensor] | None,
     ) -> Tensor:
         ctx.operand, saved = save_operand(x)
         ctx.synapse = synapse
         ctx.save_for_backward(saved, weight, step)
-        return synapse.forward(x, weight, step, bias)
+        return synapse.forward(x, weight, step, bias) if result is None else result()
 
     @staticmethod
     @once_differentiable
@@ -117,10 +124,18 @@ class _SynapseFunction(torch.autograd.Function):
         saved, weight, step = ctx.saved_tensors
         needs = ctx.needs_input_grad
         mask = [needs[0], needs[1] or needs[3], needs[2]]
-        return *ctx.synapse.backward(grad, ctx.operand.restore(saved), weight, step, mask), None
+        x = ctx.operand.restore(saved)
+        return *ctx.synapse.backward(grad.to(x.dtype), x, weight, step, mask), None, None
 
 
-def apply_synapse(x: Tensor, weight: Tensor, bias: Tensor | None, step: Tensor | None, synapse: Synapse) -> Tensor:
+def apply_synapse(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step: Tensor | None,
+    synapse: Synapse,
+    result: Callable[[], Tensor] | None = None,
+) -> Tensor:
     """A convolution or linear layer that keeps the codes of its input, if a neuron made it, and no quantized weight.
 
     Args:
@@ -129,12 +144,13 @@ def apply_synapse(x: Tensor, weight: Tensor, bias: Tensor | None, step: Tensor |
         bias: Bias of the output's channels.
         step: Step sizes of the weights' grid ``[C_out]``, or ``None`` to compute with the float weights.
         synapse: Static configuration of the layer.
+        result: Computes the result of the layer in another way; the gradients are those of `Synapse.forward`.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = cast(x, working_dtype(x))  # within the function, autocast's casts would not be differentiated
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    return _SynapseFunction.apply(x, weight, bias, step, synapse)
+    return _SynapseFunction.apply(x, weight, bias, step, synapse, result)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

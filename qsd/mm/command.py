@@ -14,6 +14,7 @@ from torch import distributed
 
 from qsd.configurations import find_configuration
 from qsd.errors import QsdError
+from qsd.layers import set_integer_operands
 from qsd.lean import set_lean
 from qsd.mm import ops
 from qsd.mm.checks import check_data, check_weights
@@ -208,6 +209,7 @@ def build_runner(config: Config, parts: tuple[str, ...]) -> Runner:
     config.visualizer.name = f"{config.work_dir} {time.monotonic_ns()}"
     runner = Runner.from_cfg(config)
     set_lean(runner.model, config.get("lean", "auto"))
+    set_integer_operands(runner.model, config.get("integer_operands", False))
     runner.logger.info(f"mmcv's operators: {ops.provider()}")
     register_training_hooks(runner)
     check_data(runner, parts)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsd.layers.integer_operands import has_counts_of_float32
 from qsd.layers.wrappers import unwrapped
 from qsd.neurons import SpikeNeuron
 from qsd.precision import full_float32, warn_of_autocast
@@ -33,7 +34,8 @@ def count_spikes(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
             model(images)
         return counts
     model = unwrapped(model)
-    warn_of_autocast(images.device.type)
+    if not has_counts_of_float32(model):
+        warn_of_autocast(images.device.type)
     with watch_neurons(model, lambda neuron, *inputs: neuron.counts(*inputs)) as calls:
         model(images)
     return named_calls(calls)

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from qsd.errors import QsdError
 from qsd.layers.frames import channels_last
+from qsd.layers.integer_operands import IntegerOperands, set_integer_operands
 from qsd.layers.steps import step_names
 from qsd.lean import Choice, set_lean
 from qsd.limits import check_number
@@ -69,6 +70,8 @@ class ClassificationTask(LightningModule):
         compile: Compile the network with ``torch.compile``; a string names the backend.
         lean: Keep spike counts in half a byte for the backward pass (see `qsd.set_lean`): ``True``, ``False``, or
             ``"auto"`` for all devices but CUDA. ``False`` takes less time per step where images are small.
+        integer_operands: Evaluate with exact sums of spike counts times weight codes, which are the same under autocast
+            and in TF32 (see `qsd.set_integer_operands`): ``True``, ``False``, or ``"all"``.
 
     Raises:
         QsdError: For a model name that timm does not know, with the nearest names.
@@ -94,6 +97,7 @@ class ClassificationTask(LightningModule):
         grad_checkpointing: bool = False,
         compile: bool | str = False,
         lean: Choice = "auto",
+        integer_operands: IntegerOperands = False,
     ) -> None:
         super().__init__()
         check_name(model)
@@ -134,6 +138,7 @@ class ClassificationTask(LightningModule):
         if h["grad_checkpointing"]:
             model.set_grad_checkpointing()
         set_lean(model, h["lean"])
+        set_integer_operands(model, h["integer_operands"])
         if trainer and trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if h["compile"]:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from qsd.errors import QsdError
+from qsd.layers.integer_operands import has_counts_of_float32
 from qsd.layers.steps import collapsed_step
 from qsd.models.diagnosis import first_non_finite, non_finite_parameter
 from qsd.precision import AUTOCAST, tf32_note
@@ -33,6 +34,8 @@ class PrecisionNote(Callback):
         self._told = False
 
     def _tell(self, trainer: Trainer, task: LightningModule) -> None:
+        if has_counts_of_float32(task):
+            return
         if (note := tf32_note(task, task.device)) is not None:
             rank_zero_warn(note)
         precision = str(trainer.precision)

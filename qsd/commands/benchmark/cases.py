@@ -1,5 +1,6 @@
 """The cases that a benchmark compares: networks, and the passes or steps of them that are timed."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -91,6 +92,12 @@ def _unmerged(model: nn.Module) -> qsd.SpikingNetwork:
     return convert(model, None, False, None, None, check=False)
 
 
+def _with_integers(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    qsd.set_integer_operands(model)
+    return model
+
+
 def _inference(settings: Settings) -> list[Case]:
     """Evaluation of the trained network and of its converted forms, on images in channels-last layout."""
     images = settings.images()
@@ -129,6 +136,8 @@ def _inference(settings: Settings) -> list[Case]:
         beside = f"float twin{end}"
         cases.append(Case(beside, twin, job))
         cases.append(Case(f"quantized{end}", trained, job, {beside: None}))
+        integers: dict[str, float | None] = {beside: None, f"quantized{end}": None}
+        cases.append(Case(f"integer operands{end}", lambda: _with_integers(trained()), job, integers))
         cases.append(Case(f"count domain{end}", lambda: spiking(False), job, {beside: 1.0}))
         cases[2].versus[beside] = None
     for how in ["graph"] * (settings.device.type == "cuda") + ["compiled"] * settings.compile:
