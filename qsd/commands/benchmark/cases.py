@@ -133,11 +133,9 @@ def _inference(settings: Settings) -> list[Case]:
     ]
     for precision in (name for name in settings.precisions if name != "float32"):
         job, end = partial(_evaluation, images=images, precision=precision), suffix(precision)
-        beside = f"float twin{end}"
-        cases.append(Case(beside, twin, job))
-        cases.append(Case(f"quantized{end}", trained, job, {beside: None}))
-        integers: dict[str, float | None] = {beside: None, f"quantized{end}": None}
-        cases.append(Case(f"integer operands{end}", lambda: _with_integers(trained()), job, integers))
+        beside, decoded = f"float twin{end}", f"quantized{end}"
+        cases += [Case(beside, twin, job), Case(decoded, trained, job, {beside: None})]
+        cases.append(Case(f"integer operands{end}", lambda: _with_integers(trained()), job, {decoded: None}))
         cases.append(Case(f"count domain{end}", lambda: spiking(False), job, {beside: 1.0}))
         cases[2].versus[beside] = None
     for how in ["graph"] * (settings.device.type == "cuda") + ["compiled"] * settings.compile:
