@@ -16,11 +16,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from qsd import functional, lean
 from qsd.collapse import expect_steps, watch_step
 from qsd.errors import QsdError
 from qsd.functional import CountRule, fixed_drive, scale_gradient, spike_count
 from qsd.lean import Choice
-from qsd.operands import PACKAGES, noting
+from qsd.operands import noting
 from qsd.recurrence import FrameMemory, frame_slack, membrane_potentials
 
 # The name of a kind of neuron, see `register_neuron`.
@@ -125,8 +126,8 @@ class SpikeNeuron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``x``."""
-        package = noting(self.lean, x) if self.integer_operands else PACKAGES[self.lean, x.is_cuda]
-        spikes = package.fixed_spikes
+        package = lean if lean.trains_lean(self.lean, x) else functional
+        spikes = (noting(package, x) if self.integer_operands else package).fixed_spikes
         amplitude = self.threshold if self._amplitude is None else self._amplitude
         if self.memory is not None:  # The potential is in units of the threshold.
             return spikes(self.potential(x), self.time_steps, 1.0, amplitude, self._rule(x))
@@ -213,8 +214,8 @@ class LearnedStepNeuron(SpikeNeuron):
         return self._spikes(x, scale, None)
 
     def _spikes(self, x: Tensor, scale: Factor | None, amplitude: Tensor | None) -> Tensor:
-        package = noting(self.lean, x) if self.integer_operands else PACKAGES[self.lean, x.is_cuda]
-        spikes = package.learned_spikes
+        package = lean if lean.trains_lean(self.lean, x) else functional
+        spikes = (noting(package, x) if self.integer_operands else package).learned_spikes
         if self.memory is not None:  # The potential is in units of the threshold.
             return spikes(self.potential(x, scale), x.new_ones(()), amplitude, self.time_steps)
         return spikes(x, self._scaled_threshold(x, scale), amplitude, self.time_steps)

@@ -22,9 +22,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, UntypedStorage
 
-from qsd import functional, lean
+from qsd import functional
 from qsd.functional import HALF_UP, CountRule
-from qsd.lean import Choice
 from qsd.rounding import HALF_TYPES
 
 Scalar = float | Tensor
@@ -64,21 +63,16 @@ class _Note(NamedTuple):
 _NOTES: WeakKeyDictionary[UntypedStorage, _Note] = WeakKeyDictionary()
 
 
-# The package whose ``fixed_spikes`` and ``learned_spikes`` a neuron calls, by its setting of memory-lean training and
-# by whether its input lies on a CUDA device: a table for the reason that `qsd.lean.TRAINS_LEAN` is one.
-PACKAGES: dict[tuple[Choice, bool], Any] = {key: lean if on else functional for key, on in lean.TRAINS_LEAN.items()}
-
-
-def noting(setting: Choice, x: Tensor) -> Any:
-    """A package of `PACKAGES` whose functions also note what `counts_of` needs.
+def noting(package: Any, x: Tensor) -> Any:
+    """A package with ``fixed_spikes`` and ``learned_spikes`` whose functions also note what `counts_of` needs.
 
     Args:
-        setting: Setting of memory-lean training.
+        package: `qsd.functional` or `qsd.lean`.
         x: Input of the neuron.
     """
     if type(x) is not Tensor or torch.compiler.is_compiling():
-        return PACKAGES[setting, x.is_cuda]
-    return _Training(PACKAGES[setting, x.is_cuda]) if torch.is_grad_enabled() else _Evaluation
+        return package
+    return _Training(package) if torch.is_grad_enabled() else _Evaluation
 
 
 class _Evaluation:

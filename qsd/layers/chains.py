@@ -12,13 +12,14 @@ from qsd.functional import pad_frame
 from qsd.layers.layer_scale import LayerScale
 from qsd.layers.quantized import QuantConv2d, lean_form
 from qsd.lean import (
-    TRAINS_LEAN,
     Choice,
     Synapse,
     framed_convolutions,
+    group_of,
     has_hooks,
     is_ordinary,
     norm_in_training,
+    trains_lean,
     two_norms,
     working_dtype,
 )
@@ -40,13 +41,12 @@ class LinearChain(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` to ``[B, C_out, H', W']``."""
-        lean = self.training and torch.is_grad_enabled() and TRAINS_LEAN[self.lean, x.is_cuda]
-        if not lean or torch.compiler.is_compiling():
+        if not (self.training and trains_lean(self.lean, x)):
             return super().forward(x)
         layers = list(self)
         while layers:
             first, taken = layers[0], 0
-            if isinstance(first, nn.BatchNorm2d):
+            if isinstance(first, nn.BatchNorm2d | nn.SyncBatchNorm):
                 x, taken = _norms(x, layers)
             elif isinstance(first, BatchNormPad2d):
                 x, taken = _framed(x, layers)
@@ -68,7 +68,7 @@ def _norms(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, int]:
     if len(layers) == 1:
         return norm_in_training(x, first), 1
     second = layers[1]
-    if is_ordinary(second):
+    if is_ordinary(second) and group_of(first) == group_of(second):
         scale = _scale(layers[2]) if len(layers) > 2 else None
         return two_norms(x, first, second, scale), 2 + (scale is not None)
     scale = _scale(second)

@@ -8,7 +8,7 @@ from qsd.collapse import watch_step
 from qsd.layers.integer_sums import full_precision, integer_sums, is_exact
 from qsd.layers.weights import forget_weights
 from qsd.layers.weights import quantized_weight as quantized_weight
-from qsd.lean import TRAINS_LEAN, Choice, Geometry, Synapse, apply_synapse, cast, has_hooks
+from qsd.lean import Choice, Geometry, Synapse, apply_synapse, cast, has_hooks, trains_lean
 from qsd.operands import counts_of
 from qsd.quantizers import StepSizeQuantizer
 
@@ -112,8 +112,7 @@ def lean_form(
         x: Its input.
         always: Whether the setting of `qsd.set_lean` does not matter.
     """
-    wanted = always or TRAINS_LEAN[layer.lean, x.is_cuda]
-    if not (wanted and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if not trains_lean(True if always else layer.lean, x):
         return None
     geometry = None
     if isinstance(layer, QuantConv2d):

@@ -99,7 +99,7 @@ class Layout(NamedTuple):
         return flat
 
     def _blocks(self, packed: Tensor, *values: Tensor) -> Iterable[tuple[Tensor, ...]]:
-        """The blocks of codes and of tensors ``[numel]``; small networks have one each, where every call counts."""
+        """The blocks of codes and of tensors ``[numel]``."""
         if self.numel <= self.block:
             return ((packed, *values),)
         return zip(packed.split(self.block * self.bits // 8), *[x.split(self.block) for x in values])
@@ -125,7 +125,9 @@ class Layout(NamedTuple):
             return neurons.matches(packed, actual, self.bits, self.amplitude, self.dtype)
         kind = torch.int64 if self.numel * size % 8 == 0 else _INTEGERS[size]
         buffer = torch.empty(min(self.numel, self.block), dtype=self.dtype, device=x.device)
-        for codes, part in self._blocks(packed, actual):
+        # Small networks have one block each, where every call counts.
+        blocks = ((packed, actual),) if self.numel <= self.block else self._blocks(packed, actual)
+        for codes, part in blocks:
             expected = buffer if part.numel() == buffer.numel() else buffer[: part.numel()]
             _unpack(codes, self.bits, expected, self.amplitude)
             lowest, highest = torch.aminmax(expected.to(x.dtype).view(kind).bitwise_xor_(part.view(kind)))

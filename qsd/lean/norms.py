@@ -1,6 +1,6 @@
 """Batch norms of chains in training, with less work and memory than the layers one by one, and the same results."""
 
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -10,58 +10,54 @@ from torch.nn import functional as F
 from qsd.functional import pad_frame
 from qsd.lean.layers import Synapse
 from qsd.lean.operands import NORMS, NormOrigin
+from qsd.lean.statistics import Norm, Running, Values, group_of, norm_gradients, normalised
 from qsd.lean.switch import has_hooks
 from qsd.lsq import lsq_quantize
 
 
-def is_ordinary(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether a module is a plain `BatchNorm2d` in training mode without hooks.
+def is_ordinary(norm: nn.Module | None) -> TypeGuard[Norm]:
+    """Whether a module is a plain `BatchNorm2d` or `SyncBatchNorm` in training mode without hooks.
 
-    Synchronised norms are none: their statistics are those of all processes.
+    A synchronised norm in a single process is left to PyTorch.
 
     Args:
         norm: Any module.
     """
-    return type(norm) is nn.BatchNorm2d and norm.training and norm.affine and not has_hooks(norm)
+    if type(norm) is nn.SyncBatchNorm and group_of(norm) is None:
+        return False
+    if norm is None or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return False
+    return bool(norm.training and norm.affine and not has_hooks(norm))
 
 
-class Running(NamedTuple):
-    """The running statistics of a norm, and the weight of a new batch in them.
-
-    Attributes:
-        mean: Running mean ``[C]``, or ``None`` if there is none.
-        var: Running variance ``[C]``, unbiased, or ``None`` if there is none.
-        share: Weight of this batch, the norm's momentum.
-        eps: Epsilon of the norm.
-    """
-
-    mean: Tensor | None
-    var: Tensor | None
-    share: float
-    eps: float
+class _SharedNorm(torch.autograd.Function):
+    """A norm by the statistics of several processes, computed before."""
 
     @staticmethod
-    def of(norm: nn.BatchNorm2d, x: Tensor) -> "Running":
-        """The statistics of a norm that is about to see a batch; the batch is counted.
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        values: Values,
+        eps: float,
+        group: Any,
+    ) -> Tensor:
+        ctx.values, ctx.eps, ctx.group = values, eps, group
+        ctx.save_for_backward(x, weight, mean, var)
+        return normalised(x, weight, bias, mean, var, eps)
 
-        Args:
-            norm: A norm in training mode.
-            x: The batch ``[B, C, H, W]``.
-
-        Raises:
-            ValueError: For a single value per channel, which has no variance, as PyTorch does.
-        """
-        if x.numel() // x.shape[1] < 2:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        share = 0.0 if norm.momentum is None else norm.momentum
-        if norm.track_running_stats and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if norm.momentum is None:
-                share = 1 / float(norm.num_batches_tracked)
-        return Running(norm.running_mean, norm.running_var, share, norm.eps)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var = ctx.saved_tensors
+        gradients = norm_gradients(grad, x, weight, mean, var, ctx.values, ctx.eps, ctx.group)
+        return *gradients[:3], *[None] * 5
 
 
-def norm_in_training(x: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None = None) -> Tensor:
+def norm_in_training(x: Tensor, norm: Norm, scale: Tensor | None = None) -> Tensor:
     """A batch norm that notes the origin of its output for a neuron of learned step that follows it.
 
     Args:
@@ -70,9 +66,16 @@ def norm_in_training(x: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None = Non
         scale: Factor of the output by channel, ``[C]``, or ``None``.
     """
     weight, bias = (norm.weight, norm.bias) if scale is None else (norm.weight * scale, norm.bias * scale)
-    running_mean, running_var, share, eps = Running.of(norm, x)
-    output, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, share, eps)
-    NORMS[output.untyped_storage()] = NormOrigin(x, weight, bias, mean, inverse, eps)
+    running = Running.of(norm, x)
+    running_mean, running_var, share, eps, group = running
+    var = None
+    if group is None:
+        output, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, share, eps)
+    else:
+        mean, var, values = running.batch(x)
+        inverse = (var + eps).rsqrt()
+        output = _SharedNorm.apply(x, weight, bias, mean, var, values, eps, group)
+    NORMS[output.untyped_storage()] = NormOrigin(x, weight, bias, mean, inverse, eps, var)
     return output
 
 
@@ -92,38 +95,35 @@ class _TwoNorms(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, g1: Tensor, b1: Tensor, g2: Tensor, b2: Tensor, first: Running, second: Running
     ) -> Tensor:
-        values = x.numel() // x.shape[1]
-        mean, var = torch.batch_norm_update_stats(x, first.mean, first.var, first.share)
+        mean, var, values = first.batch(x)
         between = g1.square() * (var / (var + first.eps))
         inverse = (between + second.eps).rsqrt()
         if second.mean is not None and second.var is not None:
             second.mean.lerp_(b1, second.share)
             second.var.lerp_(between * (values / (values - 1)), second.share)
-        ctx.eps = first.eps, second.eps
+        ctx.eps, ctx.values, ctx.group = (first.eps, second.eps), values, first.group
         ctx.save_for_backward(x, g1, g2, mean, var, inverse)
-        return torch.native_batch_norm(x, g1 * g2 * inverse, b2, mean, var, False, 0.0, first.eps)[0]
+        return normalised(x, g1 * g2 * inverse, b2, mean, var, first.eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, g1, g2, mean, var, inverse = ctx.saved_tensors
         e1, e2 = ctx.eps
-        weight, all_three = g1 * g2 * inverse, [True, True, True]
+        weight = g1 * g2 * inverse
         # The gradients of an ordinary norm whose weight w is a constant.
-        x_grad, weight_grad, b2_grad = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, (var + e1).rsqrt(), True, e1, all_three
-        )
+        x_grad, weight_grad, b2_grad, total = norm_gradients(grad, x, weight, mean, var, ctx.values, e1, ctx.group)
         # Then w's own dependence on the variance, small where e1 is small against v:
         # dw/dv = -1/2 g1 g2 i^3 g1^2 dr/dv = -1/2 w i^2 g1^2 e1 / (v + e1)^2, and dv/dx = 2 (x - m) / values.
-        var_grad = weight_grad * weight * inverse.square() * g1.square() * (-0.5 * e1) / (var + e1).square()
-        slope = (var_grad * (2 * x.shape[1] / x.numel())).view(1, -1, 1, 1)
+        var_grad = total * weight * inverse.square() * g1.square() * (-0.5 * e1) / (var + e1).square()
+        slope = (var_grad * (2 / ctx.values)).view(1, -1, 1, 1)
         x_grad.addcmul_(x, slope).sub_(slope * mean.view(1, -1, 1, 1))
         # dw/dg1 = g2 i - g1^2 g2 r i^3 = g2 i^3 (1/i^2 - g1^2 r) = g2 i^3 e2. The bias b1 cancels out.
         g1_grad = weight_grad * g2 * inverse**3 * e2
         return x_grad, g1_grad, torch.zeros_like(g1), weight_grad * g1 * inverse, b2_grad, None, None
 
 
-def two_norms(x: Tensor, first: nn.BatchNorm2d, second: nn.BatchNorm2d, scale: Tensor | None = None) -> Tensor:
+def two_norms(x: Tensor, first: Norm, second: Norm, scale: Tensor | None = None) -> Tensor:
     """Two batch norms in a row in one pass, exactly, with the parameters and running statistics of both.
 
     Args:
@@ -153,24 +153,34 @@ class _FramedConvs(torch.autograd.Function):
         first: Synapse,
         second: Synapse,
     ) -> Tensor:
-        y = F.batch_norm(x, running.mean, running.var, gamma, beta, True, running.share, running.eps)
+        ctx.eps, ctx.group, ctx.values = running.eps, running.group, 0
         assert running.mean is not None
         assert running.var is not None
+        shared: tuple[Tensor, ...] = ()
+        if running.group is None:
+            y = F.batch_norm(x, running.mean, running.var, gamma, beta, True, running.share, running.eps)
+        else:
+            mean, var, ctx.values = running.batch(x)
+            shared = mean, var
+            y = normalised(x, gamma, beta, mean, var, running.eps)
         # After this batch's update of the statistics.
         frame = beta - running.mean * (gamma / torch.sqrt(running.var + running.eps))
         hidden = first.forward(pad_frame(y, frame), weight1, step1)
-        ctx.eps, ctx.first, ctx.second = running.eps, first, second
-        ctx.save_for_backward(x, gamma, beta, weight1, step1, weight2, step2, frame)
+        ctx.first, ctx.second = first, second
+        ctx.save_for_backward(x, gamma, beta, weight1, step1, weight2, step2, frame, *shared)
         return second.forward(hidden, weight2, step2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, weight1, step1, weight2, step2, frame = ctx.saved_tensors
+        x, gamma, beta, weight1, step1, weight2, step2, frame, *shared = ctx.saved_tensors
         inputs = [t.detach().requires_grad_() for t in (x, gamma, beta, weight1)]
         steps = [] if step1 is None else [step1.detach().requires_grad_()]
         with torch.enable_grad():
-            y = F.batch_norm(inputs[0], None, None, inputs[1], inputs[2], True, 0.0, ctx.eps)
+            if shared:
+                y = _SharedNorm.apply(*inputs[:3], *shared, ctx.values, ctx.eps, ctx.group)
+            else:
+                y = F.batch_norm(inputs[0], None, None, inputs[1], inputs[2], True, 0.0, ctx.eps)
             rounded = lsq_quantize(inputs[3], steps[0], *ctx.first.levels) if steps else inputs[3]
             hidden = ctx.first.forward(pad_frame(y, frame), rounded, None)
         hidden_grad, weight2_grad, _, step2_grad = ctx.second.backward(
@@ -182,7 +192,7 @@ class _FramedConvs(torch.autograd.Function):
 
 def framed_convolutions(
     x: Tensor,
-    norm: nn.BatchNorm2d,
+    norm: Norm,
     first: tuple[Tensor, Tensor | None, Synapse],
     second: tuple[Tensor, Tensor | None, Synapse],
 ) -> Tensor:

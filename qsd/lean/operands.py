@@ -17,7 +17,14 @@ from torch._subclasses import FakeTensor
 from qsd.lean.codes import BLOCK, Layout, same_bits_
 
 
-class _Codes(NamedTuple):
+class Codes(NamedTuple):
+    """The codes of a tensor of counts times the amplitude, which is dense and alone in its storage.
+
+    Attributes:
+        layout: Layout of the codes.
+        packed: Codes, uint8.
+    """
+
     layout: Layout
     packed: Tensor
 
@@ -32,6 +39,7 @@ class NormOrigin(NamedTuple):
         mean: Mean of the batch ``[C]``.
         inverse: Inverse standard deviation of the batch ``[C]``.
         eps: Of the norm.
+        var: Variance of the batch ``[C]`` where processes share the statistics, else ``None``.
     """
 
     x: Tensor
@@ -40,11 +48,12 @@ class NormOrigin(NamedTuple):
     mean: Tensor
     inverse: Tensor
     eps: float
+    var: Tensor | None = None
 
 
-# The notes, by storage. A storage is one Python object as long as its memory is alive; views and detached tensors
-# share it.
-_CODES: WeakKeyDictionary[UntypedStorage, _Codes] = WeakKeyDictionary()
+# The notes, by storage; neurons, pools and norms write them. A storage is one Python object as long as its memory is
+# alive; views and detached tensors share it.
+CODES: WeakKeyDictionary[UntypedStorage, Codes] = WeakKeyDictionary()
 NORMS: WeakKeyDictionary[UntypedStorage, NormOrigin] = WeakKeyDictionary()
 
 
@@ -86,21 +95,10 @@ def save_operand(x: Tensor) -> tuple[SavedOperand, Tensor]:
     Returns:
         The description, and the tensor to save: codes if the operand has exactly their values, else ``x``.
     """
-    codes = _CODES.get(x.untyped_storage())
+    codes = CODES.get(x.untyped_storage())
     if codes is not None and codes.layout.matches(codes.packed, x):
         return SavedOperand(codes.layout, x.dtype, x.shape, x.stride(), int(x.storage_offset())), codes.packed
     return SavedOperand(None, x.dtype, x.shape, (), 0), x
-
-
-def note_codes(output: Tensor, layout: Layout, packed: Tensor) -> None:
-    """Note the codes of a tensor for the layers that will save it.
-
-    Args:
-        output: Counts times the amplitude, dense and alone in its storage.
-        layout: Layout of the codes.
-        packed: Codes.
-    """
-    _CODES[output.untyped_storage()] = _Codes(layout, packed)
 
 
 def layout_of(x: Tensor) -> Layout | None:
@@ -109,7 +107,7 @@ def layout_of(x: Tensor) -> Layout | None:
     Args:
         x: Any tensor.
     """
-    codes = _CODES.get(x.untyped_storage())
+    codes = CODES.get(x.untyped_storage())
     return None if codes is None else codes.layout
 
 
@@ -123,9 +121,9 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x
     result = x.to(dtype)
-    codes = None if torch.compiler.is_compiling() else _CODES.get(x.untyped_storage())
+    codes = None if torch.compiler.is_compiling() else CODES.get(x.untyped_storage())
     if codes is not None and result.stride() == x.stride() and result.numel() == codes.layout.numel:
-        note_codes(result, *codes)
+        CODES[result.untyped_storage()] = codes
     return result
 
 
@@ -145,9 +143,11 @@ def norm_origin(x: Tensor) -> NormOrigin | None:
 
 def _gives(origin: NormOrigin, output: Tensor) -> bool:
     """Whether a batch norm of the same tensors gives an output again, bit by bit."""
-    x, weight, bias, mean, inverse, eps = origin
+    x, weight, bias, mean, inverse, eps, var = origin
     if x.stride() != output.stride():
         return False
+    if var is not None:
+        return torch.equal(torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0], output)
     if not x.is_cpu:
         return torch.equal(torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)[0], output)
     # On a processor the statistics take most of the time. A norm in evaluation with variance 1 and epsilon 0 has the

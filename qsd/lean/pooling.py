@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qsd.lean.codes import encode_counts
-from qsd.lean.operands import layout_of, note_codes, save_operand
+from qsd.lean.operands import CODES, Codes, layout_of, save_operand
 
 # Kernel, stride, padding and dilation, two numbers each, and whether sizes are rounded up.
 Pool = tuple[list[int], list[int], list[int], list[int], bool]
@@ -25,7 +25,7 @@ class _SpikeMaxPool(torch.autograd.Function):
         layout = ctx.operand.layout
         codes = None if layout is None else encode_counts(pooled, layout)  # the largest of some counts is a count
         if codes is not None:
-            note_codes(pooled, *codes)
+            CODES[pooled.untyped_storage()] = Codes(*codes)
         return pooled
 
     @staticmethod

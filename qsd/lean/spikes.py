@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qsd import functional
 from qsd.functional import HALF_UP, CountRule, dot, fixed_drive, learned_gradients, passes
 from qsd.kernels import switch
 from qsd.lean.codes import dense, fire, flat
-from qsd.lean.operands import norm_origin, note_codes
+from qsd.lean.operands import CODES, Codes, norm_origin
 
 
 class _FixedSpikes(torch.autograd.Function):
@@ -25,7 +24,7 @@ class _FixedSpikes(torch.autograd.Function):
         if packed is None:
             packed = passes(fixed_drive(x, time_steps, threshold), time_steps, rule.closed)
         else:
-            note_codes(output, ctx.layout, packed)
+            CODES[output.untyped_storage()] = Codes(ctx.layout, packed)
         ctx.save_for_backward(packed)
         return output
 
@@ -64,22 +63,9 @@ def fixed_spikes(
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
-    if not _keeps_codes(x, time_steps):
+    if time_steps > 127 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return functional.fixed_spikes(x, time_steps, threshold, amplitude, rule)
     return _FixedSpikes.apply(x, time_steps, threshold, amplitude, rule)
-
-
-def _keeps_codes(x: Tensor, time_steps: int) -> bool:
-    """Whether codes pay and can be made: there is a backward pass, and values can be looked at."""
-    if not torch.is_grad_enabled() or time_steps > 127 or torch.compiler.is_compiling():
-        return False
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return type(x) in _TENSORS
-
-
-# Tensors of other classes may not have the memory that codes are compared with.
-_TENSORS = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 class _LearnedSpikes(torch.autograd.Function):
@@ -101,11 +87,11 @@ class _LearnedSpikes(torch.autograd.Function):
         if packed is None:
             ctx.save_for_backward(x)
             return output
-        note_codes(output, ctx.layout, packed)
+        CODES[output.untyped_storage()] = Codes(ctx.layout, packed)
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
             origin = norm_origin(x)
-            kept, ctx.eps = ((x,), None) if origin is None else (origin[:-1], origin.eps)
+            kept, ctx.eps = ((x,), None) if origin is None else (origin[:5], origin.eps)
         ctx.save_for_backward(packed, *kept)
         return output
 
@@ -170,6 +156,6 @@ def learned_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
-    if not _keeps_codes(x, time_steps):
+    if time_steps > 127 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return functional.learned_spikes(x, threshold, amplitude, time_steps)
     return _LearnedSpikes.apply(x, threshold, amplitude, time_steps)

@@ -7,6 +7,7 @@ can be compiled; the marked tensors of stepping cannot be traced.
 """
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -73,13 +74,23 @@ def cuda_graph(function: Pass, images: Tensor) -> Pass:
 def recorded(function: Pass, images: Tensor, compile: bool) -> Pass:
     """A pass as a CUDA graph on a CUDA device, compiled before if asked for.
 
+    Where the graph cannot be recorded, the pass runs without one, and a warning names the reason. An error of the pass
+    itself is raised by that run.
+
     Args:
         function: The pass.
         images: Images ``[B, ...]`` of the shape and type to record for.
         compile: Whether it is compiled.
     """
     program = compiled(function, images) if compile else function
-    return cuda_graph(program, images) if images.is_cuda else program
+    if not images.is_cuda:
+        return program
+    try:
+        return cuda_graph(program, images)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        warnings.warn(f"No CUDA graph was recorded: {reason}. These passes run without one.", stacklevel=2)
+        return program
 
 
 class _Parts(NamedTuple):

@@ -69,7 +69,7 @@ class ClassificationTask(LightningModule):
         grad_checkpointing: Recompute blocks in the backward pass, to save memory.
         compile: Compile the network with ``torch.compile``; a string names the backend.
         lean: Keep spike counts in half a byte for the backward pass (see `qsd.set_lean`): ``True``, ``False``, or
-            ``"auto"`` for all devices but CUDA. ``False`` takes less time per step where images are small.
+            ``"auto"`` for large tensors on all devices but CUDA.
         integer_operands: Evaluate with exact sums of spike counts times weight codes, which are the same under autocast
             and in TF32 (see `qsd.set_integer_operands`): ``True``, ``False``, or ``"all"``.
 

@@ -1,7 +1,14 @@
-"""The programs compile for CUDA devices, with the instructions that decide counts."""
+"""The programs compile for CUDA devices, with the instructions that decide counts, and PyTorch's compiler sees them."""
 
 import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
 
+from qsd.kernels import switch
+from qsd.layers import QuantConv2d
+from qsd.neurons import LsqNeuron, SpikeNeuron
 from tests.helpers import long
 
 NEURON = {"size": "i32", "low": "i32", "codes": "*u8", "bad": "*i32", "sums": "*fp32", "columns": "i32"}
@@ -45,3 +52,79 @@ def test_programs_divide_correctly_rounded_and_contract_nothing(kind, tmp_path, 
     assert "fma" not in code
     code = instructions(weight_programs.quantize_backward, kind, ["grad", "weight", "step", "out", "step_grad"], form)
     assert "div.rn.f32" in code
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compile functions of tensors without values on a CUDA device; no graph may break, and none runs."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(switch, "devices", frozenset(["cuda"]))
+    torch._dynamo.reset()
+
+    def compile(function, inputs, lowered):
+        graphs = []
+
+        def backend(graph, _inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        torch.compile(function, backend=aot_autograd(fw_compiler=backend) if lowered else backend, fullgraph=True)(
+            *inputs
+        )
+        (whole,) = graphs
+        parts = [part.graph for part in whole.modules() if isinstance(part, torch.fx.GraphModule)]
+        return [node for part in parts for node in part.nodes if node.op == "call_function"]
+
+    with FakeTensorMode():
+        yield compile
+    torch._dynamo.reset()
+
+
+def test_compiled_training_calls_the_operators_of_kernels_in_both_passes(compiled):
+    model = nn.Sequential(SpikeNeuron(4), QuantConv2d(3, 4, 1), LsqNeuron(4)).train()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device="cuda"))
+    nodes = compiled(model, [torch.empty(2, 3, 4, 4, device="cuda", requires_grad=True)], lowered=False)
+    operators = sorted(str(node.target) for node in nodes if str(node.target).startswith("qsd."))
+    forward, backward = ["fire", "fire", "quantize"], ["pass_codes", "pass_learned", "quantize_backward"]
+    assert operators == sorted(f"qsd.{name}.default" for name in forward + backward)
+
+
+@torch.no_grad()
+def test_the_compiler_sees_the_programs_of_all_operators(compiled):
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    from qsd.kernels import neurons, weights
+
+    def every(x, weight, step, threshold):
+        output, codes, bad = neurons.fire(x, 4, None, threshold, (0, 4), bits=4, check=True)
+        decoded = neurons.decode(codes, x.numel(), 4, threshold, torch.float32, torch.bfloat16)
+        differs = neurons._compare(codes, output, 1.0, threshold, 4, torch.float32)
+        passed = neurons.pass_fixed(codes, output, 4, 4, None, 0.25)
+        learned = neurons.pass_learned(x, output, threshold, threshold, 4)
+        quantized = weights.quantize(weight, step, -8, 7, torch.bfloat16)
+        return (
+            output,
+            bad,
+            decoded,
+            differs,
+            passed,
+            learned,
+            quantized,
+            weights.quantize_backward(weight, weight, step, -8, 7),
+        )
+
+    shapes = (2, 3, 4, 4), (4, 3, 1, 1), (4,), ()
+    nodes = compiled(every, [torch.empty(shape, device="cuda") for shape in shapes], lowered=True)
+    programs = [kernel_side_table.get_kernel(n.kwargs["kernel_idx"]) for n in nodes if "kernel_idx" in n.kwargs]
+    assert sorted(program.fn.__name__ for program in programs) == [
+        "compare",
+        "decode",
+        "fire",
+        "pass_codes",
+        "pass_learned",
+        "quantize",
+        "quantize_backward",
+    ]

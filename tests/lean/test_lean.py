@@ -26,7 +26,7 @@ from qsd.layers import (
     rep_conv,
 )
 from qsd.layers.quantized import lean_form
-from qsd.lean import exact_matmul, fixed_spikes
+from qsd.lean import exact_matmul, fixed_spikes, switch
 from qsd.lean.operands import layout_of
 from qsd.neurons import LsqNeuron, QcfsNeuron, SpikeNeuron
 from qsd.recurrence import FrameMemory
@@ -451,6 +451,29 @@ def test_by_default_layers_train_lean_on_every_device_but_cuda(device, setting, 
         x = torch.empty(2, 3, 4, 4, device=device)
     assert (lean_form(layer, x) is not None) == lean
     assert neuron(x) == lean
+
+
+def test_by_default_small_tensors_are_left_to_ordinary_layers(monkeypatch):
+    layer, neuron, x = QuantConv2d(3, 4, 1), SpikeNeuron(4), torch.randn(2, 3, 4, 4, requires_grad=True)
+    for smallest, setting, lean in ((96, "auto", True), (97, "auto", False), (97, True, True)):
+        monkeypatch.setattr(switch, "SMALLEST", smallest)
+        set_lean(nn.Sequential(layer, neuron), setting)
+        assert (lean_form(layer, x) is not None) == lean
+        assert (layout_of(neuron(x)) is not None) == lean
+
+
+@pytest.mark.parametrize("smallest", [500, 2000])
+def test_networks_of_small_and_large_tensors_have_the_gradients_of_ordinary_layers(smallest, monkeypatch):
+    monkeypatch.setattr(switch, "SMALLEST", smallest)
+    model = timm.create_model("qsd_tiny", **SMALL_QSD | {"depth": 2}).double().train()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    plain, sizes = trained(model, images, False), {True: [], False: []}
+    for neuron in (m for m in model.modules() if isinstance(m, SpikeNeuron)):
+        neuron.register_forward_hook(lambda m, i, o: sizes[layout_of(o) is not None].append(o.numel()))
+    mixed = trained(model, images, "auto")
+    for name, value in plain.items():
+        torch.testing.assert_close(value, mixed[name], rtol=1e-9, atol=1e-9, msg=lambda m: f"{name}: {m}")  # noqa: B023
+    assert min(sizes[True]) >= smallest > max(sizes[False])
 
 
 def test_an_unknown_setting_is_refused():

@@ -286,7 +286,7 @@ def test_a_neuron_in_full_precision_serves_a_layer_in_half_precision(autocast):
 def test_no_note_outlives_its_tensor():
     from qsd.lean import operands
 
-    tables = (operands._CODES, operands.NORMS)
+    tables = (operands.CODES, operands.NORMS)
     before = [len(table) for table in tables]
     model = nn.Sequential(conv_norm(3, 6, 3), LsqNeuron(4), conv_norm(6, 4, 1), SpikeNeuron(4)).train()
     output = model(torch.randn(2, 3, 8, 8))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -81,6 +82,38 @@ def test_a_program_of_torch_operations_has_the_same_bits_and_sees_new_images(spi
     assert len(programs) == 1
     assert torch.equal(spiking(IMAGES), expected[0])
     assert torch.equal(spiking(others), expected[1])
+
+
+def test_passes_run_without_a_graph_that_cannot_be_recorded_and_the_reason_is_told_once(spiking, monkeypatch):
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    def fail(function, images):
+        function(images)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    monkeypatch.setattr(graphs, "cuda_graph", fail)
+    expected, stepped, images = spiking(IMAGES), spiking.simulate(IMAGES).logits, IMAGES.as_subclass(OnDevice)
+    for run, result in ((spiking, expected), (lambda images: spiking.simulate(images).logits, stepped)):
+        with (
+            spiking.graphs.recording(),
+            pytest.warns(UserWarning, match=r"^No CUDA graph was recorded: CUDA out of memory\. These passes") as told,
+        ):
+            outputs = [run(images) for _ in range(3)]
+        assert len(told) == 1
+        assert all(torch.equal(output, result) for output in outputs)
+    assert torch.equal(spiking(images), expected)
+
+
+def test_an_error_of_a_pass_is_raised_by_the_pass_without_a_graph(monkeypatch):
+    def broken(images):
+        raise RuntimeError("The images do not fit.")
+
+    monkeypatch.setattr(graphs, "cuda_graph", lambda function, images: function(images))
+    with pytest.warns(UserWarning, match="recorded: The images do not fit. These"):
+        program = graphs.recorded(broken, SimpleNamespace(is_cuda=True), False)
+    with pytest.raises(RuntimeError, match=r"The images do not fit\."):
+        program(IMAGES)
 
 
 @long

@@ -16,7 +16,6 @@ from qsd.commands.benchmark.onnx_file import OnnxFile
 from qsd.commands.benchmark.precisions import arithmetic, autocast, suffix
 from qsd.commands.benchmark.settings import Settings
 from qsd.distillation import AttentionRecorder, Teacher, attention_loss, logits_loss
-from qsd.lean import TRAINS_LEAN
 from qsd.models import CsdFormer
 from qsd.models.variants import family_of
 from qsd.spiking.conversion import convert
@@ -224,7 +223,7 @@ def _training(settings: Settings) -> list[Case]:
         model = DirectlyTrained(settings.name, settings.time_steps, num_classes=settings.num_classes)
         return model.to(settings.device)
 
-    other = {True: "plain, eager", False: "lean, eager"}[TRAINS_LEAN["auto", images.is_cuda]]
+    other = "lean, eager" if images.is_cuda else "plain, eager"
     cases = []
     for precision in settings.precisions:
         step, end = partial(_training_step, images=images, labels=labels, precision=precision), suffix(precision)
