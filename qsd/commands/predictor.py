@@ -19,6 +19,7 @@ from qsd.image_notes import RecordingNotes, read_image_notes
 from qsd.packing import read_notes
 from qsd.program import one_line
 from qsd.reading import read_onnx, regular_file
+from qsd.reading.events import event_endings
 from qsd.spiking import SpikingNetwork
 
 
@@ -174,7 +175,10 @@ class Predictor:
         regular_file(path, "image")
         image = load_image(path, self._exif_orientation)
         if isinstance(image, BadImage):
-            raise QsdError(f"image {path} cannot be read: {image.reason}")
+            hint = ""
+            if path.lower().endswith(event_endings()):
+                hint = "; for a recording, name a network over frames with --model"
+            raise QsdError(f"image {path} cannot be read: {image.reason}{hint}")
         return self._transform(image.convert("L") if self._grey else image).unsqueeze(0)
 
     def name(self, label: int) -> str:

@@ -1,8 +1,8 @@
 """Keep the files of finished runs side by side, and make tables of results from them.
 
 Of a training, the record of the run, its configuration, measurements, conversion and report are kept; of a test, its
-record. A training that was resumed has several runs, which are named in their order. Tables hold what the files say,
-and nothing else.
+record; of a later conversion (qsd convert), its record and report in place of the training's. A training that was
+resumed has several runs, which are named in their order. Tables hold what the files say, and nothing else.
 
 Examples:
   qsd results --keep digits runs/digits/version_0 runs/digits/version_1
@@ -92,7 +92,7 @@ def keep(runs: Sequence[Path], folder: Path, title: str, table: str) -> None:
     """Copy what a results page needs of the runs of one recipe.
 
     Args:
-        runs: Folders of the stretches of a training, in their order, and of its test.
+        runs: Folders of the stretches of a training, in their order, of its test, and of a conversion.
         folder: The folder to write.
         title: What the recipe is, in words.
         table: Name of the table that it belongs to.
@@ -111,6 +111,12 @@ def keep(runs: Sequence[Path], folder: Path, title: str, table: str) -> None:
         for name in (FILE, _CONFIGURATION, RECORD, PAGE):
             if (last / name).is_file():
                 shutil.copyfile(last / name, partial / name)
+        for run in stretches:
+            if not (run / _CONFIGURATION).is_file() and (run / RECORD).is_file():  # written by qsd convert
+                for name in (RECORD, PAGE):
+                    (partial / name).unlink(missing_ok=True)
+                    if (run / name).is_file():
+                        shutil.copyfile(run / name, partial / name)
         for run, record in records.items():
             if record.stage == "test":
                 if (record.model, record.parameters) != (records[last].model, records[last].parameters):

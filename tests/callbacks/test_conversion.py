@@ -227,6 +227,9 @@ def test_a_checkpoint_is_converted_with_a_table_of_delays(convert, checkpoint, c
     Image.new("L", (8, 8), 100).save("digit.png")
     assert run_command.main(["digit.png", "--model=converted/spiking.safetensors"]) == 0
     assert "Predictions" in capsys.readouterr().out
+    Path("events.npy").write_bytes(b"no picture")
+    assert run_command.main(["events.npy", "--model=converted/spiking.safetensors"]) == 2
+    assert "name a network over frames with --model" in capsys.readouterr().err
     # and what it wrote, packed, can be converted again, otherwise
     again = ["converted/spiking.safetensors", *DATA, *FEW, "--out=again", "--merge=none", "--delay=0"]
     assert convert([*again, "--leave-out", *report.STAGES]) == 0

@@ -3,12 +3,15 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from qsd.commands import results
 from qsd.runs.record import RunRecord, hardware, versions
+from tests.helpers import ROOT
 
+RECORD = ROOT / "docs/results/digits/conversion.json"
 FACTS = {
     "model": "qsd_tiny", "model_args": {"time_steps": 4, "weight_bits": 4}, "parameters": 583_000, "data": "DigitsData",
     "batch_size": 64, "seed": 0, "hardware": "a processor, 2 threads", "versions": {"qsd": "1", "torch": "2"},
@@ -68,6 +71,21 @@ def test_a_resumed_training_and_its_test_become_a_row(tmp_path, capsys, monkeypa
     assert text.endswith("<!-- end -->\nafter\n")
     assert results.main(["--page", str(page)]) == 0
     assert page.read_text() == text
+
+
+def test_a_later_conversion_takes_the_place_of_the_trainings(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training = Path(write_run(tmp_path / "runs/0", "fit", epochs=1))
+    for folder, record in ((training, b"{}"), (tmp_path / "converted", RECORD.read_bytes())):
+        folder.mkdir(exist_ok=True)
+        (folder / "conversion.json").write_bytes(record)
+        (folder / "report.html").write_text(folder.name)
+    assert results.main([str(training), "converted", "--keep", "digits"]) == 0
+    kept = tmp_path / "docs/results/digits"
+    assert (kept / "conversion.json").read_bytes() == RECORD.read_bytes()
+    assert (kept / "report.html").read_text() == "converted"
+    packed = json.loads(RECORD.read_bytes())["sizes"]
+    assert f" {(packed['file_bytes'] or packed['packed_bytes']) / 1e3:,.0f} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

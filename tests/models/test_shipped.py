@@ -1,6 +1,8 @@
 """Weights that lie in the package, and folders of weights with a model card."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import timm
@@ -8,16 +10,21 @@ import torch
 from torch import Tensor
 
 import qsd
-from qsd.data import DigitsData
+from qsd.data import DigitsData, TorchvisionData
 from qsd.errors import QsdError
 from qsd.models import shipped
 from qsd.models.shipped import shipped_weights
 from qsd.packing import image_notes
 from qsd.tasks import ClassificationTask, load_task
+from tests.helpers import long
 from tests.helpers.networks import SMALL
 from tests.helpers.training import make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+# The second folder is that of Debian's package dataset-fashion-mnist.
+_FOLDERS = (os.environ.get("QSD_FASHION_MNIST", "data/fashion_mnist"), "/usr/share/datasets/fashion-mnist")
+FASHION = next((folder for folder in _FOLDERS if Path(folder).is_dir()), None)
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_weights() if name.endswith(".digits")])
@@ -39,6 +46,23 @@ def test_weights_of_digits_have_the_stated_accuracy_on_the_stated_images(name):
     assert weights.notes["test_images"] == len(labels) == 400
     assert right == round(weights.notes["accuracy"] * 400)
     assert f"accuracy {right / 400:.4f} on 400 test images" in cfg["notes"][0]
+
+
+@long
+@pytest.mark.skipif(FASHION is None, reason="the files of Fashion-MNIST are not in the folder QSD_FASHION_MNIST")
+@pytest.mark.parametrize("name", [name for name in shipped_weights() if name.endswith(".fashion_mnist")])
+def test_weights_of_fashion_mnist_have_the_stated_accuracy_on_the_test_images(name):
+    weights = shipped_weights()[name]
+    model = timm.create_model(name, pretrained=True).eval()
+    data = TorchvisionData(str(FASHION), "fashion_mnist", batch_size=500, num_workers=0)
+    assert (model.time_steps, model.weight_bits, model.pretrained_cfg["mean"]) == (4, 4, pytest.approx(data.mean))
+    right = 0
+    with torch.no_grad():
+        for images, labels in data.whole_part("test"):
+            right += int((model(images).argmax(1) == labels).sum())
+    assert weights.notes["test_images"] == 10_000
+    # Another processor adds in another order, which can move the few images whose two best classes are nearly even.
+    assert right == pytest.approx(weights.notes["accuracy"] * 10_000, abs=5)
 
 
 def test_all_weights_are_small_and_known_to_timm():
