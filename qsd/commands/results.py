@@ -106,17 +106,15 @@ def keep(runs: Sequence[Path], folder: Path, title: str, table: str) -> None:
     if not finished:
         raise QsdError(f"no run is a finished training: none has a {FILE} of qsd fit.")
     last = finished[-1]
+    # A folder of qsd convert has a record, and no configuration.
+    converted = next(
+        (r for r in stretches[::-1] if (r / RECORD).is_file() and not (r / _CONFIGURATION).is_file()), last
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing_together(folder) as partial:
-        for name in (FILE, _CONFIGURATION, RECORD, PAGE):
-            if (last / name).is_file():
-                shutil.copyfile(last / name, partial / name)
-        for run in stretches:
-            if not (run / _CONFIGURATION).is_file() and (run / RECORD).is_file():  # written by qsd convert
-                for name in (RECORD, PAGE):
-                    (partial / name).unlink(missing_ok=True)
-                    if (run / name).is_file():
-                        shutil.copyfile(run / name, partial / name)
+        for name, run in ((FILE, last), (_CONFIGURATION, last), (RECORD, converted), (PAGE, converted)):
+            if (run / name).is_file():
+                shutil.copyfile(run / name, partial / name)
         for run, record in records.items():
             if record.stage == "test":
                 if (record.model, record.parameters) != (records[last].model, records[last].parameters):
