@@ -14,7 +14,7 @@ from qsd.layers.wrappers import unwrapped
 from qsd.models.compact import CompactModel
 from qsd.neurons import LearnedStepNeuron, SpikeNeuron
 from qsd.spiking.codes import CodeName
-from qsd.spiking.counts import count_spikes
+from qsd.spiking.counts import named_calls, watch_neurons
 from qsd.spiking.merging import Merge, check_merge, merge_choice
 from qsd.spiking.names import Delay, check_delay, delay_choice
 from qsd.spiking.network import SpikingNetwork
@@ -108,15 +108,17 @@ def convert(
     compact = CompactModel.of(model)
     trained = copy.deepcopy(model).double().eval()
     compact.load_into(trained, torch.float64)
-    network = conversion.convert(copy.deepcopy(trained), "")
+    # The conversion takes the copy apart, so whatever is compared is computed before.
+    expected = _expected(trained, example.to(parameter.device)) if check and merged_bits is None else None
+    network = conversion.convert(trained, "")
     spiking = SpikingNetwork(network, conversion.runtime, example, compact, merge, merged_bits, currents)
     spiking.to(parameter.device)
     check_delay(delay, spiking.neurons())
     spiking.absorb_amplitudes()
     if merged_bits is not None:
         _quantize_merged(spiking, merged_bits, parameter.dtype)
-    elif check:
-        _compare(trained, spiking)
+    elif expected is not None:
+        _compare(spiking, *expected)
     return spiking.to(parameter.dtype)
 
 
@@ -171,9 +173,15 @@ def _with_time_steps(model: nn.Module, time_steps: int) -> nn.Module:
     return model
 
 
-def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
+def _expected(trained: nn.Module, images: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Spike counts and outputs of the trained network."""
+    with watch_neurons(trained, lambda neuron, *inputs: neuron.counts(*inputs)) as calls:
+        outputs = trained(images)
+    return named_calls(calls), tree_leaves(outputs)
+
+
+def _compare(spiking: SpikingNetwork, expected_counts: dict[str, Tensor], outputs: list[Tensor]) -> None:
     images = spiking.example
-    expected_counts = count_spikes(trained, images)
     counted: dict[str, Tensor] = {}
     stepped: dict[str, Tensor] = {}
     with spiking.runtime.counting(counted), spiking.runtime.running("count"):
@@ -187,7 +195,6 @@ def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
                     f"the {way} differs from the trained network at neuron {name}: something in the model's forward is "
                     "no layer of qsd (a functional ReLU, a constant that is added, ...); make it one."
                 )
-    outputs = tree_leaves(trained(images))
     pairs = [pair for way in (logits, summed) for pair in zip(tree_leaves(way), outputs)]
     if not all(torch.allclose(output, expected, rtol=1e-9, atol=1e-9) for output, expected in pairs):
         raise QsdError(

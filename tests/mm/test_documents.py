@@ -12,7 +12,7 @@ import qsd_launcher
 from tests.helpers import CONFIGS
 from tests.helpers.conversions import shorten_conversions
 from tests.helpers.documents import MM, commands
-from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS
+from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, NARROW_DETECTOR, NARROW_SEGMENTER, ONE_PROCESS
 
 # In the order in which they use each other's files; that of the README would train before there are scenes.
 COMMANDS = sorted((c for c in commands() if MM.match(c)), key=lambda c: not c.startswith("qsd demo scenes"))
@@ -22,10 +22,10 @@ TINY = [
     "model.neck.in_channels=[8,8,16,16]", "train_dataloader.batch_size=2",
 ]  # fmt: skip
 SHORT = {
-    "coco_qsd": ["train_cfg.max_epochs=1", "model.roi_head.bbox_head.fc_out_channels=32", *COCO_SCALES],
-    "ade20k_qsd": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *ADE_SCALES],
-    "digits_det": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *LITTLE],
-    "digits_seg": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *LITTLE],
+    "coco_qsd": ["train_cfg.max_epochs=1", *NARROW_DETECTOR, *COCO_SCALES],
+    "ade20k_qsd": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *NARROW_SEGMENTER, *ADE_SCALES],
+    "digits_det": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *NARROW_DETECTOR, *LITTLE],
+    "digits_seg": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *NARROW_SEGMENTER, *LITTLE],
 }
 DEMOS = {
     "detection": [*SHORT["digits_det"], "model.test_cfg.rcnn.score_thr=0.0"],  # one iteration makes sure of nothing

@@ -222,12 +222,12 @@ def wrong_file(path):
         ),
     ],
 )
-def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco, tmp_path, monkeypatch, capfd):
+def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco, spoilt, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     wrong_file(tmp_path / "text.pth")
     torch.save({"state_dict": {"head.weight": torch.ones(3)}}, "other.pth")
     save_payload(tmp_path / "evil.pth", tmp_path / "mark")
-    folders = {"SCENES": scenes, "COCO": coco, **_spoilt(scenes, tmp_path)}
+    folders = {"SCENES": scenes, "COCO": coco, **spoilt}
     words = [str(CONFIGS / f"{a}.py") if (CONFIGS / f"{a}.py").is_file() else a for a in arguments]
     for key, folder in folders.items():
         words = [word.replace(f"data_root={key}", f"data_root={folder}") for word in words]
@@ -238,9 +238,10 @@ def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco,
     assert not (tmp_path / "mark").exists()
 
 
-def _spoilt(scenes, folder):
+@pytest.fixture(scope="module")
+def spoilt(scenes, tmp_path_factory):
     """Scenes without images, with other classes or labels beyond them, without files of images, with half a file."""
-    spoilt = {}
+    spoilt, folder = {}, tmp_path_factory.mktemp("spoilt")
     for key in ("EMPTY", "OTHER", "LABELS", "BARE", "CUT"):
         copy = spoilt[key] = folder / key.lower()
         (copy / "annotations").mkdir(parents=True)

@@ -155,7 +155,7 @@ def _delays(time_steps):
     return record.Delays(images=100, quantized_accuracy=0.975, rows=rows)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def made_up_record():
     return _made_up
 
@@ -163,3 +163,9 @@ def made_up_record():
 @pytest.fixture(scope="session")
 def made_up_record_once():
     return _made_up(layers=2).to_dict()
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages with empty pictures, for tests of what is written on them: drawing takes most of the time of a page."""
+    monkeypatch.setattr("qsd.report.rendering.data_uri", lambda figure: "data:,")
