@@ -108,17 +108,17 @@ def convert(
     compact = CompactModel.of(model)
     trained = copy.deepcopy(model).double().eval()
     compact.load_into(trained, torch.float64)
-    # The conversion takes the copy apart, so whatever is compared is computed before.
-    expected = _expected(trained, example.to(parameter.device)) if check and merged_bits is None else None
-    network = conversion.convert(trained, "")
+    compared = check and merged_bits is None
+    # The conversion takes apart what it gets.
+    network = conversion.convert(copy.deepcopy(trained) if compared else trained, "")
     spiking = SpikingNetwork(network, conversion.runtime, example, compact, merge, merged_bits, currents)
     spiking.to(parameter.device)
     check_delay(delay, spiking.neurons())
     spiking.absorb_amplitudes()
     if merged_bits is not None:
         _quantize_merged(spiking, merged_bits, parameter.dtype)
-    elif expected is not None:
-        _compare(spiking, *expected)
+    elif compared:
+        _compare(trained, spiking)
     return spiking.to(parameter.dtype)
 
 
@@ -173,15 +173,10 @@ def _with_time_steps(model: nn.Module, time_steps: int) -> nn.Module:
     return model
 
 
-def _expected(trained: nn.Module, images: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Spike counts and outputs of the trained network."""
-    with watch_neurons(trained, lambda neuron, *inputs: neuron.counts(*inputs)) as calls:
-        outputs = trained(images)
-    return named_calls(calls), tree_leaves(outputs)
-
-
-def _compare(spiking: SpikingNetwork, expected_counts: dict[str, Tensor], outputs: list[Tensor]) -> None:
+def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
     images = spiking.example
+    with watch_neurons(trained, lambda neuron, *inputs: neuron.counts(*inputs)) as calls:
+        outputs = tree_leaves(trained(images))
     counted: dict[str, Tensor] = {}
     stepped: dict[str, Tensor] = {}
     with spiking.runtime.counting(counted), spiking.runtime.running("count"):
@@ -189,7 +184,7 @@ def _compare(spiking: SpikingNetwork, expected_counts: dict[str, Tensor], output
     with spiking.runtime.counting(stepped):
         summed = spiking.simulate(images, delay=spiking.lossless_delay).logits
     for way, counts in (("count domain", counted), ("simulation", stepped)):
-        for name, count in expected_counts.items():
+        for name, count in named_calls(calls).items():
             if name not in counts or not torch.equal(count, counts[name]):
                 raise QsdError(
                     f"the {way} differs from the trained network at neuron {name}: something in the model's forward is "

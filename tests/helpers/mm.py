@@ -4,7 +4,7 @@ import json
 
 # A network that takes a step in a fraction of a second; necks and heads keep their sizes.
 SMALL = {
-    "model.backbone.model_args": {"embed_dims": (8, 8, 16, 16), "depth": 4, "num_heads": 2},
+    "model.backbone.model_args": {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2},
     "model.neck.in_channels": [8, 8, 16, 16],
     "model.backbone.norm_eval": False,  # without pretrained weights there are no statistics to keep
 }

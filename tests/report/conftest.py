@@ -163,9 +163,3 @@ def made_up_record():
 @pytest.fixture(scope="session")
 def made_up_record_once():
     return _made_up(layers=2).to_dict()
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pages with empty pictures, for tests of what is written on them: drawing takes most of the time of a page."""
-    monkeypatch.setattr("qsd.report.rendering.data_uri", lambda figure: "data:,")

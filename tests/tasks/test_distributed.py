@@ -14,7 +14,7 @@ import torch
 from qsd import cli
 from tests.helpers import ROOT, long
 
-SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 4}
+SIZES = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 3}
 SMALL = "--model.model_args=" + json.dumps(SIZES)
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo is not built in")
 
