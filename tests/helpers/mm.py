@@ -9,6 +9,12 @@ SMALL = {
     "model.backbone.norm_eval": False,  # without pretrained weights there are no statistics to keep
 }
 
+# The same for command lines, with fewer blocks.
+NARROW = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2}
+TINY_BACKBONE = [
+    *(f'model.backbone.model_args.{key}="{value}"' for key, value in NARROW.items()),
+    "model.neck.in_channels=[8,8,16,16]",
+]
 # Few features behind the backbone of a configuration for detection or segmentation.
 NARROW_DETECTOR = [
     f"model.{key}=16"

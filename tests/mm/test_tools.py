@@ -13,7 +13,7 @@ from qsd.commands import demo, openmmlab, run
 from qsd.commands.demo import scenes as maker
 from tests.helpers import CONFIGS, ROOT, long
 from tests.helpers.files import save_payload
-from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS, scalars
+from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS, TINY_BACKBONE, scalars
 
 
 @long
@@ -51,7 +51,7 @@ def test_ade20k_qsd_trains_and_validates_on_ade20k_s_layout(tool, ade, tmp_path)
 
 
 FEW = [
-    *LITTLE,
+    *LITTLE, *TINY_BACKBONE,
     "train_cfg.max_iters=3", "train_cfg.val_interval=3", "default_hooks.checkpoint.interval=3",
     "default_hooks.logger.interval=1", "train_dataloader.batch_size=4", "val_dataloader.batch_size=4",
     "param_scheduler=[]",  # without a warm-up three steps are enough to learn something
@@ -92,7 +92,8 @@ def test_the_detector_s_demonstration_learns_and_is_tested(tool, detector, scene
     )
     checkpoint = str(detector / "iter_3.pth")
     config = str(CONFIGS / "digits_det.py")
-    options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}", "model.test_cfg.rcnn.score_thr=0.0"]
+    options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}", *TINY_BACKBONE]
+    options.append("model.test_cfg.rcnn.score_thr=0.0")
     assert tool("mmdet_test").main([config, checkpoint, *options]) == 0
     (result,) = tmp_path.rglob("2*.json")
     assert {"coco/bbox_mAP_50", "coco/segm_mAP_50", "spikes/rate"} <= json.loads(result.read_text()).keys()
@@ -101,7 +102,7 @@ def test_the_detector_s_demonstration_learns_and_is_tested(tool, detector, scene
 def test_the_segmenter_s_demonstration_learns_and_is_tested(tool, segmenter, scenes, tmp_path):
     losses = [row["loss"] for row in scalars(segmenter) if "loss" in row]
     assert losses[-1] < losses[0]
-    options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}"]
+    options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}", *TINY_BACKBONE]
     config = str(CONFIGS / "digits_seg.py")
     assert tool("mmseg_test").main([config, str(segmenter / "iter_3.pth"), *options]) == 0
     (result,) = tmp_path.rglob("2*.json")
