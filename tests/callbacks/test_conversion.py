@@ -215,6 +215,7 @@ DATA = ["--data=DigitsData", "--data.img_size=16"]
 FEW = ["--max-images=8", "--step-images=4"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_is_converted_with_a_table_of_delays(convert, checkpoint, capsys):
     options = ["--config", str(ROOT / "configs/digits.yaml"), "--data.img_size=16", "--part=test", "--delays", *FEW]
     assert convert([str(checkpoint), *options, "--leave-out", "audit", "energy"]) == 0
