@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import qsd  # noqa: F401 - makes the model names known
 from tests.helpers import DATA, ROOT
+from tests.helpers.conversions import undraw
 
 
 def pytest_collection_finish():
@@ -62,6 +63,12 @@ def truncated():
         return path
 
     return write
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without pictures, for tests of what is written in them."""
+    undraw(monkeypatch)
 
 
 @pytest.fixture(scope="session")

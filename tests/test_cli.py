@@ -17,7 +17,7 @@ import qsd_launcher
 from qsd import cli
 from tests.helpers import ROOT
 
-SMALL = "--model.model_args=" + json.dumps({"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 4})
+SMALL = "--model.model_args=" + json.dumps({"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2})
 QUICK = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",

@@ -60,6 +60,7 @@ def test_a_checkpoint_of_a_float_twin_teaches_the_same(tmp_path):
     torch.testing.assert_close(found, expected["logits"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_record_of_a_conversion_becomes_a_page(name):
     path = FOLDER / f"{name}_conversion.json"

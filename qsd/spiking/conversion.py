@@ -14,7 +14,7 @@ from qsd.layers.wrappers import unwrapped
 from qsd.models.compact import CompactModel
 from qsd.neurons import LearnedStepNeuron, SpikeNeuron
 from qsd.spiking.codes import CodeName
-from qsd.spiking.counts import count_spikes
+from qsd.spiking.counts import named_calls, watch_neurons
 from qsd.spiking.merging import Merge, check_merge, merge_choice
 from qsd.spiking.names import Delay, check_delay, delay_choice
 from qsd.spiking.network import SpikingNetwork
@@ -108,14 +108,16 @@ def convert(
     compact = CompactModel.of(model)
     trained = copy.deepcopy(model).double().eval()
     compact.load_into(trained, torch.float64)
-    network = conversion.convert(copy.deepcopy(trained), "")
+    compared = check and merged_bits is None
+    # The conversion takes apart what it gets.
+    network = conversion.convert(copy.deepcopy(trained) if compared else trained, "")
     spiking = SpikingNetwork(network, conversion.runtime, example, compact, merge, merged_bits, currents)
     spiking.to(parameter.device)
     check_delay(delay, spiking.neurons())
     spiking.absorb_amplitudes()
     if merged_bits is not None:
         _quantize_merged(spiking, merged_bits, parameter.dtype)
-    elif check:
+    elif compared:
         _compare(trained, spiking)
     return spiking.to(parameter.dtype)
 
@@ -173,7 +175,8 @@ def _with_time_steps(model: nn.Module, time_steps: int) -> nn.Module:
 
 def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
     images = spiking.example
-    expected_counts = count_spikes(trained, images)
+    with watch_neurons(trained, lambda neuron, *inputs: neuron.counts(*inputs)) as calls:
+        outputs = tree_leaves(trained(images))
     counted: dict[str, Tensor] = {}
     stepped: dict[str, Tensor] = {}
     with spiking.runtime.counting(counted), spiking.runtime.running("count"):
@@ -181,13 +184,12 @@ def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
     with spiking.runtime.counting(stepped):
         summed = spiking.simulate(images, delay=spiking.lossless_delay).logits
     for way, counts in (("count domain", counted), ("simulation", stepped)):
-        for name, count in expected_counts.items():
+        for name, count in named_calls(calls).items():
             if name not in counts or not torch.equal(count, counts[name]):
                 raise QsdError(
                     f"the {way} differs from the trained network at neuron {name}: something in the model's forward is "
                     "no layer of qsd (a functional ReLU, a constant that is added, ...); make it one."
                 )
-    outputs = tree_leaves(trained(images))
     pairs = [pair for way in (logits, summed) for pair in zip(tree_leaves(way), outputs)]
     if not all(torch.allclose(output, expected, rtol=1e-9, atol=1e-9) for output, expected in pairs):
         raise QsdError(

@@ -108,6 +108,7 @@ def digits(*more):
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_conversion_that_fails_loses_nothing_and_says_so(monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("out of something")
@@ -153,6 +154,7 @@ def test_wrong_options_are_named_at_once(options, message):
         ConvertToSpikeDriven(**options)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_a_checkpoint_the_last_weights_are_saved_first(tmp_path):
     task = make_task()
     fit(tmp_path, [ConvertToSpikeDriven(**QUICK)], task, enable_checkpointing=False)
@@ -239,6 +241,7 @@ def test_a_checkpoint_is_converted_with_a_table_of_delays(convert, checkpoint, c
     assert other["accuracy"]["quantized"] <= 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_is_converted_to_the_binary_code(convert, checkpoint):
     few = ["--max-images=4", "--step-images=2"]
     assert convert([str(checkpoint), *DATA, *few, "--code=binary"]) == 0
@@ -253,6 +256,7 @@ def test_a_checkpoint_is_converted_to_the_binary_code(convert, checkpoint):
     assert "<td>binary (converted)</td>" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_network_that_was_compiled_is_converted_uncompiled(convert, checkpoint):
     @torch._dynamo.register_backend(name="refusing")
     def refusing(graph, inputs):
@@ -265,6 +269,7 @@ def test_a_network_that_was_compiled_is_converted_uncompiled(convert, checkpoint
     assert convert(["compiled.ckpt", *DATA, *FEW, "--leave-out", *report.STAGES]) == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_delays_are_calibrated_on_validation_images(convert, checkpoint, capsys):
     few = ["--max-images=2", "--step-images=2"]
     arguments = [str(checkpoint), *DATA, *few, "--calibrate=1.0", "--leave-out", *report.STAGES]

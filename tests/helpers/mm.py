@@ -4,10 +4,30 @@ import json
 
 # A network that takes a step in a fraction of a second; necks and heads keep their sizes.
 SMALL = {
-    "model.backbone.model_args": {"embed_dims": (8, 8, 16, 16), "depth": 4, "num_heads": 2},
+    "model.backbone.model_args": {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2},
     "model.neck.in_channels": [8, 8, 16, 16],
     "model.backbone.norm_eval": False,  # without pretrained weights there are no statistics to keep
 }
+
+# The same for command lines, with fewer blocks.
+NARROW = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2}
+TINY_BACKBONE = [
+    *(f'model.backbone.model_args.{key}="{value}"' for key, value in NARROW.items()),
+    "model.neck.in_channels=[8,8,16,16]",
+]
+# Few features behind the backbone of a configuration for detection or segmentation.
+NARROW_DETECTOR = [
+    f"model.{key}=16"
+    for key in (
+        "neck.out_channels", "rpn_head.in_channels", "rpn_head.feat_channels",
+        "roi_head.bbox_roi_extractor.out_channels", "roi_head.bbox_head.in_channels",
+        "roi_head.bbox_head.fc_out_channels", "roi_head.mask_roi_extractor.out_channels",
+        "roi_head.mask_head.in_channels", "roi_head.mask_head.conv_out_channels",
+    )
+]  # fmt: skip
+NARROW_SEGMENTER = [
+    "model.neck.out_channels=16", "model.decode_head.in_channels=[16,16,16,16]", "model.decode_head.channels=16",
+]  # fmt: skip
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 ONE_PROCESS = [f"{loader}.{key}" for loader in LOADERS for key in ("num_workers=0", "persistent_workers=False")]

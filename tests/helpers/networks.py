@@ -6,9 +6,10 @@ import timm
 import torch
 from torch import nn
 
+from qsd.models.variants import family_of
 from qsd.neurons import LsqNeuron
 from qsd.spiking import count_spikes
-from tests.helpers import LONG
+from tests.helpers import sample
 
 FAMILIES = ["qsd_*", "csdformer_*", "e_spikeformer_*"]
 # Every registered network, and those among them that fire spikes.
@@ -20,18 +21,27 @@ SMALL_ESF = {"embed_dims": (8, 8, 16, 24), "num_heads": 4, "depth": 4, "num_clas
 SMALL_LARGE = {"embed_dims": (8, 8, 24), "num_heads": 4, "depth": 2, "num_classes": 5, "layer_scale": 0.5}
 
 
-def sampled(names):
-    """Of E-SpikeFormer's sizes, which are one network each when shrunk, the first; all in ``make test-long``."""
-    return [n for n in names if LONG or not n.startswith("e_spikeformer") or n.split("_")[2] in ("tiny", "83m")]
-
-
 def small(name, **kwargs):
     """A registered model with few channels and blocks."""
+    return timm.create_model(name, **{**small_sizes(name), **kwargs})
+
+
+def small_sizes(name):
+    """The arguments that shrink a registered model."""
     if name.startswith("e_spikeformer"):
-        sizes = SMALL_LARGE if name.startswith(("e_spikeformer_83m", "e_spikeformer_171m")) else SMALL_ESF
-    else:
-        sizes = SMALL if name.startswith("qsd") else SMALL_CSD
-    return timm.create_model(name, **{**sizes, **kwargs})
+        return SMALL_LARGE if name.startswith(("e_spikeformer_83m", "e_spikeformer_171m")) else SMALL_ESF
+    return SMALL if name.startswith("qsd") else SMALL_CSD
+
+
+def sampled(names):
+    """Of the sizes of a family that are one network when shrunk, the first; all in ``make test-long``."""
+    kinds = {}
+    for name in names:
+        family, shrunk = family_of(name), small_sizes(name)
+        sizes = family.sizes[name.removesuffix("_ann")].items()
+        left = tuple((key, value) for key, value in sizes if key not in shrunk)
+        kinds.setdefault((family.title, name.endswith("_ann"), left), name)
+    return sample(list(kinds.values()), names)
 
 
 def randomize_norms(model, mean=(0.0, 1.0), var=(0.5, 2.0), weight=(0.5, 1.5), bias=(0.0, 1.0)):

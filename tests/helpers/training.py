@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from qsd.data import DigitsData, ImageArray
 from qsd.tasks import ClassificationTask
 
-SMALL = {"embed_dims": (8, 8, 8, 8), "num_heads": 2, "depth": 4, "strides": (1, 2, 2, 2, 1), "layer_scale": 0.5}
+SMALL = {"embed_dims": (8, 8, 8, 8), "num_heads": 2, "depth": 3, "strides": (1, 2, 2, 2, 1), "layer_scale": 0.5}
 
 
 class FewDigits(DigitsData):

@@ -59,6 +59,7 @@ def test_a_packed_file_gives_the_same_outputs(name, tmp_path):
         torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: key + text)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_record_of_a_conversion_becomes_a_page(name):
     path = FOLDER / f"{name}_conversion.json"

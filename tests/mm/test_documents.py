@@ -12,20 +12,25 @@ import qsd_launcher
 from tests.helpers import CONFIGS
 from tests.helpers.conversions import shorten_conversions
 from tests.helpers.documents import MM, commands
-from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS
+from tests.helpers.mm import (
+    ADE_SCALES,
+    COCO_SCALES,
+    LITTLE,
+    NARROW,
+    NARROW_DETECTOR,
+    NARROW_SEGMENTER,
+    ONE_PROCESS,
+    TINY_BACKBONE,
+)
 
 # In the order in which they use each other's files; that of the README would train before there are scenes.
 COMMANDS = sorted((c for c in commands() if MM.match(c)), key=lambda c: not c.startswith("qsd demo scenes"))
-NARROW = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2}
-TINY = [
-    *(f'model.backbone.model_args.{key}="{value}"' for key, value in NARROW.items()),
-    "model.neck.in_channels=[8,8,16,16]", "train_dataloader.batch_size=2",
-]  # fmt: skip
+TINY = [*TINY_BACKBONE, "train_dataloader.batch_size=2"]
 SHORT = {
-    "coco_qsd": ["train_cfg.max_epochs=1", "model.roi_head.bbox_head.fc_out_channels=32", *COCO_SCALES],
-    "ade20k_qsd": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *ADE_SCALES],
-    "digits_det": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *LITTLE],
-    "digits_seg": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *LITTLE],
+    "coco_qsd": ["train_cfg.max_epochs=1", *NARROW_DETECTOR, *COCO_SCALES],
+    "ade20k_qsd": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *NARROW_SEGMENTER, *ADE_SCALES],
+    "digits_det": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *NARROW_DETECTOR, *LITTLE],
+    "digits_seg": ["train_cfg.max_iters=1", "train_cfg.val_interval=1", *NARROW_SEGMENTER, *LITTLE],
 }
 DEMOS = {
     "detection": [*SHORT["digits_det"], "model.test_cfg.rcnn.score_thr=0.0"],  # one iteration makes sure of nothing
@@ -45,7 +50,7 @@ def workplace(tmp_path_factory, coco, ade, scenes):
     # In place of the pretraining of the demonstrations.
     pretrained = root / "runs/digit_crops/version_0/checkpoints/best.ckpt"
     pretrained.parent.mkdir(parents=True)
-    torch.save(timm.create_model("qsd_tiny", num_classes=10).state_dict(), pretrained)
+    torch.save(timm.create_model("qsd_tiny", num_classes=10, **NARROW).state_dict(), pretrained)
     return root
 
 
@@ -56,13 +61,13 @@ def shortened(command):
         kind, short = words[0], []
         if kind == "demo":
             name = words[1]
-            options = ["--cfg-options", *DEMOS.get(name, []), "train_dataloader.batch_size=2"]
+            options = ["--cfg-options", *DEMOS.get(name, []), *TINY]
             short = ["--scenes", "8", "2", "2"] if name == "scenes" else options
         words = [*words, *short]
     else:
         name = Path(words[1]).stem
         words += [] if "--cfg-options" in words else ["--cfg-options"]
-        words += SHORT[name] + (TINY + ONE_PROCESS if "qsd" in name else TINY[-1:])
+        words += SHORT[name] + TINY + (ONE_PROCESS if "qsd" in name else [])
     # A short training ends early; its last checkpoint stands in for the one of the full recipe.
     return [(Path(w).parent / "last_checkpoint").read_text() if w.endswith(".pth") else w for w in words]
 

@@ -13,15 +13,19 @@ from qsd import QsdError
 from qsd.layers import LinearChain, QuantConv2d, QuantLinear
 from qsd.neurons import SpikeNeuron
 from tests.helpers import CONFIGS
+from tests.helpers.detection import narrow
 from tests.helpers.mm import SMALL
 
 DETECTORS = ("coco_qsd", "coco_cascade_qsd", "coco_retinanet_qsd")
 ALL = (*DETECTORS, "ade20k_qsd")
 
 
-def build(name, **options):
+def build(name, wide=False, **options):
+    """A model with a small backbone; necks and heads are narrow unless their published width matters."""
     config = Config.fromfile(CONFIGS / f"{name}.py")
     config.merge_from_dict({**SMALL, **options})
+    if not wide:
+        narrow(config.model)
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)
     model.init_weights()
@@ -136,7 +140,7 @@ def test_step_sizes_follow_the_weights_that_initialisation_sets(name):
 @pytest.mark.parametrize("name", [*ALL, "digits_det", "digits_seg"])
 def test_class_predictors_can_tell_classes_apart_from_the_start(name):
     """Step sizes grow slowly, and bound the weights: one spike on half of the inputs must do for 99 %."""
-    model = build(name)
+    model = build(name, wide=True)
     found = {n: m for n, m in parts(model).items() if n.endswith(("rpn_cls", "retina_cls", "fc_cls", "conv_seg"))}
     assert found
     for key, module in found.items():

@@ -13,7 +13,7 @@ from qsd.commands import demo, openmmlab, run
 from qsd.commands.demo import scenes as maker
 from tests.helpers import CONFIGS, ROOT, long
 from tests.helpers.files import save_payload
-from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS, scalars
+from tests.helpers.mm import ADE_SCALES, COCO_SCALES, LITTLE, ONE_PROCESS, TINY_BACKBONE, scalars
 
 
 @long
@@ -51,7 +51,7 @@ def test_ade20k_qsd_trains_and_validates_on_ade20k_s_layout(tool, ade, tmp_path)
 
 
 FEW = [
-    *LITTLE,
+    *LITTLE, *TINY_BACKBONE,
     "train_cfg.max_iters=3", "train_cfg.val_interval=3", "default_hooks.checkpoint.interval=3",
     "default_hooks.logger.interval=1", "train_dataloader.batch_size=4", "val_dataloader.batch_size=4",
     "param_scheduler=[]",  # without a warm-up three steps are enough to learn something
@@ -92,7 +92,8 @@ def test_the_detector_s_demonstration_learns_and_is_tested(tool, detector, scene
     )
     checkpoint = str(detector / "iter_3.pth")
     config = str(CONFIGS / "digits_det.py")
-    options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}", "model.test_cfg.rcnn.score_thr=0.0"]
+    options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}", *TINY_BACKBONE]
+    options.append("model.test_cfg.rcnn.score_thr=0.0")
     assert tool("mmdet_test").main([config, checkpoint, *options]) == 0
     (result,) = tmp_path.rglob("2*.json")
     assert {"coco/bbox_mAP_50", "coco/segm_mAP_50", "spikes/rate"} <= json.loads(result.read_text()).keys()
@@ -101,7 +102,7 @@ def test_the_detector_s_demonstration_learns_and_is_tested(tool, detector, scene
 def test_the_segmenter_s_demonstration_learns_and_is_tested(tool, segmenter, scenes, tmp_path):
     losses = [row["loss"] for row in scalars(segmenter) if "loss" in row]
     assert losses[-1] < losses[0]
-    options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}"]
+    options = ["--work-dir", str(tmp_path), "--cfg-options", f"data_root={scenes}", *TINY_BACKBONE]
     config = str(CONFIGS / "digits_seg.py")
     assert tool("mmseg_test").main([config, str(segmenter / "iter_3.pth"), *options]) == 0
     (result,) = tmp_path.rglob("2*.json")
@@ -222,12 +223,12 @@ def wrong_file(path):
         ),
     ],
 )
-def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco, tmp_path, monkeypatch, capfd):
+def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco, spoilt, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     wrong_file(tmp_path / "text.pth")
     torch.save({"state_dict": {"head.weight": torch.ones(3)}}, "other.pth")
     save_payload(tmp_path / "evil.pth", tmp_path / "mark")
-    folders = {"SCENES": scenes, "COCO": coco, **_spoilt(scenes, tmp_path)}
+    folders = {"SCENES": scenes, "COCO": coco, **spoilt}
     words = [str(CONFIGS / f"{a}.py") if (CONFIGS / f"{a}.py").is_file() else a for a in arguments]
     for key, folder in folders.items():
         words = [word.replace(f"data_root={key}", f"data_root={folder}") for word in words]
@@ -238,9 +239,10 @@ def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco,
     assert not (tmp_path / "mark").exists()
 
 
-def _spoilt(scenes, folder):
+@pytest.fixture(scope="module")
+def spoilt(scenes, tmp_path_factory):
     """Scenes without images, with other classes or labels beyond them, without files of images, with half a file."""
-    spoilt = {}
+    spoilt, folder = {}, tmp_path_factory.mktemp("spoilt")
     for key in ("EMPTY", "OTHER", "LABELS", "BARE", "CUT"):
         copy = spoilt[key] = folder / key.lower()
         (copy / "annotations").mkdir(parents=True)

@@ -19,6 +19,7 @@ from qsd.mm.command import build_runner
 from qsd.mm.loading import load_model
 from qsd.report import FILES
 from tests.helpers import CONFIGS
+from tests.helpers.conversions import undraw
 
 SMALL = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2}
 WRITTEN = set(FILES)
@@ -70,7 +71,9 @@ def run(scenes, teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     hook = dict(type="ConvertToSpikeDrivenHook", max_images=4, step_images=1)
     hooks = [dict(type="DistillationHook", teacher=teacher), hook]
-    build_runner(config(scenes, folder, *hooks, **{"default_hooks.logger.interval": 1}), ("train", "val")).train()
+    with pytest.MonkeyPatch.context() as patch:
+        undraw(patch)
+        build_runner(config(scenes, folder, *hooks, **{"default_hooks.logger.interval": 1}), ("train", "val")).train()
     return folder
 
 

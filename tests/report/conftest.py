@@ -155,7 +155,7 @@ def _delays(time_steps):
     return record.Delays(images=100, quantized_accuracy=0.975, rows=rows)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def made_up_record():
     return _made_up
 

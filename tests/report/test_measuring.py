@@ -133,6 +133,7 @@ def test_metrics_are_numbers_by_name(recorded):
     assert {"spiking/accuracy", "spiking/accuracy_delay_0", "spiking/energy_merged_mj"} <= metrics.keys()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_short_delays_and_quantized_kernels_are_told_from_lossless_ones(trained, data):
     loader, stages = data.whole_part("val"), ["compare", "activity"]
     _, record = report.record_conversion(trained, loader, options(delay=0, stages=stages), progress=False)
@@ -171,6 +172,7 @@ def test_images_without_labels_are_named(trained, batch):
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_files_hold_the_record_the_page_and_the_same_network(trained, data, batch, tmp_path):
     folder = tmp_path / "new" / "folder"
     notes, chosen = {"class_names": data.class_names}, options(stages=["activity"])
@@ -203,6 +205,7 @@ def test_a_network_of_one_s_own_is_converted_and_written(data, tmp_path):
     assert record.audit.spike_driven
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("step", ["files.html", "classifier.load_packed", "classifier.save_packed"])
 def test_what_fails_leaves_nothing_and_keeps_what_was_there(trained, data, tmp_path, monkeypatch, step):
     def fail(*_):
@@ -216,6 +219,7 @@ def test_what_fails_leaves_nothing_and_keeps_what_was_there(trained, data, tmp_p
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(report.FILES, "earlier")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_packed_network_that_differs_is_not_written(trained, data, tmp_path, monkeypatch):
     other = qsd.to_spike_driven(timm.create_model("qsd_tiny", num_classes=10, in_chans=1, time_steps=3, **SMALL).eval())
     monkeypatch.setattr("qsd.report.classifier.load_packed", lambda *_: other)
@@ -224,6 +228,7 @@ def test_a_packed_network_that_differs_is_not_written(trained, data, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_that_cannot_be_written_is_named(trained, data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(QsdError, match="cannot be written to"):

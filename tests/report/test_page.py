@@ -35,12 +35,14 @@ def svg(image):
     return base64.b64decode(data).decode()
 
 
-@pytest.fixture
-def page(made_up_record):
-    return Page(html(made_up_record()))
+@pytest.fixture(scope="module")
+def text(made_up_record):
+    """The page of a made-up record; most of its time goes into the figures."""
+    return html(made_up_record())
 
 
-def test_every_figure_is_there_and_described(page):
+def test_every_figure_is_there_and_described(text):
+    page = Page(text)
     images = page.all("img")
     alts = " ".join(image["alt"] for image in images)
     for word in (
@@ -68,8 +70,7 @@ def references(text):
     return [reference for reference in found if not reference.startswith(("data:", "#"))]
 
 
-def test_nothing_refers_to_the_network(made_up_record):
-    text = html(made_up_record())
+def test_nothing_refers_to_the_network(text):
     page = Page(text)
     assert references(text) == []
     assert "@import" not in text
@@ -90,8 +91,8 @@ def test_a_reference_would_be_found():
         assert references(text)
 
 
-def test_every_figure_says_what_it_was_measured_on(made_up_record):
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", html(made_up_record()), re.DOTALL)
+def test_every_figure_says_what_it_was_measured_on(text):
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.DOTALL)
     for caption in captions:
         assert "images" in caption or "computed from the network" in caption, caption
         if "Energy" in caption:
@@ -99,6 +100,7 @@ def test_every_figure_says_what_it_was_measured_on(made_up_record):
             assert "papers" in caption
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("integer", "title", "kind"),
     [(1.0, "An integer network would be cheaper, 2.00 times", "bad"),
@@ -112,6 +114,7 @@ def test_the_rival_is_named_where_it_is_cheaper_and_where_it_is_not(made_up_reco
     assert "as converted (merged) needs 2 mJ per image; unmerged it would be 1.5 mJ" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_losses_are_named(made_up_record):
     content = made_up_record().to_dict()
     content["comparison"][1].update(changed_images=2)
@@ -166,6 +169,7 @@ def test_what_was_left_out_is_said_and_not_drawn(made_up_record):
     assert "97.50 %" in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_names_are_text_and_not_markup(made_up_record):
     content = made_up_record().to_dict()
     content["model"]["name"] = "<script>alert(1)</script>"
@@ -175,6 +179,5 @@ def test_names_are_text_and_not_markup(made_up_record):
     assert all(image["src"].startswith("data:") for image in page.all("img"))
 
 
-def test_the_page_of_a_record_from_disk_is_the_same_byte_for_byte(made_up_record):
-    record = made_up_record()
-    assert html(Record.from_json(record.to_json())) == html(record)
+def test_the_page_of_a_record_from_disk_is_the_same_byte_for_byte(made_up_record, text):
+    assert html(Record.from_json(made_up_record().to_json())) == text

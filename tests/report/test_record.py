@@ -104,6 +104,7 @@ def test_a_newer_version_asks_for_an_update(content):
     assert "holds a JSON list instead of an object" in message_of([])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_record_of_the_first_release_is_read(content):
     """Version 0.1.0 wrote neither a version nor a kind, and True or False for the merging."""
     del content["version"], content["accuracy"]["kind"]

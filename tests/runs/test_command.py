@@ -13,7 +13,7 @@ from qsd import cli
 from tests.helpers import ROOT, sample
 from tests.helpers.files import full_disk
 
-SMALL = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 4}
+SMALL = {"embed_dims": [8, 8, 8, 8], "num_heads": 2, "depth": 2}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

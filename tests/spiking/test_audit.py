@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from qsd import QsdError, audit_spike_driven, measure_energy, to_spike_driven
 from qsd.layers import QuantConv2d, QuantLinear, conv_norm
 from qsd.neurons import SpikeNeuron
-from tests.helpers.networks import NAMES, dense_network
+from tests.helpers.networks import NAMES, dense_network, sampled
 
 IMAGES = torch.randn(2, 3, 32, 48, dtype=torch.float64)
 
@@ -20,7 +20,7 @@ def by_name(audit):
     return {operation.name: operation for operation in audit.operations}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("qsd")])
+@pytest.mark.parametrize("name", sampled([name for name in NAMES if name.startswith("qsd")]))
 def test_every_merged_variant_is_spike_driven_behind_its_stem(name):
     spiking = to_spike_driven(dense_network(name))
     audit = audit_spike_driven(spiking, IMAGES)

@@ -16,12 +16,12 @@ from qsd import (
 from qsd.layers import QuantConv2d, TokenMean, conv_norm
 from qsd.neurons import LsqNeuron, SpikeNeuron
 from qsd.spiking import compare_counts
-from tests.helpers.networks import NAMES, assert_same_counts, dense_network
+from tests.helpers.networks import NAMES, assert_same_counts, dense_network, sampled
 
 IMAGES = torch.randn(2, 3, 32, 48, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("csdformer")])
+@pytest.mark.parametrize("name", sampled([name for name in NAMES if name.startswith("csdformer")]))
 def test_every_variant_is_spike_driven_behind_its_stem_without_any_merging(name):
     spiking = to_spike_driven(dense_network(name), merge=False)
     audit = audit_spike_driven(spiking, IMAGES)

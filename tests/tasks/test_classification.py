@@ -38,9 +38,15 @@ def _fit(folder, interrupt_after=None, resume=None):
     return task
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The task after a training that was not interrupted."""
+    torch.set_num_threads(1)  # as in every test
+    return _fit(tmp_path_factory.mktemp("whole"))
+
+
 @pytest.mark.parametrize("step", sample([2, 3], [1, 2, 3, 5]))  # two steps an epoch: within epochs and at their end
-def test_an_interrupted_and_resumed_training_ends_with_the_same_bits(step, tmp_path):
-    whole = _fit(tmp_path / "whole")
+def test_an_interrupted_and_resumed_training_ends_with_the_same_bits(step, whole, tmp_path):
     with pytest.raises(Interrupted):
         _fit(tmp_path / "part", interrupt_after=step)
     torch.manual_seed(99)  # another process has other random states
@@ -60,7 +66,7 @@ def test_the_learning_rate_follows_the_total_batch_warms_up_and_ends_at_its_mini
             rates.append([g["lr"] for g in trainer.optimizers[0].param_groups])
 
     task = make_task(base_lr=0.32, warmup_epochs=2, min_lr=1e-5, step_lr=0.1)
-    make_trainer(tmp_path, [Watch()], max_epochs=8, accumulate_grad_batches=2, limit_val_batches=0).fit(
+    make_trainer(tmp_path, [Watch()], max_epochs=4, accumulate_grad_batches=2, limit_val_batches=0).fit(
         task, FewDigits(4)
     )
     peak = 0.32 * 4 * 2 / 256  # four images, two batches accumulated
