@@ -200,11 +200,10 @@ def test_accumulated_batches_give_the_gradients_of_one_batch(teacher, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precisions(teacher, tmp_path, precision):
-    expected = logged(tmp_path / "32", make_task(base_lr=0.0, min_lr=0.0), [distil(teacher)])
     L.seed_everything(0)
     rows = logged(tmp_path / precision, make_task(base_lr=0.0, min_lr=0.0), [distil(teacher)], precision=precision)
     assert all(0 < float(row[name]) < 10 for row in rows for name in TERMS)
-    assert len(rows) == len(expected)
+    assert len(rows) == 2  # as in float32: none was left out
 
 
 @long

@@ -8,11 +8,15 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, sample
 
 needs_sphinx = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("sphinx", "myst_parser", "furo")), reason="needs the extra docs"
 )
+
+
+# The extensions of the site without that of the pages of source code, which are most of its pages.
+DOCUMENTING = ("myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,7 @@ def site(tmp_path_factory):
         "-q",
         "-b",
         "html",
+        *sample(["-D", f"extensions={','.join(DOCUMENTING)}"], []),
         str(ROOT / "docs"),
         str(folder),
     ]
