@@ -9,6 +9,7 @@ dozen passes over each of them cost less than a few passes over a large tensor, 
 PyTorch not to matter.
 """
 
+import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ Scalar = float | Tensor
 # Elements of a block for each thread of the processor. It has to be even.
 BLOCK = 2**18
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# The memory that codes are decoded into on a processor, one buffer for each thread that computes gradients.
+_decoded = threading.local()
 
 
 class Layout(NamedTuple):
@@ -47,7 +50,9 @@ class Layout(NamedTuple):
     amplitude: Scalar
 
     def values(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        """The neuron's output ``[numel]`` in the order of memory, with the same bits, in fresh memory.
+        """The neuron's output ``[numel]`` in the order of memory, with the same bits, until the next call.
+
+        The next call of `values` or `counts` in this thread writes into the same memory, see `_scratch`.
 
         Args:
             packed: Codes, uint8.
@@ -68,7 +73,7 @@ class Layout(NamedTuple):
         return self.numel <= self.block and switch.fit(packed.device, self.dtype, self.numel, self.amplitude)
 
     def counts(self, packed: Tensor) -> Tensor:
-        """The counts ``[numel]`` in the order of memory, in fresh memory.
+        """The counts ``[numel]`` in the order of memory, until the next call, as for `values`.
 
         Args:
             packed: Codes, uint8.
@@ -76,7 +81,7 @@ class Layout(NamedTuple):
         return self._unpacked(packed, 1.0)
 
     def _unpacked(self, packed: Tensor, amplitude: Scalar) -> Tensor:
-        flat = torch.empty(self.numel, dtype=self.dtype, device=packed.device)
+        flat = _scratch(self.numel, self.dtype, packed)
         for codes, out in self._blocks(packed, flat):
             _unpack(codes, self.bits, out, amplitude)
         return flat
@@ -134,6 +139,21 @@ class Layout(NamedTuple):
             if lowest.item() != 0 or highest.item() != 0:
                 return False
         return True
+
+
+def _scratch(numel: int, dtype: torch.dtype, codes: Tensor) -> Tensor:
+    """Memory for decoded values ``[numel]``; on a processor the same for every call of a thread.
+
+    The first write to a page of fresh memory takes several times as long as decoding its values, and a layer's backward
+    pass needs the values of one operand at a time. The buffer is as long as the longest operand.
+    """
+    if not codes.is_cpu or isinstance(codes, FakeTensor):
+        return torch.empty(numel, dtype=dtype, device=codes.device)
+    size = numel * dtype.itemsize
+    buffer: Tensor | None = getattr(_decoded, "buffer", None)
+    if buffer is None or len(buffer) < size:
+        buffer = _decoded.buffer = torch.empty(size, dtype=torch.uint8)
+    return buffer[:size].view(dtype)
 
 
 def _unpack(codes: Tensor, bits: int, out: Tensor, amplitude: Scalar = 1.0, flags: bool = False) -> None:

@@ -166,7 +166,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")  # straight to RGB warns; the colours are the same
     elif image.mode.startswith("I") or image.mode == "F":
         image = Image.fromarray(_to_uint8(np.asarray(image), image.mode, image.format))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy an image that is RGB already
 
 
 def _to_uint8(values: np.ndarray[Any, Any], mode: str, file_format: str | None) -> np.ndarray[Any, Any]:
