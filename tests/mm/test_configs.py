@@ -57,6 +57,8 @@ def test_config_takes_a_training_step(path):
     config.merge_from_dict(SMALL)
     for part in ("neck", "rpn_head", "bbox_head", "roi_head", "decode_head", "train_cfg"):
         _narrow(config.model.get(part) or {})
+    if config.default_scope == "mmseg":
+        config.model.data_preprocessor.size = (64, 64)  # to which images are filled up
     model = MODELS.build(config.model)
     model.init_weights()
     optimizer = build_optim_wrapper(model, config.optim_wrapper)
