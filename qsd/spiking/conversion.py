@@ -99,8 +99,7 @@ def convert(
     time_steps = _time_steps(model)
     example = (_random_image(model) if example is None else example).to("cpu", torch.float64)
     parameter = next(model.parameters())
-    choose = delay_choice(delay)
-    runtime = Runtime(time_steps, code)
+    choose, runtime = delay_choice(delay), Runtime(time_steps, code)
     lossless = runtime.code.lossless_delay
     conversion = Conversion(runtime, lambda name: choose(name, lossless), merge, merged_bits is not None)
     # Converted in float64, so that folding rounds once; the trained model keeps its type, and the weights are on the
@@ -108,8 +107,7 @@ def convert(
     compact = CompactModel.of(model)
     trained = copy.deepcopy(model).double().eval()
     compact.load_into(trained, torch.float64)
-    compared = check and merged_bits is None
-    # The conversion takes apart what it gets.
+    compared = check and merged_bits is None  # The conversion takes apart what it gets.
     network = conversion.convert(copy.deepcopy(trained) if compared else trained, "")
     spiking = SpikingNetwork(network, conversion.runtime, example, compact, merge, merged_bits, currents)
     spiking.to(parameter.device)

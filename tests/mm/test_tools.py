@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from PIL import Image
 
 from qsd.commands import demo, openmmlab, run
@@ -225,6 +226,8 @@ def wrong_file(path):
 )
 def test_mistakes_give_one_line(tool, program, arguments, message, scenes, coco, spoilt, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    # mmengine names a training by the second that it starts in: one of this name would not become the current one.
+    DefaultScope._instance_dict.clear()
     wrong_file(tmp_path / "text.pth")
     torch.save({"state_dict": {"head.weight": torch.ones(3)}}, "other.pth")
     save_payload(tmp_path / "evil.pth", tmp_path / "mark")

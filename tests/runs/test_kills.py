@@ -78,8 +78,8 @@ def _run(*options, seconds=None):
 
 
 def _weights():
-    newest = max(Path("runs/killed").glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    saved = read_run_checkpoint(newest)
+    # A training that is killed between the last two files of its end has nothing left to do, and writes no `last.ckpt`.
+    saved = read_run_checkpoint(newest_checkpoint([Path("runs/killed")]))
     return saved["global_step"], {**saved["state_dict"], **saved["current_model_state"]}
 
 
