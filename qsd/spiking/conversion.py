@@ -175,6 +175,7 @@ def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
     images = spiking.example
     with watch_neurons(trained, lambda neuron, *inputs: neuron.counts(*inputs)) as calls:
         outputs = tree_leaves(trained(images))
+    expected_counts = named_calls(calls)
     counted: dict[str, Tensor] = {}
     stepped: dict[str, Tensor] = {}
     with spiking.runtime.counting(counted), spiking.runtime.running("count"):
@@ -182,7 +183,7 @@ def _compare(trained: nn.Module, spiking: SpikingNetwork) -> None:
     with spiking.runtime.counting(stepped):
         summed = spiking.simulate(images, delay=spiking.lossless_delay).logits
     for way, counts in (("count domain", counted), ("simulation", stepped)):
-        for name, count in named_calls(calls).items():
+        for name, count in expected_counts.items():
             if name not in counts or not torch.equal(count, counts[name]):
                 raise QsdError(
                     f"the {way} differs from the trained network at neuron {name}: something in the model's forward is "

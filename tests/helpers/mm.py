@@ -3,14 +3,14 @@
 import json
 
 # A network that takes a step in a fraction of a second; necks and heads keep their sizes.
+NARROW = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2}
 SMALL = {
-    "model.backbone.model_args": {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2},
+    "model.backbone.model_args": NARROW,
     "model.neck.in_channels": [8, 8, 16, 16],
     "model.backbone.norm_eval": False,  # without pretrained weights there are no statistics to keep
 }
 
-# The same for command lines, with fewer blocks.
-NARROW = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2}
+# The same backbone for command lines.
 TINY_BACKBONE = [
     *(f'model.backbone.model_args.{key}="{value}"' for key, value in NARROW.items()),
     "model.neck.in_channels=[8,8,16,16]",

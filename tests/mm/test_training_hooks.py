@@ -20,8 +20,8 @@ from qsd.mm.loading import load_model
 from qsd.report import FILES
 from tests.helpers import CONFIGS
 from tests.helpers.conversions import undraw
+from tests.helpers.mm import NARROW
 
-SMALL = {"embed_dims": (8, 8, 16, 16), "depth": 2, "num_heads": 2}
 WRITTEN = set(FILES)
 
 
@@ -30,7 +30,7 @@ def config(scenes, folder, *hooks, **options):
     config = Config.fromfile(CONFIGS / "digits_seg.py")
     config.merge_from_dict(
         {
-            "model.backbone.model_args": SMALL,
+            "model.backbone.model_args": NARROW,
             "model.neck.in_channels": [8, 8, 16, 16],
             "model.neck.out_channels": 16,
             "model.decode_head.in_channels": [16] * 4,
@@ -54,7 +54,7 @@ def teacher(scenes, tmp_path_factory):
     """A checkpoint of a segmenter's float twin."""
     path = tmp_path_factory.mktemp("teacher") / "twin.pth"
     twin = config(scenes, path.parent)
-    twin.model.backbone.update(model="qsd_tiny_ann", model_args=SMALL)
+    twin.model.backbone.update(model="qsd_tiny_ann", model_args=NARROW)
     for part in (twin.model.neck, twin.model.decode_head):
         part.spike_cfg.update(time_steps=0, weight_bits=0)
     init_default_scope("mmseg")
