@@ -40,16 +40,15 @@ HALF_UP = CountRule()
 
 
 class _SpikeCount(torch.autograd.Function):
-    """Keeps one bit of information per element for the backward pass (a bool), never the membrane itself."""
+    """Keeps one bit of information per element for the backward pass (a bool), never the membrane itself.
+
+    Without a method `setup_context`, for speed, as in `qsd.lsq`.
+    """
 
     @staticmethod
-    def forward(drive: Tensor, time_steps: int, half_even: bool, closed: bool, slack: float) -> Tensor:
-        return round_counts(drive, time_steps, slack, half_even)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, bool, bool, float], output: Tensor) -> None:
-        drive, time_steps, _, closed, _ = inputs
+    def forward(ctx: Any, drive: Tensor, time_steps: int, half_even: bool, closed: bool, slack: float) -> Tensor:
         ctx.save_for_backward(passes(drive, time_steps, closed))
+        return round_counts(drive, time_steps, slack, half_even)
 
     @staticmethod
     @once_differentiable
@@ -196,6 +195,8 @@ def learned_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_
     Returns:
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
+    if amplitude is threshold and torch.compiler.is_compiling():
+        amplitude = threshold * 1  # Compiled by PyTorch 2.11, one of two equal arguments of a Function has no gradient.
     if switch.devices and time_steps <= 127 and switch.computes(x, threshold, amplitude):
         from qsd.kernels import spikes
 
@@ -205,12 +206,9 @@ def learned_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
         return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.factor = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

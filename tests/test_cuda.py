@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -175,3 +176,11 @@ def test_synchronised_norms_train_in_a_process_group(tmp_path):
     assert "distributed_backend=nccl" in done.stderr + done.stdout
     run = tmp_path / "runs/digits/version_0"
     assert json.loads((run / "conversion.json").read_text())["comparison"][0]["changed_images"] == 0
+
+
+def test_two_processes_on_one_device_have_the_gradients_of_one():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = [str(ROOT / "tests/programs/synchronised_norms.py"), "cuda"]
+    done = subprocess.run([*command, *program], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]

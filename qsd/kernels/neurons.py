@@ -6,8 +6,8 @@ functions that call them do. All tensors are dense and read in the order of thei
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
+from qsd.kernels.operators import operator, wrap_triton
 from qsd.kernels.programs import compare as compare_program
 from qsd.kernels.programs import decode as decode_program
 from qsd.kernels.programs import fire as fire_program
@@ -35,7 +35,7 @@ def _split(number: Scalar) -> tuple[float, Tensor | None]:
     return (1.0, number) if isinstance(number, Tensor) else (float(number), None)
 
 
-@triton_op("qsd::fire", mutates_args=())
+@operator("qsd::fire")
 def _fire(
     x: Tensor,
     factor: float,
@@ -129,9 +129,17 @@ def fire(
     )
 
 
-@triton_op("qsd::pass_codes", mutates_args=())
+@operator("qsd::pass_codes")
 def _pass_codes(
-    codes: Tensor, grad: Tensor, amplitude: float, factor: float, divide: bool, select: bool, count_sum: bool, bits: int
+    codes: Tensor,
+    grad: Tensor,
+    bad: Tensor | None,
+    amplitude: float,
+    factor: float,
+    divide: bool,
+    select: bool,
+    count_sum: bool,
+    bits: int,
 ) -> tuple[Tensor, Tensor]:
     output, size = torch.empty_like(grad), grad.numel()
     places = bytes_of(size, bits)
@@ -142,11 +150,13 @@ def _pass_codes(
         grad,
         output,
         sums,
+        codes if bad is None else bad,
         size,
         places,
         amplitude,
         factor,
         BITS=bits,
+        CHECK=bad is not None,
         SELECT=select,
         DIVIDE=divide,
         SUM=count_sum,
@@ -157,7 +167,13 @@ def _pass_codes(
 
 
 def pass_fixed(
-    codes: Tensor, grad: Tensor, bits: int, time_steps: int, threshold: float | None, amplitude: float
+    codes: Tensor,
+    grad: Tensor,
+    bits: int,
+    time_steps: int,
+    threshold: float | None,
+    amplitude: float,
+    bad: Tensor | None = None,
 ) -> Tensor:
     """The gradient of a neuron with a fixed threshold.
 
@@ -168,12 +184,15 @@ def pass_fixed(
         time_steps: T.
         threshold: Threshold of the forward pass, or ``None``.
         amplitude: Amplitude of the forward pass.
+        bad: Whether the input had NaNs, see `fire`: then the whole gradient is NaN. ``None`` if it had none.
     """
     factor = float(time_steps if threshold is None else threshold)
-    return _pass_codes(codes, grad, float(amplitude), factor, threshold is not None, False, False, bits)[0]
+    return _pass_codes(codes, grad, bad, float(amplitude), factor, threshold is not None, False, False, bits)[0]
 
 
-def pass_masked(codes: Tensor, grad: Tensor, bits: int, blocks_nan: bool, count_sum: bool) -> tuple[Tensor, Tensor]:
+def pass_masked(
+    codes: Tensor, grad: Tensor, bits: int, blocks_nan: bool, count_sum: bool, bad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The gradient where it passes, else 0, and the sum of gradient times count over all elements.
 
     Args:
@@ -182,8 +201,9 @@ def pass_masked(codes: Tensor, grad: Tensor, bits: int, blocks_nan: bool, count_
         bits: Bits of a code.
         blocks_nan: Whether a gradient of NaN is 0 where it does not pass.
         count_sum: Whether the sum is needed; it is 0 otherwise.
+        bad: As of `pass_fixed`.
     """
-    passed, sums = _pass_codes(codes, grad, 1.0, 1.0, False, blocks_nan, count_sum, bits)
+    passed, sums = _pass_codes(codes, grad, bad, 1.0, 1.0, False, blocks_nan, count_sum, bits)
     return passed, total(sums)
 
 
@@ -192,7 +212,7 @@ def total(sums: Tensor) -> Tensor:
     return sums.sum(-1, dtype=torch.float64).to(torch.float32)
 
 
-@triton_op("qsd::pass_learned", mutates_args=())
+@operator("qsd::pass_learned")
 def _pass_learned(
     x: Tensor, grad: Tensor, threshold: Tensor, amplitude: Tensor | None, most: float
 ) -> tuple[Tensor, Tensor]:
@@ -233,10 +253,11 @@ def pass_learned(
     return passed, -by_drive * slope, None if amplitude is None else by_count
 
 
-@triton_op("qsd::decode", mutates_args=())
+@operator("qsd::decode")
 def _decode(
     codes: Tensor,
     size: int,
+    bad: Tensor | None,
     amplitude: float,
     amplitude_tensor: Tensor | None,
     bits: int,
@@ -247,10 +268,12 @@ def _decode(
     wrap_triton(decode_program)[_grid(places)](
         codes,
         output,
+        codes if bad is None else bad,
         size,
         places,
         amplitude if amplitude_tensor is None else amplitude_tensor,
         BITS=bits,
+        CHECK=bad is not None,
         AMPLITUDE_IS_TENSOR=amplitude_tensor is not None,
         KIND=KINDS[kind],
         OUT=KINDS[dtype],
@@ -259,7 +282,15 @@ def _decode(
     return output
 
 
-def decode(codes: Tensor, size: int, bits: int, amplitude: Scalar, kind: torch.dtype, dtype: torch.dtype) -> Tensor:
+def decode(
+    codes: Tensor,
+    size: int,
+    bits: int,
+    amplitude: Scalar,
+    kind: torch.dtype,
+    dtype: torch.dtype,
+    bad: Tensor | None = None,
+) -> Tensor:
     """The neuron's output ``[size]`` in the order of memory.
 
     Args:
@@ -269,33 +300,44 @@ def decode(codes: Tensor, size: int, bits: int, amplitude: Scalar, kind: torch.d
         amplitude: Factor of the counts.
         kind: Type in which counts and amplitude are multiplied.
         dtype: Type of the result.
+        bad: Whether the input had NaNs, see `fire`: then all values are NaN. ``None`` if it had none.
     """
-    return _decode(codes, size, *_split(amplitude), bits, kind, dtype)
+    return _decode(codes, size, bad, *_split(amplitude), bits, kind, dtype)
 
 
-@triton_op("qsd::compare", mutates_args=())
+@operator("qsd::compare")
 def _compare(
-    codes: Tensor, x: Tensor, amplitude: float, amplitude_tensor: Tensor | None, bits: int, kind: torch.dtype
+    codes: Tensor,
+    x: Tensor,
+    bad: Tensor | None,
+    amplitude: float,
+    amplitude_tensor: Tensor | None,
+    bits: int,
+    kind: torch.dtype,
 ) -> Tensor:
-    bad, places = torch.zeros(1, dtype=torch.int32, device=x.device), bytes_of(x.numel(), bits)
+    differs, places = torch.zeros(1, dtype=torch.int32, device=x.device), bytes_of(x.numel(), bits)
     wrap_triton(compare_program)[_grid(places)](
         codes,
         x,
-        bad,
+        differs,
+        codes if bad is None else bad,
         x.numel(),
         places,
         amplitude if amplitude_tensor is None else amplitude_tensor,
         BITS=bits,
+        CHECK=bad is not None,
         AMPLITUDE_IS_TENSOR=amplitude_tensor is not None,
         KIND=KINDS[kind],
         OUT=KINDS[x.dtype],
         BLOCK=BLOCK,
     )
-    return bad
+    return differs
 
 
-def matches(codes: Tensor, x: Tensor, bits: int, amplitude: Scalar, kind: torch.dtype) -> bool:
-    """Whether a tensor has the bits of the neuron's output.
+def difference(
+    codes: Tensor, x: Tensor, bits: int, amplitude: Scalar, kind: torch.dtype, bad: Tensor | None = None
+) -> Tensor:
+    """A number, int32 ``[1]``, that is not 0 if a tensor has other bits than the neuron's output.
 
     Args:
         codes: Codes, uint8.
@@ -303,5 +345,6 @@ def matches(codes: Tensor, x: Tensor, bits: int, amplitude: Scalar, kind: torch.
         bits: Bits of a code.
         amplitude: Factor of the counts.
         kind: Type in which counts and amplitude were multiplied.
+        bad: Whether the neuron's input had NaNs, see `fire`: then nothing is compared. ``None`` if it had none.
     """
-    return _compare(codes, x, *_split(amplitude), bits, kind).item() == 0
+    return _compare(codes, x, bad, *_split(amplitude), bits, kind)

@@ -33,11 +33,25 @@ def half_even(v):
 
 
 @triton.jit
+def single(x):
+    """A number as float32: PyTorch's compiler hands numbers on as float64, and all arithmetic would follow."""
+    return tl.cast(x, tl.float32)
+
+
+@triton.jit
 def scalar(x, IS_TENSOR: tl.constexpr):
     """A number, or the number that a pointer points to."""
     if IS_TENSOR:
-        x = tl.load(x).to(tl.float32)
-    return x
+        x = tl.load(x)
+    return single(x)
+
+
+@triton.jit
+def or_nan(v, bad, CHECK: tl.constexpr):
+    """Values, or NaNs if a neuron's input had one: its codes do not tell where."""
+    if CHECK:
+        v = tl.where(tl.load(bad) > 0, float("nan"), v)
+    return v
 
 
 @triton.jit
@@ -108,6 +122,7 @@ def fire(
     ``low`` is the number of bytes of codes with four bits, else ``size``, the number of elements.
     """
     factor, amplitude = scalar(factor, FACTOR_IS_TENSOR), scalar(amplitude, AMPLITUDE_IS_TENSOR)
+    most, half, lowest, highest = single(most), single(half), single(lowest), single(highest)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = place < low
     code = fire_elements(
@@ -145,9 +160,11 @@ def pass_elements(
     code,
     place,
     mask,
+    bad,
     amplitude,
     factor,
     BITS: tl.constexpr,
+    CHECK: tl.constexpr,
     SELECT: tl.constexpr,
     DIVIDE: tl.constexpr,
     KIND: tl.constexpr,
@@ -157,10 +174,10 @@ def pass_elements(
     flag = (code >> (BITS - 1)) & 1
     # A product makes NaN of an infinite gradient that does not pass, a choice makes zero of it.
     passed = tl.where(flag > 0, g, 0.0) if SELECT else g * flag.to(tl.float32)
-    passed = drive_of(rounded(passed * amplitude, KIND), factor, DIVIDE, KIND)
+    passed = or_nan(drive_of(rounded(passed * amplitude, KIND), factor, DIVIDE, KIND), bad, CHECK)
     tl.store(out + place, passed.to(out.dtype.element_ty), mask=mask)
     count = (code & ((1 << (BITS - 1)) - 1)).to(tl.float32)
-    return tl.where(mask, g * count, 0.0)
+    return tl.where(mask, or_nan(g * count, bad, CHECK), 0.0)
 
 
 @triton.jit
@@ -169,11 +186,13 @@ def pass_codes(
     grad,
     out,
     sums,
+    bad,
     size,
     low,
     amplitude,
     factor,
     BITS: tl.constexpr,
+    CHECK: tl.constexpr,
     SELECT: tl.constexpr,
     DIVIDE: tl.constexpr,
     SUM: tl.constexpr,
@@ -184,13 +203,16 @@ def pass_codes(
 
     ``sums`` gets the sum of gradient times count of each program.
     """
+    amplitude, factor = single(amplitude), single(factor)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = place < low
     code = tl.load(codes + place, mask=first, other=0).to(tl.int32)
-    total = pass_elements(grad, out, code, place, first, amplitude, factor, BITS, SELECT, DIVIDE, KIND)
+    total = pass_elements(grad, out, code, place, first, bad, amplitude, factor, BITS, CHECK, SELECT, DIVIDE, KIND)
     if BITS == 4:
         rest = place + low
-        total += pass_elements(grad, out, code >> 4, rest, rest < size, amplitude, factor, BITS, SELECT, DIVIDE, KIND)
+        total += pass_elements(
+            grad, out, code >> 4, rest, rest < size, bad, amplitude, factor, BITS, CHECK, SELECT, DIVIDE, KIND
+        )
     if SUM:
         tl.store(sums + tl.program_id(0), tl.sum(total, 0))
 
@@ -213,7 +235,7 @@ def pass_learned(
 
     ``sums`` gets two rows of sums by program: of passed gradient times drive, and of gradient times count.
     """
-    threshold, amplitude = scalar(threshold, True), scalar(amplitude, AMPLITUDE_IS_TENSOR)
+    threshold, amplitude, most = scalar(threshold, True), scalar(amplitude, AMPLITUDE_IS_TENSOR), single(most)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     drive = drive_of(tl.load(x + place, mask=mask, other=0.0).to(tl.float32), threshold, True, KIND)
@@ -237,10 +259,12 @@ def value_of(code, amplitude, BITS: tl.constexpr, KIND: tl.constexpr, OUT: tl.co
 def decode(
     codes,
     out,
+    bad,
     size,
     low,
     amplitude,
     BITS: tl.constexpr,
+    CHECK: tl.constexpr,
     AMPLITUDE_IS_TENSOR: tl.constexpr,
     KIND: tl.constexpr,
     OUT: tl.constexpr,
@@ -251,11 +275,11 @@ def decode(
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = place < low
     code = tl.load(codes + place, mask=first, other=0).to(tl.int32)
-    value = value_of(code, amplitude, BITS, KIND, OUT)
+    value = or_nan(value_of(code, amplitude, BITS, KIND, OUT), bad, CHECK)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=first)
     if BITS == 4:
         rest = place + low
-        value = value_of(code >> 4, amplitude, BITS, KIND, OUT)
+        value = or_nan(value_of(code >> 4, amplitude, BITS, KIND, OUT), bad, CHECK)
         tl.store(out + rest, value.to(out.dtype.element_ty), mask=rest < size)
 
 
@@ -273,27 +297,32 @@ def bits_of(v, OUT: tl.constexpr):
 def compare(
     codes,
     x,
+    differs,
     bad,
     size,
     low,
     amplitude,
     BITS: tl.constexpr,
+    CHECK: tl.constexpr,
     AMPLITUDE_IS_TENSOR: tl.constexpr,
     KIND: tl.constexpr,
     OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Set ``bad`` to 1 where a tensor differs from what `decode` would write, in any bit."""
+    """Set ``differs`` to 1 where a tensor differs from what `decode` would write, in any bit, if there are no NaNs."""
+    compared = True
+    if CHECK:
+        compared = tl.load(bad) == 0
     amplitude = scalar(amplitude, AMPLITUDE_IS_TENSOR)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = place < low
     code = tl.load(codes + place, mask=first, other=0).to(tl.int32)
     value = value_of(code, amplitude, BITS, KIND, OUT).to(x.dtype.element_ty)
     actual = tl.load(x + place, mask=first, other=0.0)
-    tl.store(bad + place * 0, 1, mask=first & (bits_of(value, OUT) != bits_of(actual, OUT)))
+    tl.store(differs + place * 0, 1, mask=first & compared & (bits_of(value, OUT) != bits_of(actual, OUT)))
     if BITS == 4:
         rest = place + low
         second = rest < size
         value = value_of(code >> 4, amplitude, BITS, KIND, OUT).to(x.dtype.element_ty)
         actual = tl.load(x + rest, mask=second, other=0.0)
-        tl.store(bad + place * 0, 1, mask=second & (bits_of(value, OUT) != bits_of(actual, OUT)))
+        tl.store(differs + place * 0, 1, mask=second & compared & (bits_of(value, OUT) != bits_of(actual, OUT)))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qsd.kernels.programs import drive_of, half_even, rounded
+from qsd.kernels.programs import drive_of, half_even, rounded, single
 
 
 @triton.jit
@@ -17,6 +17,7 @@ def quantize(
     weight, step, out, size, columns, q_min, q_max, KIND: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr
 ):
     """LSQ of weights: each to the nearest point of the grid of its row, then to the type of the result."""
+    q_min, q_max = single(q_min), single(q_max)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     scale = tl.load(step + place // columns, mask=mask, other=1.0).to(tl.float32)
@@ -42,6 +43,7 @@ def quantize_backward(
     BLOCK: tl.constexpr,
 ):
     """The gradients of `quantize` for the weights and the step of one row."""
+    q_min, q_max, below, above = single(q_min), single(q_max), single(below), single(above)
     row = tl.program_id(0)
     scale = tl.load(step + row).to(tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
@@ -54,4 +56,4 @@ def quantize_backward(
         passed = tl.where((scaled <= below) | (scaled >= above), 0.0, g)
         tl.store(out + place, passed.to(out.dtype.element_ty), mask=mask)
         sums += g * half_even(clamped(scaled, q_min, q_max)) - passed * scaled
-    tl.store(step_grad + row, (tl.sum(sums, 0) * factor).to(step_grad.dtype.element_ty))
+    tl.store(step_grad + row, (tl.sum(sums, 0) * single(factor)).to(step_grad.dtype.element_ty))

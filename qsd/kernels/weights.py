@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
+from qsd.kernels.operators import operator, wrap_triton
 from qsd.kernels.switch import KINDS
 from qsd.kernels.weight_programs import quantize as quantize_program
 from qsd.kernels.weight_programs import quantize_backward as quantize_backward_program
@@ -23,7 +23,7 @@ def are_rows(weight: Tensor, step: Tensor) -> bool:
     return whole and step.is_contiguous() and weight.dtype == step.dtype
 
 
-@triton_op("qsd::quantize", mutates_args=())
+@operator("qsd::quantize")
 def quantize(weight: Tensor, step: Tensor, q_min: int, q_max: int, dtype: torch.dtype) -> Tensor:
     """LSQ of weights, see `qsd.lsq.lsq_quantize`, in a type.
 
@@ -50,7 +50,7 @@ def quantize(weight: Tensor, step: Tensor, q_min: int, q_max: int, dtype: torch.
     return output
 
 
-@triton_op("qsd::quantize_backward", mutates_args=())
+@operator("qsd::quantize_backward")
 def quantize_backward(grad: Tensor, weight: Tensor, step: Tensor, q_min: int, q_max: int) -> tuple[Tensor, Tensor]:
     """The gradients of `quantize` for weights and steps.
 

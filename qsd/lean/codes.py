@@ -41,6 +41,8 @@ class Layout(NamedTuple):
             halves of its bytes and the second half of the block in the high halves.
         dtype: Floating-point type in which counts and amplitude are multiplied.
         amplitude: Factor between counts and the neuron's output; its own copy if it is a tensor.
+        bad: Whether the neuron's input had NaNs, int32 ``[1]``, where a kernel made the codes: the processor does not
+            wait for it. Then the codes say nothing, and NaN stands for all values. ``None`` if there were none.
     """
 
     bits: int
@@ -48,6 +50,7 @@ class Layout(NamedTuple):
     block: int
     dtype: torch.dtype
     amplitude: Scalar
+    bad: Tensor | None = None
 
     def values(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """The neuron's output ``[numel]`` in the order of memory, with the same bits, until the next call.
@@ -61,7 +64,7 @@ class Layout(NamedTuple):
         if switch.devices and self.in_kernels(packed) and dtype in switch.KINDS:
             from qsd.kernels import neurons
 
-            return neurons.decode(packed, self.numel, self.bits, self.amplitude, self.dtype, dtype)
+            return neurons.decode(packed, self.numel, self.bits, self.amplitude, self.dtype, dtype, self.bad)
         return self._unpacked(packed, self.amplitude).to(dtype)
 
     def in_kernels(self, packed: Tensor) -> bool:
@@ -84,7 +87,10 @@ class Layout(NamedTuple):
         flat = _scratch(self.numel, self.dtype, packed)
         for codes, out in self._blocks(packed, flat):
             _unpack(codes, self.bits, out, amplitude)
-        return flat
+        return self._with_nan(flat)
+
+    def _with_nan(self, values: Tensor) -> Tensor:
+        return values if self.bad is None or not self.bad.item() else values.fill_(torch.nan)
 
     def masked(self, packed: Tensor, grad: Tensor, blocks_nan: bool = False) -> Tensor:
         """The gradient where the neuron lets it pass, else 0, in fresh memory.
@@ -101,13 +107,32 @@ class Layout(NamedTuple):
                 torch.ops.aten.hardtanh_backward.grad_input(part, out, 0.5, 1.5, grad_input=out)
             else:
                 out.mul_(part)
-        return flat
+        return self._with_nan(flat)
 
     def _blocks(self, packed: Tensor, *values: Tensor) -> Iterable[tuple[Tensor, ...]]:
         """The blocks of codes and of tensors ``[numel]``."""
         if self.numel <= self.block:
             return ((packed, *values),)
         return zip(packed.split(self.block * self.bits // 8), *[x.split(self.block) for x in values])
+
+    def difference(self, packed: Tensor, x: Tensor) -> Tensor | None:
+        """The comparison of `matches` by a kernel, whose result nobody has waited for.
+
+        Args:
+            packed: Codes, uint8.
+            x: Any tensor.
+
+        Returns:
+            A number, int32 ``[1]``, that is not 0 if ``x`` differs; ``None`` if no kernel compares.
+        """
+        if isinstance(x, FakeTensor) or x.dtype not in switch.KINDS:
+            return None
+        if x.untyped_storage().nbytes() != self.numel * x.element_size() or not self.in_kernels(packed):
+            return None
+        from qsd.kernels import neurons
+
+        memory = x.as_strided((self.numel,), (1,), 0)
+        return neurons.difference(packed, memory, self.bits, self.amplitude, self.dtype, self.bad)
 
     def matches(self, packed: Tensor, x: Tensor) -> bool:
         """Whether the memory of a tensor holds exactly the neuron's output, bit by bit.
@@ -119,15 +144,14 @@ class Layout(NamedTuple):
         size = x.element_size()
         if x.untyped_storage().nbytes() != self.numel * size or self.numel == 0:
             return False
+        differs = self.difference(packed, x) if switch.devices else None
+        if differs is not None:
+            return differs.item() == 0
         if x.is_meta or isinstance(x, FakeTensor):  # shapes without values, to count bytes
             return True
         # Compared as integers, eight bytes at a time where that divides. Where two of them differ, the bits of "one or
         # the other" are not all zero. `torch.equal` takes one and a half times as long.
         actual = x.as_strided((self.numel,), (1,), 0)
-        if switch.devices and self.in_kernels(packed) and x.dtype in switch.KINDS:
-            from qsd.kernels import neurons
-
-            return neurons.matches(packed, actual, self.bits, self.amplitude, self.dtype)
         kind = torch.int64 if self.numel * size % 8 == 0 else _INTEGERS[size]
         buffer = torch.empty(min(self.numel, self.block), dtype=self.dtype, device=x.device)
         # Small networks have one block each, where every call counts.
@@ -220,7 +244,8 @@ def fire(
         rule: Rounding of halves, and the window of the gradient.
 
     Returns:
-        The dense output in shape and dtype of ``x``; the layout of the codes; the codes, uint8, or ``None`` for NaNs.
+        The dense output in shape and dtype of ``x``; the layout of the codes; the codes, uint8, or ``None`` for NaNs,
+        which kernels tell by the layout's ``bad``.
     """
     if switch.devices and switch.computes(x, threshold, amplitude):
         return _fire_by_kernel(x, time_steps, threshold, amplitude, rule)
@@ -265,7 +290,7 @@ def _fire_by_kernel(
         x, time_steps, threshold, amplitude, bounds, slack, rule.half_even, bits, check=True
     )
     amplitude = amplitude.detach().clone() if isinstance(amplitude, Tensor) else amplitude
-    return output, Layout(bits, x.numel(), 2 * x.numel(), x.dtype, amplitude), None if bad.item() else codes
+    return output, Layout(bits, x.numel(), 2 * x.numel(), x.dtype, amplitude, bad), codes
 
 
 def _round(drive: Tensor, counts: Tensor, half_even: bool) -> Tensor:

@@ -75,7 +75,8 @@ def norm_in_training(x: Tensor, norm: Norm, scale: Tensor | None = None) -> Tens
         mean, var, values = running.batch(x)
         inverse = (var + eps).rsqrt()
         output = _SharedNorm.apply(x, weight, bias, mean, var, values, eps, group)
-    NORMS[output.untyped_storage()] = NormOrigin(x, weight, bias, mean, inverse, eps, var)
+    versions = x._version, weight._version, bias._version, output._version
+    NORMS[output.untyped_storage()] = NormOrigin(x, weight, bias, mean, inverse, eps, var, versions)
     return output
 
 

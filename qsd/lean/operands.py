@@ -5,15 +5,22 @@ finds the note by the tensor's storage. A note is never believed: before a float
 compared bit by bit with those that follow from the note. So whatever happens to a tensor between two layers (a change
 in place or through ``.data``, a copy, another learned step), gradients are those of the values that the layer computed
 with. A tensor that differs from its note is kept as it is.
+
+Where kernels compute, on a CUDA device, a processor that waits for each comparison leaves the device idle. There a
+tensor that PyTorch knows of no change of is compared, too, but the results are read all at once in the backward pass.
+A difference, which only a change behind PyTorch's back (``.data``) can make, is an error then.
 """
 
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+import threading
+from typing import ClassVar, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses import FakeTensor
 
+from qsd.errors import QsdError
+from qsd.kernels import switch
 from qsd.lean.codes import BLOCK, Layout, same_bits_
 
 
@@ -23,10 +30,12 @@ class Codes(NamedTuple):
     Attributes:
         layout: Layout of the codes.
         packed: Codes, uint8.
+        version: PyTorch's number of changes of the tensor when the codes were noted.
     """
 
     layout: Layout
     packed: Tensor
+    version: int
 
 
 class NormOrigin(NamedTuple):
@@ -40,6 +49,7 @@ class NormOrigin(NamedTuple):
         inverse: Inverse standard deviation of the batch ``[C]``.
         eps: Of the norm.
         var: Variance of the batch ``[C]`` where processes share the statistics, else ``None``.
+        versions: PyTorch's numbers of changes of input, weight, bias and output when the origin was noted.
     """
 
     x: Tensor
@@ -48,13 +58,50 @@ class NormOrigin(NamedTuple):
     mean: Tensor
     inverse: Tensor
     eps: float
-    var: Tensor | None = None
+    var: Tensor | None
+    versions: tuple[int, ...]
 
 
 # The notes, by storage; neurons, pools and norms write them. A storage is one Python object as long as its memory is
 # alive; views and detached tensors share it.
 CODES: WeakKeyDictionary[UntypedStorage, Codes] = WeakKeyDictionary()
 NORMS: WeakKeyDictionary[UntypedStorage, NormOrigin] = WeakKeyDictionary()
+
+
+class _Comparison:
+    """The comparison of a tensor with its codes, made on a device and not read yet.
+
+    Args:
+        differs: The result, int32 ``[1]``: not 0 if there is a difference.
+    """
+
+    _lock = threading.Lock()
+    _unread: ClassVar[WeakSet["_Comparison"]] = WeakSet()
+
+    def __init__(self, differs: Tensor) -> None:
+        self.differs = differs
+        self.equal: bool | None = None
+        with self._lock:
+            self._unread.add(self)
+
+    def confirm(self) -> None:
+        """Read the results of all comparisons on this device, if this one was not read.
+
+        Raises:
+            QsdError: If the tensor differs from its codes.
+        """
+        if self.equal is None:
+            with self._lock:
+                together = [c for c in self._unread if c.differs.device == self.differs.device]
+                self._unread.difference_update(together)
+            for comparison, number in zip(together, torch.cat([c.differs for c in together]).tolist()):
+                comparison.equal = number == 0
+        if not self.equal:
+            raise QsdError(
+                "spikes were changed behind PyTorch's back (through .data, say) between a neuron and the layer behind "
+                "it, and memory-lean training on a CUDA device has dropped them; switch it off: qsd.set_lean(model, "
+                "False)."
+            )
 
 
 class SavedOperand(NamedTuple):
@@ -66,6 +113,7 @@ class SavedOperand(NamedTuple):
         shape: Shape of the operand.
         stride: Strides of the operand.
         offset: Offset of the operand in its storage.
+        comparison: The comparison with the codes, if it was not waited for.
     """
 
     layout: Layout | None
@@ -73,15 +121,21 @@ class SavedOperand(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
+    comparison: _Comparison | None = None
 
     def restore(self, saved: Tensor) -> Tensor:
         """The operand, bit by bit.
 
         Args:
             saved: The tensor that `save_operand` returned.
+
+        Raises:
+            QsdError: If the operand has other values than its codes, which is known only now on a CUDA device.
         """
         if self.layout is None:
             return saved
+        if self.comparison is not None:
+            self.comparison.confirm()
         values = self.layout.values(saved, self.dtype)
         return values.as_strided(self.shape, self.stride, self.offset)
 
@@ -96,8 +150,13 @@ def save_operand(x: Tensor) -> tuple[SavedOperand, Tensor]:
         The description, and the tensor to save: codes if the operand has exactly their values, else ``x``.
     """
     codes = CODES.get(x.untyped_storage())
-    if codes is not None and codes.layout.matches(codes.packed, x):
-        return SavedOperand(codes.layout, x.dtype, x.shape, x.stride(), int(x.storage_offset())), codes.packed
+    if codes is not None:
+        layout, packed, version = codes
+        differs = layout.difference(packed, x) if switch.devices and x._version == version else None
+        comparison = None if differs is None else _Comparison(differs)
+        if comparison is not None or layout.matches(packed, x):
+            place = x.shape, x.stride(), int(x.storage_offset())
+            return SavedOperand(layout, x.dtype, *place, comparison), packed
     return SavedOperand(None, x.dtype, x.shape, (), 0), x
 
 
@@ -123,7 +182,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     result = x.to(dtype)
     codes = None if torch.compiler.is_compiling() else CODES.get(x.untyped_storage())
     if codes is not None and result.stride() == x.stride() and result.numel() == codes.layout.numel:
-        CODES[result.untyped_storage()] = codes
+        CODES[result.untyped_storage()] = codes._replace(version=result._version)
     return result
 
 
@@ -142,10 +201,12 @@ def norm_origin(x: Tensor) -> NormOrigin | None:
 
 
 def _gives(origin: NormOrigin, output: Tensor) -> bool:
-    """Whether a batch norm of the same tensors gives an output again, bit by bit."""
-    x, weight, bias, mean, inverse, eps, var = origin
+    """Whether a batch norm of the same tensors gives an output again, bit by bit; on CUDA devices by their versions."""
+    x, weight, bias, mean, inverse, eps, var, versions = origin
     if x.stride() != output.stride():
         return False
+    if x.is_cuda:  # Computing the norm again and waiting for it would cost more than the norm: PyTorch's word is taken.
+        return versions == tuple(t._version for t in (x, weight, bias, output))
     if var is not None:
         return torch.equal(torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0], output)
     if not x.is_cpu:

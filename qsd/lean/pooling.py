@@ -25,7 +25,7 @@ class _SpikeMaxPool(torch.autograd.Function):
         layout = ctx.operand.layout
         codes = None if layout is None else encode_counts(pooled, layout)  # the largest of some counts is a count
         if codes is not None:
-            CODES[pooled.untyped_storage()] = Codes(*codes)
+            CODES[pooled.untyped_storage()] = Codes(*codes, pooled._version)
         return pooled
 
     @staticmethod

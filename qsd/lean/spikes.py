@@ -24,7 +24,7 @@ class _FixedSpikes(torch.autograd.Function):
         if packed is None:
             packed = passes(fixed_drive(x, time_steps, threshold), time_steps, rule.closed)
         else:
-            CODES[output.untyped_storage()] = Codes(ctx.layout, packed)
+            CODES[output.untyped_storage()] = Codes(ctx.layout, packed, output._version)
         ctx.save_for_backward(packed)
         return output
 
@@ -37,7 +37,7 @@ class _FixedSpikes(torch.autograd.Function):
             if switch.devices and ctx.layout.in_kernels(saved):
                 from qsd.kernels import neurons
 
-                neuron = ctx.time_steps, ctx.threshold, ctx.amplitude
+                neuron = ctx.time_steps, ctx.threshold, ctx.amplitude, ctx.layout.bad
                 return neurons.pass_fixed(saved, grad, ctx.layout.bits, *neuron), None, None, None, None
             passed = ctx.layout.masked(saved, flat(grad)).as_strided(ctx.shape, ctx.stride)
         else:
@@ -87,7 +87,7 @@ class _LearnedSpikes(torch.autograd.Function):
         if packed is None:
             ctx.save_for_backward(x)
             return output
-        CODES[output.untyped_storage()] = Codes(ctx.layout, packed)
+        CODES[output.untyped_storage()] = Codes(ctx.layout, packed, output._version)
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
             origin = norm_origin(x)
@@ -124,7 +124,7 @@ def _passed(ctx: Any, packed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | No
     if switch.devices and ctx.layout.in_kernels(packed):
         from qsd.kernels import neurons
 
-        passed, amplitude_gradient = neurons.pass_masked(packed, grad, ctx.layout.bits, True, needed)
+        passed, amplitude_gradient = neurons.pass_masked(packed, grad, ctx.layout.bits, True, needed, ctx.layout.bad)
         return passed, amplitude_gradient if needed else None
     passed = ctx.layout.masked(packed, flat(grad), blocks_nan=True).as_strided(ctx.shape, ctx.stride)
     if not needed:

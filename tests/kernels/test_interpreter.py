@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsd import functional, lean, set_lean
+from qsd import QsdError, functional, lean, set_lean
 from qsd.functional import CountRule
 from qsd.kernels import switch
 from qsd.layers import QuantConv2d, SepConv
@@ -93,7 +93,46 @@ def test_codes_are_those_of_pytorch_and_are_decoded_and_compared(kernels):
             assert both(kernels, lambda: layout.matches(codes, cast)) == [False, False]
         x = x.clone(memory_format=torch.contiguous_format)
         x[0, 0, 0, 0] = torch.nan
-        assert [result[2] for result in both(kernels, lambda: fire(x, time_steps, None, amplitude))] == [None, None]
+        plain, (output, layout, codes) = both(kernels, lambda: fire(x, time_steps, None, amplitude))
+        assert plain[2] is None
+        assert torch.equal(plain[0], output) or plain[0].isnan().equal(output.isnan())
+        assert layout.bad.item() == 1, "nobody waits for it, so codes are made"
+        assert layout.matches(codes, output), "such codes are not compared"
+        for values in both(kernels, lambda: layout.values(codes, dtype)):
+            assert values.isnan().all()
+
+
+def test_an_operand_changed_behind_pytorchs_back_is_an_error_in_the_backward_pass(kernels):
+    kernels(True)
+    neuron, layer = SpikeNeuron(4), QuantConv2d(3, 2, 1)
+    set_lean(nn.Sequential(neuron, layer), True)
+    x = torch.rand(2, 3, 4, 4).requires_grad_()
+    first = layer(neuron(x))  # of a pass without a backward pass of its own: its comparison is read with the others
+    spikes = neuron(x)
+    spikes.data.view(-1)[-1] += 0.25
+    changed = layer(spikes)
+    with pytest.raises(QsdError, match=r"changed behind PyTorch's back .*set_lean\(model, False\)"):
+        changed.sum().backward()
+    first.sum().backward()
+    kept = x.grad.clone()
+    x.grad = None
+    for change in (lambda t: t.mul_(1), lambda t: t.clone()):  # changes that PyTorch knows of
+        layer(change(neuron(x))).sum().backward()
+        assert torch.equal(x.grad, kept)
+        x.grad = None
+
+
+@pytest.mark.parametrize("neuron", [SpikeNeuron(4), LsqNeuron(4)])
+def test_a_nan_in_a_neurons_input_makes_all_its_gradients_nan(kernels, neuron):
+    kernels(True)
+    layer = QuantConv2d(3, 2, 1)
+    set_lean(nn.Sequential(neuron, layer), True)
+    x = torch.rand(2, 3, 4, 4)
+    x[0, 0, 0, 0] = torch.nan
+    output = layer(neuron(x.requires_grad_()))
+    output.nan_to_num().sum().backward()
+    assert layer.weight.grad.isnan().all()
+    assert not neuron(x.detach()).flatten()[1:].isnan().any()
 
 
 @pytest.mark.parametrize("package", [functional, lean])

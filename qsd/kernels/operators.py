@@ -1,0 +1,53 @@
+"""The way to the programs: through PyTorch's operators where something has to see them, else straight to the device."""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_direct = threading.local()
+_CLASSES = (Tensor, nn.Parameter)
+
+
+def wrap_triton(program: Any) -> Any:
+    """A program for use in an `operator`: as PyTorch's compiler sees it, or itself where it is launched at once.
+
+    Args:
+        program: A program of Triton.
+    """
+    return program if getattr(_direct, "on", False) else torch.library.wrap_triton(program)
+
+
+def operator(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a function that launches programs as an operator of PyTorch, without its price where nobody looks.
+
+    ``torch.compile``, modes that watch operators, and tensors without values see the operator. An ordinary call runs
+    the function: a call through PyTorch's registry takes several times as long as the launch of a program.
+
+    Args:
+        name: Name of the operator, ``"qsd::..."``.
+    """
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        registered: Any = torch.library.triton_op(name, mutates_args=())(function)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_compiling() or type(args[0]) not in _CLASSES or torch._C._len_torch_dispatch_stack():
+                result: R = registered(*args, **kwargs)
+                return result
+            before, _direct.on = getattr(_direct, "on", False), True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _direct.on = before
+
+        return call
+
+    return register
