@@ -196,7 +196,7 @@ def learned_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_
         A tensor in the shape and dtype of ``x``. Twice differentiating is an error.
     """
     if amplitude is threshold and torch.compiler.is_compiling():
-        amplitude = threshold * 1  # Compiled by PyTorch 2.11, one of two equal arguments of a Function has no gradient.
+        amplitude = threshold * 1  # Compiled by PyTorch 2.11 and 2.12, one of two equal arguments has no gradient.
     if switch.devices and time_steps <= 127 and switch.computes(x, threshold, amplitude):
         from qsd.kernels import spikes
 

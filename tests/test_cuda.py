@@ -180,7 +180,8 @@ def test_synchronised_norms_train_in_a_process_group(tmp_path):
 
 def test_two_processes_on_one_device_have_the_gradients_of_one():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     program = [str(ROOT / "tests/programs/synchronised_norms.py"), "cuda"]
     done = subprocess.run([*command, *program], capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

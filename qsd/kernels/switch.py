@@ -28,7 +28,8 @@ def set_kernels(enable: bool | Literal["auto"] = "auto") -> None:
 
     Args:
         enable: ``True`` for kernels, under ``torch.compile`` too; ``False`` for PyTorch; ``"auto"``, the default, for
-            what was measured faster on CUDA devices. The kernels were not measured on a device yet, so it is PyTorch.
+            what was measured faster on CUDA devices. That is PyTorch: on an H100 a training step took 0.95 to 0.99 of
+            the time with kernels in float32, and 1.1 to 1.2 of it under autocast.
 
     Raises:
         QsdError: If kernels are asked for where there is no Triton or no CUDA device, or the argument is unknown.

@@ -30,7 +30,7 @@ def trains_lean(setting: Choice, x: Tensor) -> bool:
     Args:
         setting: Setting of the layer. ``"auto"`` rests on measurements of qsd_15m at 224 pixels in float32, not
             compiled: on two cores a step takes 1.14 times the float twin's with it and 1.11 times without it, for 0.43
-            of the memory; on one H100 it takes 1.59 and 1.19 times.
+            of the memory; on one H100 it takes 1.68 and 1.33 times.
         x: Its input.
     """
     # Before the size, which a compiler would fix.
