@@ -65,7 +65,7 @@ def lsq_values(weight: Tensor, step: Tensor, q_min: int, q_max: int, dtype: torc
             return weights.quantize(weight, step, q_min, q_max, dtype)
     step = step.view(-1, *[1] * (weight.dim() - 1))
     values = (weight / step).clamp_(q_min, q_max).round_()
-    # Compiled by PyTorch 2.11, an input of a Function has no gradient if its output was changed in place or has a second name.
+    # Compiled by PyTorch 2.11, a Function whose output was changed in place or has a second name gives no gradient.
     values = values * step if torch.compiler.is_compiling() else values.mul_(step)
     return values if values.dtype == dtype else values.to(dtype)
 

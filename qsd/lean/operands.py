@@ -90,12 +90,12 @@ class _Comparison:
         Raises:
             QsdError: If the tensor differs from its codes.
         """
-        if self.equal is None:
-            with self._lock:
+        with self._lock:  # the gradients of several devices are computed by several threads
+            if self.equal is None:
                 together = [c for c in self._unread if c.differs.device == self.differs.device]
+                for comparison, number in zip(together, torch.cat([c.differs for c in together]).tolist()):
+                    comparison.equal = number == 0
                 self._unread.difference_update(together)
-            for comparison, number in zip(together, torch.cat([c.differs for c in together]).tolist()):
-                comparison.equal = number == 0
         if not self.equal:
             raise QsdError(
                 "spikes were changed behind PyTorch's back (through .data, say) between a neuron and the layer behind "

@@ -73,6 +73,14 @@ def test_a_resumed_training_and_its_test_become_a_row(tmp_path, capsys, monkeypa
     assert page.read_text() == text
 
 
+def test_a_float_twin_has_neither_time_steps_nor_bits(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "runs/0", "fit", model="qsd_tiny_ann")  # by the recipe of the spiking network
+    assert results.main([run, "--keep", "twin"]) == 0
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-2].split("|")]
+    assert cells[2:5] == ["`qsd_tiny_ann`", "–", "32"]
+
+
 def test_a_later_conversion_takes_the_place_of_the_trainings(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     training = Path(write_run(tmp_path / "runs/0", "fit", epochs=1))
