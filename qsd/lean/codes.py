@@ -244,8 +244,7 @@ def fire(
         rule: Rounding of halves, and the window of the gradient.
 
     Returns:
-        The dense output in shape and dtype of ``x``; the layout of the codes; the codes, uint8, or ``None`` for NaNs,
-        which kernels tell by the layout's ``bad``.
+        The dense output, like ``x``; the layout of the codes; the codes, uint8, or ``None`` for NaNs (not by kernels).
     """
     if switch.devices and switch.computes(x, threshold, amplitude):
         return _fire_by_kernel(x, time_steps, threshold, amplitude, rule)
