@@ -4,7 +4,6 @@ import contextlib
 import copy
 import csv
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -16,6 +15,7 @@ import torch
 from qsd import cli, compare_counts, count_spikes, set_lean, to_spike_driven
 from qsd.commands.benchmark import main as benchmark
 from tests.helpers import ROOT
+from tests.helpers.processes import run_in_two
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 SIZES = {
@@ -179,9 +179,4 @@ def test_synchronised_norms_train_in_a_process_group(tmp_path):
 
 
 def test_two_processes_on_one_device_have_the_gradients_of_one():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    program = [str(ROOT / "tests/programs/synchronised_norms.py"), "cuda"]
-    done = subprocess.run([*command, *program], capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two("synchronised_norms.py", "cuda", timeout=240)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+
+from qsd.kernels.switch import CLASSES
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _direct = threading.local()
-_CLASSES = (Tensor, nn.Parameter)
 
 
 def wrap_triton(program: Any) -> Any:
@@ -25,7 +25,7 @@ def wrap_triton(program: Any) -> Any:
 
 
 def operator(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register a function that launches programs as an operator of PyTorch, without its price where nobody looks.
+    """Register a function that launches programs as an operator of PyTorch, which ordinary calls go around.
 
     ``torch.compile``, modes that watch operators, and tensors without values see the operator. An ordinary call runs
     the function: a call through PyTorch's registry takes several times as long as the launch of a program.
@@ -39,14 +39,14 @@ def operator(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.compiler.is_compiling() or type(args[0]) not in _CLASSES or torch._C._len_torch_dispatch_stack():
+            if torch.compiler.is_compiling() or type(args[0]) not in CLASSES or torch._C._len_torch_dispatch_stack():
                 result: R = registered(*args, **kwargs)
                 return result
-            before, _direct.on = getattr(_direct, "on", False), True
+            _direct.on = True
             try:
                 return function(*args, **kwargs)
             finally:
-                _direct.on = before
+                _direct.on = False
 
         return call
 

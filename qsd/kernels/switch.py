@@ -13,6 +13,8 @@ from qsd.errors import QsdError
 
 # The types of the kernels' tensors, and their names in Triton.
 KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# The classes of tensors that kernels read; the memory of others may be elsewhere.
+CLASSES = (Tensor, torch.nn.Parameter)
 # The types of devices on which kernels compute. Callers look whether it is empty before they call `computes`, so that
 # processors, which have no kernels, pay for no call.
 devices: frozenset[str] = frozenset()
@@ -51,7 +53,7 @@ def computes(x: Tensor, *others: Tensor | float | None) -> bool:
         x: The tensor that is read element by element.
         others: Thresholds and amplitudes, numbers or tensors without dimensions; tensors have to be float32.
     """
-    if type(x) not in _CLASSES and not torch.compiler.is_compiling():
+    if type(x) not in CLASSES and not torch.compiler.is_compiling():
         return False  # of a subclass, without memory for example
     return fit(x.device, x.dtype, x.numel(), *others)
 
@@ -68,6 +70,3 @@ def fit(device: torch.device, dtype: torch.dtype, size: int, *others: Tensor | f
     if device.type not in devices or dtype not in KINDS or not 0 < size < _MOST:
         return False
     return all(not isinstance(t, Tensor) or (t.dtype == torch.float32 and t.device == device) for t in others)
-
-
-_CLASSES = (Tensor, torch.nn.Parameter)

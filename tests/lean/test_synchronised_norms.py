@@ -1,9 +1,6 @@
 """Norms that share their statistics with other processes: the results of one process with the whole batch."""
 
 import copy
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -14,8 +11,9 @@ from qsd import set_lean
 from qsd.layers import QuantConv2d, conv_norm, rep_conv
 from qsd.lean import group_of
 from qsd.neurons import LsqNeuron, SpikeNeuron
-from tests.helpers import ROOT, long
+from tests.helpers import long
 from tests.helpers.networks import randomize_norms
+from tests.helpers.processes import run_in_two
 
 
 class Processes:
@@ -101,8 +99,4 @@ def test_two_processes_have_the_results_of_one_with_all_images(layers, images_of
 @long  # the same in real processes
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="gloo is not built in")
 def test_processes_share_statistics_by_gloo():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    program = str(ROOT / "tests/programs/synchronised_norms.py")
-    done = subprocess.run([*command, program], capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two("synchronised_norms.py", timeout=240)

@@ -1,16 +1,13 @@
 """Batches in which no image has a box left: the loss is that of background, and every parameter has a gradient."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
 
 from qsd.mm.layers import SpikeDeconv2d
-from tests.helpers import ROOT, sample
+from tests.helpers import sample
 from tests.helpers.detection import batch, build
+from tests.helpers.processes import run_in_two
 
 NAMES = ["coco_qsd", "coco_cascade_qsd", "coco_retinanet_qsd"]
 
@@ -60,10 +57,6 @@ def test_the_enlargement_of_something_is_pytorch_s():
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo is not built in")
 @pytest.mark.parametrize("name", sample([], NAMES))
 def test_one_of_two_processes_may_have_no_box(name):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "tests/programs/empty_batch.py"), name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    output = run_in_two("empty_batch.py", name, CUDA_VISIBLE_DEVICES="")
     reached = len(step(build(name), "boxes")[1])
-    assert f"parameters {reached} different 0" in done.stdout
+    assert f"parameters {reached} different 0" in output

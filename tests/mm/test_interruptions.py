@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,8 +16,9 @@ from qsd.mm.command import ended_workers
 from qsd.mm.hooks import register_training_hooks, stop_hook
 from qsd.mm.resuming import check_same_training, checkpoint_to_resume
 from qsd.mm.work_dir import only_training_in, own_folder
-from tests.helpers import ROOT, long
+from tests.helpers import long
 from tests.helpers.files import full_disk
+from tests.helpers.processes import run_in_two
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
 
@@ -147,11 +146,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, options, averaged
 
 @long
 def test_gradients_of_accumulated_batches_are_kept_for_several_processes(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [ROOT / "tests/programs/accumulate_in_two.py", tmp_path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, timeout=100)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two("accumulate_in_two.py", tmp_path, timeout=100)
 
 
 @pytest.mark.parametrize("by_epoch", [True, False])
