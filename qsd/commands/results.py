@@ -148,7 +148,7 @@ def read_entries(folder: Path) -> list[Entry]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             title, table = str(content["title"]), str(content["table"])
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise QsdError(f"{path} is damaged; keep the runs again with qsd results --keep.") from error
         kept = path.parent
         test = RunRecord.read(kept / _TEST) if (kept / _TEST).is_file() else None

@@ -213,7 +213,7 @@ def _saved(root: Path, split: str) -> Path | None:
         files = [entry["filename"] for entry in state["_data_files"]]
         if folder == root and (state.get("_split") or "train") != split:
             return None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise QsdError(f"{shown(path)} is damaged; save the data set again.") from error
     outside = [file for file in files if not isinstance(file, str) or Path(file).name != file]
     if outside:

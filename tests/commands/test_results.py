@@ -124,6 +124,9 @@ def test_runs_without_a_name_a_page_without_a_place(tmp_path, capsys, monkeypatc
     (tmp_path / "page.md").write_text("nothing")
     assert results.main(["--page", "page.md"]) == 2
     assert "has no place for the table results" in capsys.readouterr().err
+    (tmp_path / "docs/results/x/entry.json").write_text("[" * 100_000)
+    assert results.main([]) == 2
+    assert "entry.json is damaged" in capsys.readouterr().err
 
 
 def test_hardware_and_versions_are_told():

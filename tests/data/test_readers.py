@@ -265,6 +265,10 @@ def test_mistakes_are_one_line(stores, tmp_path):
     (tmp_path / "saved" / "train" / "state.json").write_text('{"_data_files": [{"filename": "../../x.arrow"}]}')
     with pytest.raises(QsdError, match="names a file outside of its folder"):
         ReaderData("hfds/", str(tmp_path / "saved"), **SMALL).load_part("train")
+    for damaged in ('{"_data_files": 1}', "[" * 100_000):
+        (tmp_path / "saved" / "train" / "state.json").write_text(damaged)
+        with pytest.raises(QsdError, match=r"state\.json is damaged; save the data set again"):
+            ReaderData("hfds/", str(tmp_path / "saved"), **SMALL).setup("validate")
 
 
 def write_tar(path, files, end=True):
