@@ -44,7 +44,7 @@ def lsq_backward(grad: Tensor, weight: Tensor, step: Tensor, q_min: int, q_max: 
 
         if weights.are_rows(weight, step):
             return weights.quantize_backward(grad, weight, step, q_min, q_max)
-    scaled, integers, _ = lsq_grid(weight, step, q_min, q_max)
+    scaled, integers = lsq_grid(weight, step, q_min, q_max)
     return lsq_gradients(grad, scaled, integers, q_min, q_max)
 
 
@@ -70,8 +70,8 @@ def lsq_values(weight: Tensor, step: Tensor, q_min: int, q_max: int, dtype: torc
     return values if values.dtype == dtype else values.to(dtype)
 
 
-def lsq_grid(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`lsq_values` with the intermediate results that `lsq_gradients` needs.
+def lsq_grid(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> tuple[Tensor, Tensor]:
+    """The intermediate results of `lsq_quantize` that `lsq_gradients` needs.
 
     Args:
         weight: Float weights ``[C_out, ...]``.
@@ -80,12 +80,20 @@ def lsq_grid(weight: Tensor, step: Tensor, q_min: int, q_max: int) -> tuple[Tens
         q_max: Largest integer of the grid.
 
     Returns:
-        The weights in steps, the integers on the grid, and the quantized weights.
+        The weights in steps, and the integers on the grid.
     """
-    step = step.view(-1, *[1] * (weight.dim() - 1))
-    scaled = weight / step
-    integers = scaled.clamp(q_min, q_max).round_()
-    return scaled, integers, integers * step
+    scaled = weight / step.view(-1, *[1] * (weight.dim() - 1))
+    return scaled, scaled.clamp(q_min, q_max).round_()
+
+
+def on_grid(integers: Tensor, step: Tensor) -> Tensor:
+    """The weights of integers on the grid, in the type of the steps.
+
+    Args:
+        integers: ``[C_out, ...]``.
+        step: Step sizes by output channel, ``[C_out]``.
+    """
+    return integers.to(step.dtype) * step.view(-1, *[1] * (integers.dim() - 1))
 
 
 def lsq_gradients(grad: Tensor, scaled: Tensor, integers: Tensor, q_min: int, q_max: int) -> tuple[Tensor, Tensor]:

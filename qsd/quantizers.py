@@ -63,13 +63,3 @@ class StepSizeQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, out_channels={self.step.numel()}"
-
-
-def on_grid(integers: Tensor, step: Tensor) -> Tensor:
-    """The weights of integers on the grid, in the type of the steps.
-
-    Args:
-        integers: ``[C_out, ...]``.
-        step: Step sizes by output channel, ``[C_out]``.
-    """
-    return integers.to(step.dtype) * step.view(-1, *[1] * (integers.dim() - 1))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from qsd.kernels import switch
 from qsd.lean.operands import cast, save_operand
-from qsd.lsq import lsq_backward, lsq_gradients, lsq_grid, lsq_values
+from qsd.lsq import lsq_backward, lsq_gradients, lsq_grid, lsq_values, on_grid
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -74,8 +74,8 @@ class Synapse(NamedTuple):
         elif switch.devices and switch.computes(weight):  # A kernel computes the rest of the grid once more.
             rounded = lsq_values(weight, step, *self.levels, x.dtype)
         else:
-            scaled, integers, values = lsq_grid(weight, step, *self.levels)
-            rounded = values.to(x.dtype)
+            scaled, integers = lsq_grid(weight, step, *self.levels)
+            rounded = on_grid(integers, step).to(x.dtype)
         x_grad, weight_grad, bias_grad = self._transposed(grad, x, rounded, mask)
         step_grad = None
         if weight_grad is not None:

@@ -15,12 +15,13 @@ from qsd.layers import initialize_steps
 from qsd.layers.renamed import present_name, rename_parameters
 from qsd.layers.steps import has_no_step, step_names
 from qsd.layers.wrappers import inner_model
+from qsd.lsq import on_grid
 from qsd.models.fetching import local_file
 from qsd.models.first_layer import adapt_first
 from qsd.models.packed_file import KEY, MERGED, read_packed
 from qsd.models.published import PublishedCode, StateDict, shortened, steps_in_name
 from qsd.models.variants import FAMILIES, family_of_code
-from qsd.quantizers import StepSizeQuantizer, on_grid
+from qsd.quantizers import StepSizeQuantizer
 from qsd.reading import check_safetensors, read_safetensors, read_torch
 
 logger = logging.getLogger(__name__)

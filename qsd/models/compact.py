@@ -16,8 +16,8 @@ from qsd.layers import QuantConv2d, QuantLinear
 from qsd.layers.renamed import rename_parameters
 from qsd.layers.steps import step_names
 from qsd.layers.wrappers import inner_model, unwrapped
+from qsd.lsq import on_grid
 from qsd.models.checkpoints import check_weights
-from qsd.quantizers import on_grid
 
 # A constructor may register a parameter more than once, and a file holds at least one tensor per layer.
 _PARAMETERS_PER_TENSOR = 4
