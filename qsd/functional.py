@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from qsd.kernels import switch
 from qsd.lsq import lsq_quantize as lsq_quantize
-from qsd.rounding import HALF_TYPES, round_counts, tie_slack
+from qsd.rounding import HALF_TYPES, round_counts, slope, tie_slack
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -97,6 +97,42 @@ def fixed_drive(x: Tensor, time_steps: int, threshold: float | None) -> Tensor:
     return x * time_steps if threshold is None else x / threshold
 
 
+class _FixedSpikes(torch.autograd.Function):
+    """As `_SpikeCount`, with threshold and amplitude."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule
+    ) -> Tensor:
+        drive = fixed_drive(x, time_steps, threshold)
+        ctx.slope = slope(time_steps, threshold, amplitude)
+        ctx.save_for_backward(passes(drive, time_steps, rule.closed))
+        counts = round_counts(drive, time_steps, rule.slack or 0.0, rule.half_even)
+        return counts if amplitude == 1 else counts * amplitude
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (mask,) = ctx.saved_tensors
+        return times_slope(_masked(grad, mask), *ctx.slope), None, None, None, None
+
+
+def times_slope(grad: Tensor, time_steps: int, threshold: float | None, amplitude: float) -> Tensor:
+    """A gradient that a neuron passes, in place times the neuron's slope, see `qsd.rounding.slope`.
+
+    Args:
+        grad: Any tensor.
+        time_steps: T.
+        threshold: Threshold, ``None`` for ``1 / T``.
+        amplitude: Factor of the counts.
+    """
+    if amplitude != 1:
+        grad.mul_(amplitude)
+    if threshold is not None:
+        return grad.div_(threshold)
+    return grad if time_steps == 1 else grad.mul_(time_steps)
+
+
 def fixed_spikes(
     x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule = HALF_UP
 ) -> Tensor:
@@ -118,7 +154,9 @@ def fixed_spikes(
         return spikes.fixed_spikes(x, time_steps, threshold, amplitude, *rule)
     if rule.slack is None:
         rule = CountRule(rule.half_even, rule.closed, tie_slack(x, time_steps, threshold))
-    counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps, rule)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _FixedSpikes.apply(x, time_steps, threshold, amplitude, rule)
+    counts = round_counts(fixed_drive(x, time_steps, threshold), time_steps, rule.slack or 0.0, rule.half_even)
     return counts if amplitude == 1 else counts * amplitude
 
 
@@ -129,15 +167,17 @@ class _LearnedSpikes(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
         drive = x / threshold
         counts = round_counts(drive, time_steps, tie_slack(x, time_steps, threshold))
-        ctx.time_steps = time_steps
+        ctx.time_steps, ctx.is_step = time_steps, amplitude is threshold
         # Copies of the step sizes, which a later change of the parameters does not reach.
-        ctx.save_for_backward(drive, threshold.clone(), None if amplitude is None else amplitude.clone())
+        other = None if amplitude is None or ctx.is_step else amplitude.clone()
+        ctx.save_for_backward(drive, threshold.clone(), other)
         return counts if amplitude is None else counts * amplitude  # not in place, see `qsd.rounding.round_counts`
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        drive, threshold, amplitude = ctx.saved_tensors
+        drive, threshold, other = ctx.saved_tensors
+        amplitude = threshold if ctx.is_step else other
         return *learned_gradients(grad, drive, threshold, amplitude, ctx.time_steps, ctx.needs_input_grad), None
 
 
@@ -150,18 +190,19 @@ def learned_gradients(
         grad: Gradient of the output.
         drive: Input over threshold.
         threshold: Threshold of the forward pass.
-        amplitude: Amplitude of the forward pass, or ``None``.
+        amplitude: Amplitude of the forward pass, or ``None``. If it is the threshold itself, the slope is one.
         time_steps: T.
         needed: Whether the gradients of input, threshold and amplitude are needed.
     """
     # In one pass: the gradient strictly between 0 and T, zero elsewhere.
     passed = torch.ops.aten.hardtanh_backward(grad, drive, 0, time_steps)
-    slope = (1 if amplitude is None else amplitude) / threshold
-    threshold_gradient = -dot(passed, drive) * slope if needed[1] else None
-    amplitude_gradient = None
+    factor = None if amplitude is threshold else (1 if amplitude is None else amplitude) / threshold
+    threshold_gradient = amplitude_gradient = None
+    if needed[1]:
+        threshold_gradient = -dot(passed, drive) if factor is None else -dot(passed, drive) * factor
     if needed[2]:
         amplitude_gradient = dot(grad, round_counts(drive, time_steps, tie_slack(drive, time_steps, threshold)))
-    return passed.mul_(slope), threshold_gradient, amplitude_gradient
+    return passed if factor is None else passed.mul_(factor), threshold_gradient, amplitude_gradient
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

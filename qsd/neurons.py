@@ -187,12 +187,11 @@ class LearnedStepNeuron(SpikeNeuron):
         """The step size as a number, in units of the input (or of the scaled product)."""
         return float(self.step_size(1).detach())
 
-    def _scaled_threshold(self, x: Tensor, scale: Factor | None) -> Tensor:
+    def _watched_step(self, x: Tensor) -> Tensor:
         for step in self._parameters.values():
             if step is not None:
                 watch_step(self, step)
-        step_size = self.step_size(x.shape[1:].numel())
-        return step_size if scale is None else step_size / scale
+        return self.step_size(x.shape[1:].numel())
 
     def drive(self, x: Tensor, scale: Factor | None = None) -> Tensor:
         """Input in units of the threshold.
@@ -201,7 +200,7 @@ class LearnedStepNeuron(SpikeNeuron):
             x: Accumulated input ``[B, ...]``.
             scale: Value of a unit of the input, if that is a product of counts.
         """
-        return x / self._scaled_threshold(x, scale)
+        return x / self._watched_step(x) if scale is None else x / (self._watched_step(x) / scale)
 
     def counts(self, x: Tensor, scale: Factor | None = None) -> Tensor:
         """Spike counts ``0..T``.
@@ -210,21 +209,22 @@ class LearnedStepNeuron(SpikeNeuron):
             x: Accumulated input ``[B, ...]``.
             scale: Value of a unit of the input, if that is a product of counts.
         """
-        return self._spikes(x, scale, None)
+        return self._spikes(x, scale, bare=True)
 
-    def _spikes(self, x: Tensor, scale: Factor | None, amplitude: Tensor | None) -> Tensor:
+    def _spikes(self, x: Tensor, scale: Factor | None, bare: bool) -> Tensor:
         package = lean if lean.trains_lean(self.lean, x) else functional
         spikes = (noting(package, x) if self.integer_operands else package).learned_spikes
+        step = self._watched_step(x)
         if self.memory is not None:  # The potential is in units of the threshold.
-            return spikes(self.potential(x, scale), x.new_ones(()), amplitude, self.time_steps)
-        return spikes(x, self._scaled_threshold(x, scale), amplitude, self.time_steps)
+            return spikes(self.potential(x, scale), x.new_ones(()), None if bare else step, self.time_steps)
+        return spikes(x, step if scale is None else step / scale, None if bare else step, self.time_steps)
 
     def forward(self, x: Tensor, scale: Factor | None = None) -> Tensor:
         """Spike counts times the amplitude, in the shape of the accumulated input ``[B, ...]``."""
         if self._amplitude is not None:
             counts = self.counts(x, scale)
             return counts if self._amplitude == 1 else counts * self._amplitude
-        return self._spikes(x, scale, self.step_size(x.shape[1:].numel()))
+        return self._spikes(x, scale, bare=False)
 
     def extra_repr(self) -> str:
         options = "" if self.memory is None else f", frames={self.memory.frames}, decay={self.memory.decay:g}"

@@ -78,3 +78,19 @@ def window(dtype: torch.dtype, time_steps: int, closed: bool) -> tuple[float, fl
     # The least normal number stands for the next float below zero: processors may take smaller ones for zero.
     kind = np.float64 if dtype == torch.float64 else np.float32
     return -float(np.finfo(kind).tiny), float(np.nextafter(kind(time_steps), kind(np.inf)))
+
+
+def slope(time_steps: int, threshold: float | None, amplitude: float) -> tuple[int, float | None, float]:
+    """What the gradient of a neuron is multiplied by: ``(T, threshold, amplitude)``, or ``(1, None, 1.0)`` for nothing.
+
+    The slope is amplitude over threshold. Where both are equal, as in QSD-Transformer, it is exactly one, and two
+    passes over the gradient are left out.
+
+    Args:
+        time_steps: T.
+        threshold: Threshold in units of the input; ``None`` for ``1 / T``, as a product with T.
+        amplitude: Factor of the counts.
+    """
+    if amplitude == (1 / time_steps if threshold is None else threshold):
+        return 1, None, 1.0
+    return time_steps, threshold, amplitude

@@ -249,8 +249,8 @@ def pass_learned(
     """
     passed, sums = _pass_learned(x, grad, threshold, amplitude, float(time_steps))
     by_drive, by_count = total(sums).unbind()
-    slope = (1 if amplitude is None else amplitude) / threshold
-    return passed, -by_drive * slope, None if amplitude is None else by_count
+    slope = None if amplitude is threshold else (1 if amplitude is None else amplitude) / threshold
+    return passed, -by_drive if slope is None else -by_drive * slope, None if amplitude is None else by_count
 
 
 @operator("qsd::decode")

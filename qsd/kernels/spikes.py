@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qsd.kernels.neurons import Scalar, fire, pass_fixed, pass_learned
-from qsd.rounding import window
+from qsd.rounding import slope, window
 
 
 def code_bits(time_steps: int) -> int:
@@ -45,7 +45,7 @@ class _FixedSpikes(torch.autograd.Function):
     ) -> Tensor:
         bounds, ctx.bits = window(x.dtype, time_steps, closed), code_bits(time_steps)
         output, codes, _ = fire(x, time_steps, threshold, amplitude, bounds, slack, half_even, ctx.bits)
-        ctx.neuron = time_steps, threshold, amplitude
+        ctx.slope = slope(time_steps, threshold, amplitude)
         ctx.shape, ctx.stride = output.shape, output.stride()
         ctx.save_for_backward(codes)
         return output
@@ -56,7 +56,7 @@ class _FixedSpikes(torch.autograd.Function):
         (codes,) = ctx.saved_tensors
         if grad.stride() != ctx.stride:
             grad = grad.new_empty_strided(ctx.shape, ctx.stride).copy_(grad)
-        return pass_fixed(codes, grad, ctx.bits, *ctx.neuron), *[None] * 6
+        return pass_fixed(codes, grad, ctx.bits, *ctx.slope), *[None] * 6
 
 
 def fixed_spikes(
@@ -91,16 +91,17 @@ class _LearnedSpikes(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
         factor: Scalar = 1.0 if amplitude is None else amplitude
         output = fire(x, time_steps, threshold, factor, (0, time_steps))[0]
-        ctx.time_steps = time_steps
+        ctx.time_steps, ctx.is_step = time_steps, amplitude is threshold
         # Copies of the step sizes, which a later change of the parameters does not reach.
-        copies = threshold.clone(), None if amplitude is None else amplitude.clone()
-        ctx.save_for_backward(same_order(x, output), *copies)
+        other = None if amplitude is None or ctx.is_step else amplitude.clone()
+        ctx.save_for_backward(same_order(x, output), threshold.clone(), other)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, threshold, amplitude = ctx.saved_tensors
+        x, threshold, other = ctx.saved_tensors
+        amplitude = threshold if ctx.is_step else other
         gradients = pass_learned(x, same_order(grad, x), threshold, amplitude, ctx.time_steps)
         return *[g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)], None
 

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qsd import functional
-from qsd.functional import HALF_UP, CountRule, dot, fixed_drive, learned_gradients, passes
+from qsd.functional import HALF_UP, CountRule, dot, fixed_drive, learned_gradients, passes, times_slope
 from qsd.kernels import switch
 from qsd.lean.codes import dense, fire, flat
 from qsd.lean.operands import CODES, Codes, norm_origin
+from qsd.rounding import slope
 
 
 class _FixedSpikes(torch.autograd.Function):
@@ -19,7 +20,7 @@ class _FixedSpikes(torch.autograd.Function):
         ctx: Any, x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule
     ) -> Tensor:
         output, ctx.layout, packed = fire(x, time_steps, threshold, amplitude, rule)
-        ctx.time_steps, ctx.threshold, ctx.amplitude = time_steps, threshold, amplitude
+        ctx.slope = slope(time_steps, threshold, amplitude)
         ctx.shape, ctx.stride, ctx.has_codes = output.shape, output.stride(), packed is not None
         if packed is None:
             packed = passes(fixed_drive(x, time_steps, threshold), time_steps, rule.closed)
@@ -37,15 +38,12 @@ class _FixedSpikes(torch.autograd.Function):
             if switch.devices and ctx.layout.in_kernels(saved):
                 from qsd.kernels import neurons
 
-                neuron = ctx.time_steps, ctx.threshold, ctx.amplitude, ctx.layout.bad
-                return neurons.pass_fixed(saved, grad, ctx.layout.bits, *neuron), None, None, None, None
+                passed = neurons.pass_fixed(saved, grad, ctx.layout.bits, *ctx.slope, ctx.layout.bad)
+                return passed, None, None, None, None
             passed = ctx.layout.masked(saved, flat(grad)).as_strided(ctx.shape, ctx.stride)
         else:
             passed = saved.to(grad.dtype).mul_(grad)
-        if ctx.amplitude != 1:
-            passed.mul_(ctx.amplitude)
-        passed = passed.mul_(ctx.time_steps) if ctx.threshold is None else passed.div_(ctx.threshold)
-        return passed, None, None, None, None
+        return times_slope(passed, *ctx.slope), None, None, None, None
 
 
 def fixed_spikes(
@@ -83,7 +81,8 @@ class _LearnedSpikes(torch.autograd.Function):
         ctx.time_steps, ctx.shape, ctx.stride = time_steps, output.shape, output.stride()
         ctx.has_codes, ctx.eps = packed is not None, None
         # Copies, which a step of the optimizer or a change through ``.data`` leaves alone.
-        ctx.steps = threshold.clone(), None if amplitude is None else amplitude.clone()
+        copy = threshold.clone()
+        ctx.steps = copy, copy if amplitude is threshold else None if amplitude is None else amplitude.clone()
         if packed is None:
             ctx.save_for_backward(x)
             return output
@@ -110,12 +109,12 @@ class _LearnedSpikes(torch.autograd.Function):
 
             return *neurons.pass_learned(dense(kept[0], ctx.stride), grad, threshold, amplitude, ctx.time_steps), None
         passed, amplitude_gradient = _passed(ctx, packed, grad)
-        slope = (1 if amplitude is None else amplitude) / threshold
+        factor = None if amplitude is threshold else (1 if amplitude is None else amplitude) / threshold
         threshold_gradient = None
         if kept:
             total = dot(passed, kept[0]) if ctx.eps is None else _dot_with_norm(passed, ctx.eps, *kept)
-            threshold_gradient = -total / threshold * slope
-        return passed.mul_(slope), threshold_gradient, amplitude_gradient, None
+            threshold_gradient = -total / threshold if factor is None else -total / threshold * factor
+        return passed if factor is None else passed.mul_(factor), threshold_gradient, amplitude_gradient, None
 
 
 def _passed(ctx: Any, packed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:

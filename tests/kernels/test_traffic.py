@@ -18,10 +18,10 @@ def cases(dtype):
     """Names, the least bytes for each element, and the work."""
     size, code = dtype.itemsize, 0.5
     x = torch.randn(SIZE).to(dtype)
-    grad, amplitude, threshold = torch.randn(SIZE).to(dtype), torch.tensor(0.5), torch.tensor(0.3)
+    grad, threshold = torch.randn(SIZE).to(dtype), torch.tensor(0.3)
     weight, step = torch.randn(8, SIZE // 8).to(dtype), torch.ones(8, dtype=dtype)
     leaf = x.clone().requires_grad_()
-    learned = threshold.clone().requires_grad_(), amplitude.clone().requires_grad_()
+    learned = threshold.clone().requires_grad_()
 
     def backward(neuron, *steps):
         output = neuron()
@@ -32,7 +32,7 @@ def cases(dtype):
         "forward pass, evaluation": (2 * size, lambda: functional.fixed_spikes(x, 4, None, 0.25, HALF_UP)),
         "forward pass with codes": (2 * size + code, lambda: fire(x, 4, None, 0.25)),
         "backward pass": (2 * size + code, backward(lambda: fixed_spikes(leaf, 4, None, 0.25))),
-        "backward pass, learned": (3 * size, backward(lambda: learned_spikes(leaf, *learned, 4), *learned)),
+        "backward pass, learned": (3 * size, backward(lambda: learned_spikes(leaf, learned, learned, 4), learned)),
         "decoding": (size + code, lambda: layout.values(codes, dtype)),
         "comparison": (0.0, lambda: layout.matches(codes, output)),
         "weights": (2 * size, lambda: lsq_values(weight, step, -8, 7, dtype)),
