@@ -80,6 +80,7 @@ def window(dtype: torch.dtype, time_steps: int, closed: bool) -> tuple[float, fl
     return -float(np.finfo(kind).tiny), float(np.nextafter(kind(time_steps), kind(np.inf)))
 
 
+@functools.cache
 def slope(time_steps: int, threshold: float | None, amplitude: float) -> tuple[int, float | None, float]:
     """What the gradient of a neuron is multiplied by: ``(T, threshold, amplitude)``, or ``(1, None, 1.0)`` for nothing.
 

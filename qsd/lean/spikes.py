@@ -38,8 +38,8 @@ class _FixedSpikes(torch.autograd.Function):
             if switch.devices and ctx.layout.in_kernels(saved):
                 from qsd.kernels import neurons
 
-                passed = neurons.pass_fixed(saved, grad, ctx.layout.bits, *ctx.slope, ctx.layout.bad)
-                return passed, None, None, None, None
+                neuron = (*ctx.slope, ctx.layout.bad)
+                return neurons.pass_fixed(saved, grad, ctx.layout.bits, *neuron), None, None, None, None
             passed = ctx.layout.masked(saved, flat(grad)).as_strided(ctx.shape, ctx.stride)
         else:
             passed = saved.to(grad.dtype).mul_(grad)
