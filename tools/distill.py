@@ -1,7 +1,6 @@
 """Train a teacher, then a student with its help; test both and print the results.
 
 python tools/distill.py
-python tools/distill.py fashion_mnist --data.root DIR
 python tools/distill.py imagenet --data.root DIR
 """
 
@@ -9,7 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -54,7 +52,6 @@ def distill(args: list[str]) -> int:
             fit = ["fit", "--config", str(base), "--config", str(overlay), *options]
             if role == "student":
                 fit += ["--trainer.callbacks.init_args.teacher", str(teacher)]
-                fit += ["--model.init_from", str(teacher)] if starts_from_teacher(overlay) else []
             if code := qsd_launcher.main(fit):
                 return code
             checkpoint = newest_run(overlay.stem) / "checkpoints" / "best.ckpt"
@@ -68,16 +65,6 @@ def distill(args: list[str]) -> int:
         table.add_row(role, f"{100 * accuracy:.2f} %", str(checkpoint))
     Console().print(table)
     return 0
-
-
-def starts_from_teacher(overlay: Path) -> bool:
-    """Whether a configuration of a student names weights to start from: those are the teacher's.
-
-    Args:
-        overlay: The configuration.
-    """
-    model = yaml.safe_load(overlay.read_text(encoding="utf-8")).get("model", {})
-    return "init_from" in model.get("init_args", {})
 
 
 def without_fitting(options: list[str]) -> list[str]:

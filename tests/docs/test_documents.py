@@ -281,8 +281,6 @@ def _bring_exported_file(exported):
 @pytest.mark.parametrize("command", [command for command in of_kind("python ") if command not in EXEMPT])
 def test_tools(command, workplace, tree, tool, monkeypatch, capsys):
     shorten_conversions(monkeypatch)
-    if "fashion_mnist" in command:
-        monkeypatch.setattr("qsd.data.TorchvisionData.load_part", _noise)
     script, *arguments = (str(tree) if word == "DIR" else word for word in shlex.split(command)[1:])
     short, says = TOOLS[Path(script).stem]
     assert tool(Path(script).stem).main([*arguments, *short]) == 0
