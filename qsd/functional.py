@@ -156,7 +156,7 @@ def fixed_spikes(
         rule = CountRule(rule.half_even, rule.closed, tie_slack(x, time_steps, threshold))
     if torch.is_grad_enabled() and x.requires_grad:
         return _FixedSpikes.apply(x, time_steps, threshold, amplitude, rule)
-    counts = round_counts(fixed_drive(x, time_steps, threshold), time_steps, rule.slack or 0.0, rule.half_even)
+    counts = spike_count(fixed_drive(x, time_steps, threshold), time_steps, rule)
     return counts if amplitude == 1 else counts * amplitude
 
 
@@ -196,13 +196,23 @@ def learned_gradients(
     """
     # In one pass: the gradient strictly between 0 and T, zero elsewhere.
     passed = torch.ops.aten.hardtanh_backward(grad, drive, 0, time_steps)
-    factor = None if amplitude is threshold else (1 if amplitude is None else amplitude) / threshold
+    factor = learned_slope(threshold, amplitude)
     threshold_gradient = amplitude_gradient = None
     if needed[1]:
         threshold_gradient = -dot(passed, drive) if factor is None else -dot(passed, drive) * factor
     if needed[2]:
         amplitude_gradient = dot(grad, round_counts(drive, time_steps, tie_slack(drive, time_steps, threshold)))
     return passed if factor is None else passed.mul_(factor), threshold_gradient, amplitude_gradient
+
+
+def learned_slope(threshold: Tensor, amplitude: Tensor | None) -> Tensor | None:
+    """Amplitude over threshold, or ``None`` for one, where both are the same step.
+
+    Args:
+        threshold: Threshold, without dimensions.
+        amplitude: Amplitude, or ``None`` for bare counts.
+    """
+    return None if amplitude is threshold else (1 if amplitude is None else amplitude) / threshold
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

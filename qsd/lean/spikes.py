@@ -7,7 +7,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qsd import functional
-from qsd.functional import HALF_UP, CountRule, dot, fixed_drive, learned_gradients, passes, times_slope
+from qsd.functional import (
+    HALF_UP,
+    CountRule,
+    dot,
+    fixed_drive,
+    learned_gradients,
+    learned_slope,
+    passes,
+    times_slope,
+)
 from qsd.kernels import switch
 from qsd.lean.codes import dense, fire, flat
 from qsd.lean.operands import CODES, Codes, norm_origin
@@ -109,7 +118,7 @@ class _LearnedSpikes(torch.autograd.Function):
 
             return *neurons.pass_learned(dense(kept[0], ctx.stride), grad, threshold, amplitude, ctx.time_steps), None
         passed, amplitude_gradient = _passed(ctx, packed, grad)
-        factor = None if amplitude is threshold else (1 if amplitude is None else amplitude) / threshold
+        factor = learned_slope(threshold, amplitude)
         threshold_gradient = None
         if kept:
             total = dot(passed, kept[0]) if ctx.eps is None else _dot_with_norm(passed, ctx.eps, *kept)
