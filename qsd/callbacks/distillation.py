@@ -17,7 +17,8 @@ class Distillation(Callback):
     those of the teacher (`qsd.distillation.similarity`). This is the upper level of QSD-Transformer's optimisation;
     the published code lacks it, and the loss is a reconstruction. Logged: ``train/loss_query``, ``train/loss_key``,
     ``train/loss_value`` and ``train/loss_logits``, each times its weight. The teacher belongs to the callback and is
-    outside of every module, checkpoint, average and process group.
+    outside of every module, checkpoint, average and process group. With ``--model.compile`` it is compiled, too, if its
+    logits alone are distilled.
 
     Args:
         teacher: Checkpoint of a training with qsd, or the name of a model.
@@ -60,6 +61,9 @@ class Distillation(Callback):
         self.terms = DistillationTerms(self.options, self._teacher, getattr(task, "model", task))
         plugin = trainer.strategy.precision_plugin
         self._teacher.network = plugin.convert_module(self._teacher.network).to(trainer.strategy.root_device)
+        how = getattr(task, "hparams", {}).get("compile")
+        if how and not self.options.teaches_attention:  # Hooks record attention, and would be traced with the network.
+            self._teacher.network.compile(**({"backend": how} if isinstance(how, str) else {}))
         self._trainer = trainer
         task.add_auxiliary_loss(self._loss, teaches_logits=self.options.teaches_logits)
 

@@ -162,13 +162,14 @@ def build_teacher(
     """Build a teacher and load its weights. Random number generators are left as they were.
 
     Args:
-        teacher: A checkpoint of a training with qsd, from which the model is rebuilt, or a name known to timm.
+        teacher: A checkpoint of a training with qsd, from which the model is rebuilt, or a name known to timm, such as
+            ``"csdformer_2_384.fashion_mnist_wide"``.
         weights: The weights of a model by name: a checkpoint of qsd, a ``.safetensors`` file, a state dict;
             ``None`` for those that timm distributes.
         arguments: Further arguments of the model.
         statistics: Mean and standard deviation of the images that the teacher expects. By default, a checkpoint of a
-            training with qsd and a model of qsd get the student's images, any other what its timm configuration
-            says.
+            training with qsd, and a model of qsd with ``weights``, get the student's images, any other what its timm
+            configuration says.
 
     Raises:
         QsdError: If the model is unknown, or its weights are missing or do not fit.
@@ -178,7 +179,7 @@ def build_teacher(
             network = _from_checkpoint(teacher, arguments or {})
         else:
             network = _from_name(teacher, weights, arguments or {})
-            if statistics is None and not attention_layers(network):
+            if statistics is None and (weights is None or not attention_layers(network)):
                 statistics = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
     return Teacher(network, teacher, statistics)
 
@@ -204,7 +205,11 @@ def _from_name(name: str, weights: str | None, arguments: dict[str, Any]) -> Any
     if not timm.is_model(name):
         raise QsdError(f"teacher {name!r} is neither a file nor a model that timm knows.")
     if weights is None:
-        if timm.models.model_entrypoint(name).__module__.startswith("qsd."):
+        own = timm.models.model_entrypoint(name).__module__.startswith("qsd.")
+        if own and not timm.is_model_pretrained(name):
+            shipped = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+            if shipped:
+                raise QsdError(f"teacher {name} has no weights; names with weights are {', '.join(shipped)}.")
             raise QsdError(
                 f"teacher {name} has no weights: train it first (qsd fit ... --model.model {name}) and give its "
                 "checkpoint as teacher, or give a file of weights as teacher_weights."

@@ -22,13 +22,14 @@ class DistillationOptions:
 
     Attributes:
         teacher: Checkpoint of a training with qsd, or the name of a model: a float twin (``qsd_15m_ann``) with
-            ``teacher_weights``, or any vision transformer of timm.
+            ``teacher_weights``, a model whose weights ship with qsd (``qsd_tiny.digits``), or any vision transformer of
+            timm.
         teacher_weights: Weights of a model by name: a checkpoint, a ``.safetensors`` file or a state dict; ``None``
             downloads the weights that timm distributes.
         teacher_args: Further arguments of the teacher's model.
         teacher_mean: Mean by channel of the images that the teacher expects, in units of full scale. By default, a
-            checkpoint or model of qsd gets the student's images, and another model the normalisation in timm's
-            configuration.
+            checkpoint, or a model of qsd with ``teacher_weights``, gets the student's images, and another model the
+            normalisation in its timm configuration.
         teacher_std: Standard deviation by channel of these images.
         attention_weight: Weight of the attention loss, which is a sum over layers, heads and query, key, value.
         logits_weight: Weight of the logits loss.
@@ -70,6 +71,11 @@ class DistillationOptions:
     def teaches_logits(self) -> bool:
         """Whether the logits loss has a weight at any time."""
         return any(weight for _, weight in self.weights()[1])
+
+    @property
+    def teaches_attention(self) -> bool:
+        """Whether the attention loss has a weight at any time."""
+        return any(weight for _, weight in self.weights()[0])
 
     def statistics(self) -> Statistics | None:
         """Mean and standard deviation of the teacher's images, or ``None`` for the default."""

@@ -225,6 +225,23 @@ def test_compiled_checkpointed_and_averaged_students_are_distilled_alike(teacher
         assert values == pytest.approx(found[0], rel=1e-6, abs=1e-9)
 
 
+def test_a_teacher_of_logits_alone_is_compiled_with_its_student(teacher, tmp_path):
+    found, compiled = [], []
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            compiled.append(callback.terms.teacher.network._compiled_call_impl is not None)
+
+    for options in ({}, {"compile": "eager"}):
+        L.seed_everything(1)
+        callback = distil(teacher, attention_weight=0.0)
+        folder = tmp_path / str(len(found))
+        rows = logged(folder, make_task(**options), [callback, Watch()], precision="64-true")  # rounding tips no neuron
+        found.append([float(row["train/loss_logits"]) for row in rows])
+    assert compiled == [False, True]
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_weights_follow_their_schedule_and_the_teacher_rests_while_they_are_zero(teacher, tmp_path):
     calls = []
 

@@ -211,9 +211,22 @@ def test_a_named_model_takes_its_weights_and_classes_from_a_file(tmp_path, twin)
     assert build_teacher("test_vit", str(tmp_path / "vit.pth"), {"img_size": 32}, given).statistics == given
 
 
+@pytest.mark.parametrize("name", ["qsd_tiny.digits", "csdformer_2_384.fashion_mnist"])
+def test_shipped_weights_teach_by_name_in_the_normalisation_of_their_training(name):
+    teacher, network = build_teacher(name), timm.create_model(name, pretrained=True).eval()
+    size = network.pretrained_cfg["input_size"][1]
+    images, (mean, std) = torch.rand(2, 1, size, size), teacher.statistics
+    assert (mean, std) == (network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+    logits = network((images - mean[0]) / std[0])
+    # A student whose images are scaled to -1 to 1; the norms are folded, so that rounding may tip a neuron.
+    taught, _ = teacher(images * 2 - 1, ([0.5], [0.5]), attention=False)
+    torch.testing.assert_close(taught, logits, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("qsd_tiny.nothing",), r"qsd_tiny.nothing has no weights; names with weights are qsd_tiny.digits, qsd_tiny"),
         (("nothing.ckpt",), "checkpoint nothing.ckpt does not exist"),
         (("qsd_tiny_an",), "'qsd_tiny_an' is neither a file nor a model that timm knows"),
         (("qsd_tiny_ann",), r"teacher qsd_tiny_ann has no weights: train it first"),
