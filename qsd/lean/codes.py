@@ -9,26 +9,20 @@ dozen passes over each of them cost less than a few passes over a large tensor, 
 PyTorch not to matter.
 """
 
-import threading
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from qsd.functional import HALF_UP, CountRule
+from qsd.functional import HALF_UP, CountRule, dot
 from qsd.kernels import switch
+from qsd.lean import memory
+from qsd.lean.memory import dense, flat, integers, scratch
 from qsd.rounding import HALF_TYPES, tie_slack, window
 
 # One number, or a tensor without dimensions.
 Scalar = float | Tensor
-
-# Elements of a block for each thread of the processor. It has to be even.
-BLOCK = 2**18
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# The memory that codes are decoded into on a processor, one buffer for each thread that computes gradients.
-_decoded = threading.local()
 
 
 class Layout(NamedTuple):
@@ -55,7 +49,7 @@ class Layout(NamedTuple):
     def values(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """The neuron's output ``[numel]`` in the order of memory, with the same bits, until the next call.
 
-        The next call of `values` or `counts` in this thread writes into the same memory, see `_scratch`.
+        The next call in this thread writes into the same memory, see `qsd.lean.memory.scratch`.
 
         Args:
             packed: Codes, uint8.
@@ -65,7 +59,10 @@ class Layout(NamedTuple):
             from qsd.kernels import neurons
 
             return neurons.decode(packed, self.numel, self.bits, self.amplitude, self.dtype, dtype, self.bad)
-        return self._unpacked(packed, self.amplitude).to(dtype)
+        result = scratch(self.numel, self.dtype, packed)
+        for codes, out in reversed(self._blocks(packed, result)):
+            _unpack(codes, self.bits, out, self.amplitude)
+        return self._with_nan(result).to(dtype)
 
     def in_kernels(self, packed: Tensor) -> bool:
         """Whether kernels read the codes, which have to be packed as one block.
@@ -75,45 +72,41 @@ class Layout(NamedTuple):
         """
         return self.numel <= self.block and switch.fit(packed.device, self.dtype, self.numel, self.amplitude)
 
-    def counts(self, packed: Tensor) -> Tensor:
-        """The counts ``[numel]`` in the order of memory, until the next call, as for `values`.
-
-        Args:
-            packed: Codes, uint8.
-        """
-        return self._unpacked(packed, 1.0)
-
-    def _unpacked(self, packed: Tensor, amplitude: Scalar) -> Tensor:
-        flat = _scratch(self.numel, self.dtype, packed)
-        for codes, out in self._blocks(packed, flat):
-            _unpack(codes, self.bits, out, amplitude)
-        return self._with_nan(flat)
-
     def _with_nan(self, values: Tensor) -> Tensor:
         return values if self.bad is None or not self.bad.item() else values.fill_(torch.nan)
 
-    def masked(self, packed: Tensor, grad: Tensor, blocks_nan: bool = False) -> Tensor:
-        """The gradient where the neuron lets it pass, else 0, in fresh memory.
+    def masked(
+        self, packed: Tensor, grad: Tensor, blocks_nan: bool = False, totals: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient where the neuron lets it pass, else 0, in fresh memory, and its product with the counts.
 
         Args:
             packed: Codes, uint8.
             grad: ``[numel]``, in the order of memory.
             blocks_nan: Whether a gradient of NaN is 0, too, where it does not pass, as plain learned neurons have it.
+            totals: Whether the sum of the whole gradient times the counts is needed.
         """
         flat = torch.empty_like(grad)
-        for codes, out, part in self._blocks(packed, flat, grad):
+        total = torch.zeros((), device=grad.device) if totals else None
+        for codes, out, part in reversed(self._blocks(packed, flat, grad)):
+            if total is not None:  # while the block is in the cache
+                _unpack(codes, self.bits, out)
+                total = total + dot(part, out)
             _unpack(codes, self.bits, out, flags=True)
             if blocks_nan:
                 torch.ops.aten.hardtanh_backward.grad_input(part, out, 0.5, 1.5, grad_input=out)
             else:
                 out.mul_(part)
-        return self._with_nan(flat)
+        return self._with_nan(flat), None if total is None else self._with_nan(total)
 
-    def _blocks(self, packed: Tensor, *values: Tensor) -> Iterable[tuple[Tensor, ...]]:
-        """The blocks of codes and of tensors ``[numel]``."""
+    def _blocks(self, packed: Tensor, *values: Tensor) -> list[tuple[Tensor, ...]]:
+        """The blocks of codes and of tensors ``[numel]``.
+
+        They are read in the opposite order of that in which they were written: the end is in the cache still.
+        """
         if self.numel <= self.block:
-            return ((packed, *values),)
-        return zip(packed.split(self.block * self.bits // 8), *[x.split(self.block) for x in values])
+            return [(packed, *values)]
+        return [*zip(packed.split(self.block * self.bits // 8), *[x.split(self.block) for x in values])]
 
     def difference(self, packed: Tensor, x: Tensor) -> Tensor | None:
         """The comparison of `matches` by a kernel, whose result nobody has waited for.
@@ -149,86 +142,36 @@ class Layout(NamedTuple):
             return differs.item() == 0
         if x.is_meta or isinstance(x, FakeTensor):  # shapes without values, to count bytes
             return True
-        # Compared as integers, eight bytes at a time where that divides. Where two of them differ, the bits of "one or
-        # the other" are not all zero. `torch.equal` takes one and a half times as long.
         actual = x.as_strided((self.numel,), (1,), 0)
-        kind = torch.int64 if self.numel * size % 8 == 0 else _INTEGERS[size]
-        buffer = torch.empty(min(self.numel, self.block), dtype=self.dtype, device=x.device)
-        # Small networks have one block each, where every call counts.
-        blocks = ((packed, actual),) if self.numel <= self.block else self._blocks(packed, actual)
-        for codes, part in blocks:
+        wide, narrow = integers(size, self.numel * size % 8 == 0)
+        if self.numel <= self.block:  # Small networks have one block each, where every call counts.
+            blocks: list[tuple[Tensor, ...]] = [(packed, actual)]
+            buffer = torch.empty(self.numel, dtype=self.dtype, device=x.device)
+        else:
+            blocks, buffer = self._blocks(packed, actual), scratch(self.block, self.dtype, packed)
+        for codes, part in reversed(blocks):
             expected = buffer if part.numel() == buffer.numel() else buffer[: part.numel()]
             _unpack(codes, self.bits, expected, self.amplitude)
-            lowest, highest = torch.aminmax(expected.to(x.dtype).view(kind).bitwise_xor_(part.view(kind)))
+            lowest, highest = torch.aminmax(expected.to(x.dtype).view(wide).bitwise_xor_(part.view(wide)).view(narrow))
             if lowest.item() != 0 or highest.item() != 0:
                 return False
         return True
 
 
-def _scratch(numel: int, dtype: torch.dtype, codes: Tensor) -> Tensor:
-    """Memory for decoded values ``[numel]``; on a processor the same for every call of a thread.
-
-    The first write to a page of fresh memory takes several times as long as decoding its values, and a layer's backward
-    pass needs the values of one operand at a time. The buffer is as long as the longest operand.
-    """
-    if not codes.is_cpu or isinstance(codes, FakeTensor):
-        return torch.empty(numel, dtype=dtype, device=codes.device)
-    size = numel * dtype.itemsize
-    buffer: Tensor | None = getattr(_decoded, "buffer", None)
-    if buffer is None or len(buffer) < size:
-        buffer = _decoded.buffer = torch.empty(size, dtype=torch.uint8)
-    return buffer[:size].view(dtype)
-
-
 def _unpack(codes: Tensor, bits: int, out: Tensor, amplitude: Scalar = 1.0, flags: bool = False) -> None:
     """Write the counts of one block times the amplitude, or whether the neuron's gradient passes, into floats."""
     place, mask = (bits - 1, 1) if flags else (0, 2 ** (bits - 1) - 1)
-    low = torch.bitwise_and(torch.bitwise_right_shift(codes, place) if flags else codes, mask)
+    half = torch.bitwise_right_shift(codes, place).bitwise_and_(mask) if flags else torch.bitwise_and(codes, mask)
     if bits == 8:
-        out.copy_(low)
+        out.copy_(half)
     else:
-        high = torch.bitwise_right_shift(codes, place + 4)
-        rest = out.numel() - low.numel()  # The last high half of an odd block is void.
-        first, second = out.split_with_sizes((low.numel(), rest))
-        first.copy_(low)
-        second.copy_((high if flags else high.bitwise_and_(mask))[:rest])
+        rest = out.numel() - half.numel()  # The last high half of an odd block is void.
+        first, second = out.split_with_sizes((half.numel(), rest))
+        first.copy_(half)
+        torch.bitwise_right_shift(codes, place + 4, out=half)
+        second.copy_((half if flags else half.bitwise_and_(mask))[:rest])
     if isinstance(amplitude, Tensor) or amplitude != 1:
         out.mul_(amplitude)
-
-
-def same_bits_(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of the same shape are equal, bit by bit if they have the same strides.
-
-    Args:
-        a: Dense tensor, not empty, which is overwritten.
-        b: Any tensor.
-    """
-    if a.stride() != b.stride():
-        return torch.equal(a, b)
-    a, b = flat(a), flat(b)
-    size = a.element_size()
-    kind = torch.int64 if len(a) * size % 8 == 0 and b.storage_offset() * size % 8 == 0 else _INTEGERS[size]
-    lowest, highest = torch.aminmax(a.view(kind).bitwise_xor_(b.view(kind)))  # see `Layout.matches`
-    return lowest.item() == highest.item() == 0
-
-
-def dense(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """A tensor, or its copy with the given strides if it has others.
-
-    Args:
-        x: Any tensor.
-        stride: Strides of a dense tensor of that shape.
-    """
-    return x if x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)
-
-
-def flat(x: Tensor) -> Tensor:
-    """A dense tensor in the order of its memory, ``[numel]``.
-
-    Args:
-        x: Dense tensor.
-    """
-    return x.as_strided((x.numel(),), (1,))
 
 
 def fire(
@@ -251,31 +194,31 @@ def fire(
     output, count = torch.empty_like(x), x.numel()
     x = x if x.stride() == output.stride() else dense(x, output.stride())
     source, target = x.as_strided((count,), (1,)), output.as_strided((count,), (1,))
-    block = BLOCK * torch.get_num_threads() if x.is_cpu else max(2, 2 * count)
+    block = memory.block_length(count, memory.BLOCK * torch.get_num_threads()) if x.is_cpu else max(2, 2 * count)
     bits, highest = (4, x.new_full((), 8)) if time_steps <= 7 else (8, x.new_full((), 128))
     exact = rule.slack is None and x.dtype == torch.float64
     slack = tie_slack(x, time_steps, threshold) if exact else rule.slack or 0.0
     other = rule.half_even or x.dtype in HALF_TYPES
     bounds = window(x.dtype, time_steps, True) if rule.closed else (0.0, float(time_steps))
     operation, factor = (torch.mul, time_steps) if threshold is None else (torch.div, threshold)
-    parts: list[Tensor] | None = []
-    buffer = x.new_empty(min(count, block))  # one for all blocks: fresh memory is slow on a CPU
-    blocks = ((source, target),) if count <= block else zip(source.split(block), target.split(block))
-    for part, counts in blocks:
+    packed = torch.empty(-(-count * bits // 8), dtype=torch.uint8, device=x.device)
+    kept = amplitude.detach().clone() if isinstance(amplitude, Tensor) else amplitude
+    coded, layout = count > 0, Layout(bits, count, block, x.dtype, kept)
+    # One buffer for all blocks: fresh memory is slow on a CPU.
+    blocks = [(packed, source, target)] if count <= block else layout._blocks(packed, source, target)
+    buffer = x.new_empty(count) if count <= block else scratch(block, x.dtype, x)
+    for codes, part, counts in blocks:
         drive = buffer if part.numel() == buffer.numel() else buffer[: part.numel()]
         operation(part, factor, out=drive)
         rounded = _round(drive, counts, rule.half_even) if other else torch.add(drive, 0.5 + slack, out=counts).floor_()
         rounded.clamp_(0, time_steps)
-        if parts is not None and count:
+        if coded:
             # The highest bit is set strictly between the bounds: the derivative of a hard tanh, in one pass.
             flags = torch.ops.aten.hardtanh_backward.grad_input(highest, drive, *bounds, grad_input=drive)
-            packed = _bytes_(flags.add_(counts), bits)
-            parts = None if packed is None else [*parts, packed]
+            coded = _write_bytes(flags.add_(counts), bits, codes)
         if isinstance(amplitude, Tensor) or amplitude != 1:
             counts.mul_(amplitude)
-    amplitude = amplitude.detach().clone() if isinstance(amplitude, Tensor) else amplitude
-    layout = Layout(bits, count, block, x.dtype, amplitude)
-    return output, layout, None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
+    return output, layout, packed if coded else None
 
 
 def _fire_by_kernel(
@@ -297,16 +240,18 @@ def _round(drive: Tensor, counts: Tensor, half_even: bool) -> Tensor:
     return torch.round(drive, out=counts) if half_even else counts.copy_(drive.float().add_(0.5).floor_())
 
 
-def _bytes_(values: Tensor, bits: int) -> Tensor | None:
-    """The codes of one block as bytes, computed in the memory of the floats; ``None`` if there are NaNs."""
+def _write_bytes(values: Tensor, bits: int, codes: Tensor) -> bool:
+    """Write the codes of one block as bytes, by way of the memory of the floats; whether there were no NaNs."""
     # Everything is computed on floats, because comparisons and operations on bytes are slow on a CPU.
     if bits == 4:
         count = values.numel() // 2
         values, high = values.split_with_sizes((values.numel() - count, count))
         values[:count].add_(high, alpha=16)
     if not values.is_meta and not isinstance(values, FakeTensor) and not values.amax().item() >= 0:
-        return None  # a NaN, which compares as false
-    return values.to(torch.int32).to(torch.uint8)  # three times faster than in one step
+        return False  # a NaN, which compares as false
+    # By way of integers, which is three times faster than in one step.
+    codes.copy_(values.view(torch.int32).copy_(values) if values.itemsize == 4 else values.to(torch.int32))
+    return True
 
 
 def encode_counts(x: Tensor, layout: Layout) -> tuple[Layout, Tensor] | None:
@@ -319,10 +264,8 @@ def encode_counts(x: Tensor, layout: Layout) -> tuple[Layout, Tensor] | None:
     Returns:
         Layout and codes, uint8, or ``None`` if there are NaNs. The bits for the neuron's gradient are not set.
     """
-    parts = []
-    for part in flat(x).split(layout.block):
-        packed = _bytes_(torch.div(part, layout.amplitude).round_(), layout.bits)
-        if packed is None:
+    codes = torch.empty(-(-x.numel() * layout.bits // 8), dtype=torch.uint8, device=x.device)
+    for part, written in zip(flat(x).split(layout.block), codes.split(layout.block * layout.bits // 8)):
+        if not _write_bytes(torch.div(part, layout.amplitude).round_(), layout.bits, written):
             return None
-        parts.append(packed)
-    return layout._replace(numel=x.numel()), torch.cat(parts)
+    return layout._replace(numel=x.numel()), codes

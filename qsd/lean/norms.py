@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from qsd.functional import pad_frame
 from qsd.lean.layers import Synapse
-from qsd.lean.operands import NORMS, NormOrigin
+from qsd.lean.operands import GRADIENTS, NORMS, NormOrigin
 from qsd.lean.statistics import Norm, Running, Values, group_of, norm_gradients, normalised
-from qsd.lean.switch import has_hooks
+from qsd.lean.switch import hooks_of
 from qsd.lsq import lsq_quantize
 
 
@@ -27,7 +27,35 @@ def is_ordinary(norm: nn.Module | None) -> TypeGuard[Norm]:
         return False
     if norm is None or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return False
-    return bool(norm.training and norm.affine and not has_hooks(norm))
+    return bool(norm.training and norm.affine and not any(hooks_of(norm)))
+
+
+class _Norm(torch.autograd.Function):
+    """A norm whose gradients the neuron behind it may have computed already, see `NormGradients`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: Running, call: object
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var, share, eps, _ = running
+        ctx.eps, ctx.call = eps, call
+        output, mean, inverse = torch.native_batch_norm(x, weight, bias, mean, var, True, share, eps)
+        ctx.mark_non_differentiable(mean, inverse)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        return output, mean, inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        known = GRADIENTS.pop(grad.untyped_storage(), None)
+        if known is not None and (known.call, known.version) == (ctx.call, grad._version):
+            return *known.gradients, None, None
+        mask = list(ctx.needs_input_grad[:3])
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, inverse, True, ctx.eps, mask
+        )
+        return *(g if needed else None for g, needed in zip(gradients, mask)), None, None
 
 
 class _SharedNorm(torch.autograd.Function):
@@ -67,16 +95,16 @@ def norm_in_training(x: Tensor, norm: Norm, scale: Tensor | None = None) -> Tens
     """
     weight, bias = (norm.weight, norm.bias) if scale is None else (norm.weight * scale, norm.bias * scale)
     running = Running.of(norm, x)
-    running_mean, running_var, share, eps, group = running
+    eps, group, call = running.eps, running.group, object()
     var = None
     if group is None:
-        output, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, share, eps)
+        output, mean, inverse = _Norm.apply(x, weight, bias, running, call)
     else:
         mean, var, values = running.batch(x)
         inverse = (var + eps).rsqrt()
         output = _SharedNorm.apply(x, weight, bias, mean, var, values, eps, group)
     versions = x._version, weight._version, bias._version, output._version
-    NORMS[output.untyped_storage()] = NormOrigin(x, weight, bias, mean, inverse, eps, var, versions)
+    NORMS[output.untyped_storage()] = NormOrigin(x, weight, bias, mean, inverse, eps, var, versions, call)
     return output
 
 

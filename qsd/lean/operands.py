@@ -21,7 +21,8 @@ from torch._subclasses import FakeTensor
 
 from qsd.errors import QsdError
 from qsd.kernels import switch
-from qsd.lean.codes import BLOCK, Layout, same_bits_
+from qsd.lean.codes import Layout
+from qsd.lean.memory import BLOCK, block_length, same_bits_
 
 
 class Codes(NamedTuple):
@@ -50,6 +51,7 @@ class NormOrigin(NamedTuple):
         eps: Of the norm.
         var: Variance of the batch ``[C]`` where processes share the statistics, else ``None``.
         versions: PyTorch's numbers of changes of input, weight, bias and output when the origin was noted.
+        call: Stands for this call of the norm in `GRADIENTS`.
     """
 
     x: Tensor
@@ -60,12 +62,32 @@ class NormOrigin(NamedTuple):
     eps: float
     var: Tensor | None
     versions: tuple[int, ...]
+    call: object
+
+
+class NormGradients(NamedTuple):
+    """The gradients of a batch norm, computed by the neuron behind it, which needs the same sums over the batch.
+
+    They hold if the gradient that the neuron returns reaches the norm as it is: not joined with that of another layer,
+    and not replaced or changed by a hook.
+
+    Attributes:
+        call: The call of the norm.
+        version: PyTorch's number of changes of the gradient of the norm's output.
+        gradients: Gradients of input (``None`` if it needs none), weight and bias.
+    """
+
+    call: object
+    version: int
+    gradients: tuple[Tensor | None, Tensor, Tensor]
 
 
 # The notes, by storage; neurons, pools and norms write them. A storage is one Python object as long as its memory is
 # alive; views and detached tensors share it.
 CODES: WeakKeyDictionary[UntypedStorage, Codes] = WeakKeyDictionary()
 NORMS: WeakKeyDictionary[UntypedStorage, NormOrigin] = WeakKeyDictionary()
+# Those of the backward pass, by the storage of the gradient that a neuron hands to the norm in front of it.
+GRADIENTS: WeakKeyDictionary[UntypedStorage, NormGradients] = WeakKeyDictionary()
 
 
 class _Comparison:
@@ -202,7 +224,7 @@ def norm_origin(x: Tensor) -> NormOrigin | None:
 
 def _gives(origin: NormOrigin, output: Tensor) -> bool:
     """Whether a batch norm of the same tensors gives an output again, bit by bit; on CUDA devices by their versions."""
-    x, weight, bias, mean, inverse, eps, var, versions = origin
+    x, weight, bias, mean, inverse, eps, var, versions, _ = origin
     if x.stride() != output.stride():
         return False
     if x.is_cuda:  # Computing the norm again and waiting for it would cost more than the norm: PyTorch's word is taken.
@@ -217,8 +239,8 @@ def _gives(origin: NormOrigin, output: Tensor) -> bool:
     shift = torch.addcmul(bias, mean, scale, value=-1)
     zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
     # A few images at a time, which stay in the cache.
-    images = max(1, BLOCK * torch.get_num_threads() * len(x) // x.numel())
-    for part, expected in zip(x.split(images), output.split(images)):
+    images = max(1, block_length(x.numel(), BLOCK * torch.get_num_threads()) * len(x) // x.numel())
+    for part, expected in reversed([*zip(x.split(images), output.split(images))]):  # the end is there still
         again = torch.native_batch_norm(part, scale, shift, zeros, ones, False, 0.0, 0.0)[0]
         if not same_bits_(again, expected):
             return False

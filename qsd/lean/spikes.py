@@ -18,8 +18,9 @@ from qsd.functional import (
     times_slope,
 )
 from qsd.kernels import switch
-from qsd.lean.codes import dense, fire, flat
-from qsd.lean.operands import CODES, Codes, norm_origin
+from qsd.lean.codes import fire
+from qsd.lean.memory import dense, flat
+from qsd.lean.operands import CODES, GRADIENTS, Codes, NormGradients, norm_origin
 from qsd.rounding import slope
 
 
@@ -49,7 +50,7 @@ class _FixedSpikes(torch.autograd.Function):
 
                 neuron = (*ctx.slope, ctx.layout.bad)
                 return neurons.pass_fixed(saved, grad, ctx.layout.bits, *neuron), None, None, None, None
-            passed = ctx.layout.masked(saved, flat(grad)).as_strided(ctx.shape, ctx.stride)
+            passed = ctx.layout.masked(saved, flat(grad))[0].as_strided(ctx.shape, ctx.stride)
         else:
             passed = saved.to(grad.dtype).mul_(grad)
         return times_slope(passed, *ctx.slope), None, None, None, None
@@ -86,6 +87,7 @@ class _LearnedSpikes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
+        origin = norm_origin(x) if ctx.needs_input_grad[1] else None  # first: it leaves the beginning in the cache
         output, ctx.layout, packed = fire(x, time_steps, threshold, 1.0 if amplitude is None else amplitude)
         ctx.time_steps, ctx.shape, ctx.stride = time_steps, output.shape, output.stride()
         ctx.has_codes, ctx.eps = packed is not None, None
@@ -98,8 +100,8 @@ class _LearnedSpikes(torch.autograd.Function):
         CODES[output.untyped_storage()] = Codes(ctx.layout, packed, output._version)
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
-            origin = norm_origin(x)
             kept, ctx.eps = ((x,), None) if origin is None else (origin[:5], origin.eps)
+            ctx.call = None if origin is None or origin.var is not None else origin.call
         ctx.save_for_backward(packed, *kept)
         return output
 
@@ -119,11 +121,12 @@ class _LearnedSpikes(torch.autograd.Function):
             return *neurons.pass_learned(dense(kept[0], ctx.stride), grad, threshold, amplitude, ctx.time_steps), None
         passed, amplitude_gradient = _passed(ctx, packed, grad)
         factor = learned_slope(threshold, amplitude)
+        passed = passed if factor is None else passed.mul_(factor)
         threshold_gradient = None
         if kept:
-            total = dot(passed, kept[0]) if ctx.eps is None else _dot_with_norm(passed, ctx.eps, *kept)
-            threshold_gradient = -total / threshold if factor is None else -total / threshold * factor
-        return passed if factor is None else passed.mul_(factor), threshold_gradient, amplitude_gradient, None
+            total = dot(passed, kept[0]) if ctx.eps is None else _dot_with_norm(passed, ctx.eps, ctx.call, *kept)
+            threshold_gradient = -total / threshold
+        return passed, threshold_gradient, amplitude_gradient, None
 
 
 def _passed(ctx: Any, packed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -134,20 +137,25 @@ def _passed(ctx: Any, packed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | No
 
         passed, amplitude_gradient = neurons.pass_masked(packed, grad, ctx.layout.bits, True, needed, ctx.layout.bad)
         return passed, amplitude_gradient if needed else None
-    passed = ctx.layout.masked(packed, flat(grad), blocks_nan=True).as_strided(ctx.shape, ctx.stride)
-    if not needed:
-        return passed, None
-    return passed, dot(grad, ctx.layout.counts(packed).as_strided(ctx.shape, ctx.stride))
+    passed, amplitude_gradient = ctx.layout.masked(packed, flat(grad), blocks_nan=True, totals=needed)
+    return passed.as_strided(ctx.shape, ctx.stride), amplitude_gradient
 
 
 def _dot_with_norm(
-    grad: Tensor, eps: float, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
+    grad: Tensor, eps: float, call: object, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
 ) -> Tensor:
-    """The sum of a gradient times a batch norm's output, by the tensors of its `NormOrigin`."""
-    _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, None, None, mean, inverse, True, eps, [False, True, True]
+    """The sum of a gradient times a batch norm's output, by the tensors of its `NormOrigin`.
+
+    It follows from sums that the norm's own backward pass needs, too. So that of a known call is computed here.
+    """
+    mask = [call is not None and x.requires_grad, True, True]
+    x_grad, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, None, None, mean, inverse, True, eps, mask
     )
-    return (weight_gradient * weight + bias_gradient * bias).sum()
+    if call is not None:
+        gradients = x_grad if mask[0] else None, weight_grad, bias_grad
+        GRADIENTS[grad.untyped_storage()] = NormGradients(call, grad._version, gradients)
+    return (weight_grad * weight + bias_grad * bias).sum()
 
 
 def learned_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The switch between memory-lean training and ordinary layers."""
 
+import operator
 from typing import Literal
 
 import torch
@@ -41,15 +42,17 @@ def trains_lean(setting: Choice, x: Tensor) -> bool:
     return setting
 
 
+# A module's hooks, in four dictionaries, without a call of Python for those who ask in every forward pass.
+hooks_of = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether forward or backward hooks are registered, which have to see the module's own input and output.
 
     Args:
         module: Any module.
     """
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
 
 
 def set_lean(model: nn.Module, enable: Choice = "auto") -> None:

@@ -10,7 +10,8 @@ from qsd import QsdError, functional, lean, set_lean
 from qsd.functional import CountRule
 from qsd.kernels import switch
 from qsd.layers import QuantConv2d, SepConv
-from qsd.lean.codes import fire, flat
+from qsd.lean.codes import fire
+from qsd.lean.memory import flat
 from qsd.lsq import lsq_quantize
 from qsd.neurons import LsqNeuron, SpikeNeuron
 from tests.helpers.kernels import interpreted

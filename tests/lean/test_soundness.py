@@ -15,7 +15,7 @@ from torch import nn
 import qsd
 from qsd import functional, lean, set_lean
 from qsd.layers import QuantConv2d, SepConv, SpikeMaxPool2d, conv_norm
-from qsd.lean import codes
+from qsd.lean import memory
 from qsd.lean.operands import layout_of, save_operand
 from qsd.neurons import LsqNeuron, QcfsNeuron, SpikeNeuron
 
@@ -244,7 +244,7 @@ def test_two_layers_behind_one_neuron_see_what_each_of_them_computed_with():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("time_steps", [4, 100])
 def test_codes_of_many_blocks_give_the_same_values_and_gradients(size, dtype, time_steps, monkeypatch):
-    monkeypatch.setattr(codes, "BLOCK", 2**15)
+    monkeypatch.setattr(memory, "BLOCK", 2**15)
     results = []
     for spikes in (functional.fixed_spikes, lean.fixed_spikes):
         torch.manual_seed(1)
