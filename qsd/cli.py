@@ -183,7 +183,9 @@ class QsdCLI(LightningCLI):
         if is_first:
             self._claims += runs.claim_for_loggers(trainer.loggers)
         seed = self._get(self.config_init, "seed_everything", default=None)
-        trainer.callbacks.append(runs.WriteRunRecord(seed if type(seed) is int else None))  # type: ignore[attr-defined]
+        record = runs.WriteRunRecord(seed if type(seed) is int else None)
+        # Its file is written before a conversion begins, which may fail or be stopped.
+        trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]
         if self.subcommand == "fit":
             trainer.callbacks.append(self._stop)  # type: ignore[attr-defined]
         return trainer

@@ -1,9 +1,7 @@
 """The rounding of membrane potentials to spike counts: ties, and types of few digits."""
 
-import functools
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 # Sums in float64 that tie with a threshold are off by some 1e-13 steps where the spikes' amplitude is no binary
 # fraction. Within this distance, in steps, they are ties.
 TIE_WIDTH = 2.0**-30
+_TINY = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float64).tiny)
 
 
 def tie_slack(x: Tensor, time_steps: int, threshold: float | Tensor | None) -> float:
@@ -52,17 +51,28 @@ def round_counts(drive: Tensor, time_steps: int, slack: float = 0.0, half_even: 
     return (drive + (0.5 + slack)).floor_().clamp_(0, time_steps)
 
 
-@functools.cache
+def _beyond(end: int, double: bool) -> float:
+    """The distance of an integer to the next float away from zero.
+
+    At zero, the least normal number stands for it: processors may take smaller ones for zero. Plain arithmetic, which
+    PyTorch's compiler follows, where it warns of functions that remember their results.
+
+    Args:
+        end: The integer.
+        double: Whether floats have 64 bits instead of 32, which are 29 binary digits more.
+    """
+    return max(math.ulp(end) * (1 if double else 2**29), _TINY[double])
+
+
 def neighbours(q_min: int, q_max: int, double: bool) -> tuple[float, float]:
     """The floats below and above both ends of a grid of weights.
 
     Args:
-        q_min: Smallest integer of the grid.
-        q_max: Largest integer of the grid.
+        q_min: Smallest integer of the grid, at most zero.
+        q_max: Largest integer of the grid, at least zero.
         double: Whether floats have 64 bits instead of 32.
     """
-    kind = np.float64 if double else np.float32
-    return float(np.nextafter(kind(q_min), kind(-np.inf))), float(np.nextafter(kind(q_max), kind(np.inf)))
+    return q_min - _beyond(q_min, double), q_max + _beyond(q_max, double)
 
 
 def window(dtype: torch.dtype, time_steps: int, closed: bool) -> tuple[float, float]:
@@ -73,14 +83,9 @@ def window(dtype: torch.dtype, time_steps: int, closed: bool) -> tuple[float, fl
         time_steps: T.
         closed: Whether it passes at 0 and T, too.
     """
-    if not closed:
-        return 0, time_steps
-    # The least normal number stands for the next float below zero: processors may take smaller ones for zero.
-    kind = np.float64 if dtype == torch.float64 else np.float32
-    return -float(np.finfo(kind).tiny), float(np.nextafter(kind(time_steps), kind(np.inf)))
+    return neighbours(0, time_steps, dtype == torch.float64) if closed else (0, time_steps)
 
 
-@functools.cache
 def slope(time_steps: int, threshold: float | None, amplitude: float) -> tuple[int, float | None, float]:
     """What the gradient of a neuron is multiplied by: ``(T, threshold, amplitude)``, or ``(1, None, 1.0)`` for nothing.
 

@@ -63,7 +63,7 @@ class Distillation(Callback):
         self._teacher.network = plugin.convert_module(self._teacher.network).to(trainer.strategy.root_device)
         how = getattr(task, "hparams", {}).get("compile")
         if how and not self.options.teaches_attention:  # Hooks record attention, and would be traced with the network.
-            self._teacher.network.compile(**({"backend": how} if isinstance(how, str) else {}))
+            self._teacher.network.compile(backend="inductor" if how is True else how)
         self._trainer = trainer
         task.add_auxiliary_loss(self._loss, teaches_logits=self.options.teaches_logits)
 

@@ -1,5 +1,6 @@
 """Data sets of Hugging Face's package ``datasets``: from its hub or cache, from parquet files, or saved to disk."""
 
+import glob
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -133,7 +134,9 @@ def _load_parquet(paths: list[Path], split: str) -> Any:
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says the same once more
     try:
-        return datasets.load_dataset("parquet", data_files={split: [str(path) for path in paths]}, split=split)
+        # The package takes names for patterns, in which a bracket stands for a set of letters.
+        files = [glob.escape(str(path)) for path in paths]
+        return datasets.load_dataset("parquet", data_files={split: files}, split=split)
     except datasets.exceptions.DatasetGenerationError as error:
         empty = next((path for path in paths if parquet.read_metadata(path).num_rows == 0), None)
         if empty is None:

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import track
 
 from qsd.data.base import Part
 from qsd.data.dataset import ImageSource, ImageSubset
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _VALIDATION = ("validation", "val", "valid")
 _READERS = ("hfds", "wds", "tar")
+_COMPRESSED = re.compile(r".+\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4|Z))")
 
 
 class ReaderData(PhotographData):
@@ -229,14 +232,26 @@ class ReaderData(PhotographData):
         assert self.root is not None
         paths = find_shards(self.root, split)
         if not paths:
+            self._refuse_compressed()
             raise QsdError(f"{shown(self.root)} has no tar files of the split {split}; name them with --data.*_split.")
         key = self._label_key if self.reader == "wds" else None
-        indices = [index_shard(path, key, in_folders=self.reader == "tar") for path in paths]
+        read = track(paths, f"tar files of the split {split}", transient=True)
+        indices = [index_shard(path, key, in_folders=self.reader == "tar") for path in read]
         listed, found = listed_images(self.root, split), sum(len(index.offsets) for index in indices)
         if listed is not None and listed != found:
             logger.warning("the list of the split %s has %d images, and its tar files hold %d.", split, listed, found)
         self._shards[split] = paths
         return paths, indices
+
+    def _refuse_compressed(self) -> None:
+        """Tell why tar files are not found that a user sees in the folder."""
+        assert self.root is not None
+        found = [path for path in self.root.rglob("*") if _COMPRESSED.fullmatch(path.name)]
+        if found:
+            raise QsdError(
+                f"{shown(min(found))} is compressed, and images within it cannot be read alone; unpack it to a .tar, as "
+                "gunzip does."
+            )
 
     def _listed_names(self, count: int) -> list[str] | None:
         if self._class_file is None:

@@ -142,7 +142,7 @@ class ClassificationTask(LightningModule):
         if trainer and trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if h["compile"]:
-            model.compile(**({"backend": h["compile"]} if isinstance(h["compile"], str) else {}))
+            model.compile(backend="inductor" if h["compile"] is True else h["compile"])
         self.model = model
         if h["mixup"] or h["cutmix"]:
             self._mixup = Mixup(

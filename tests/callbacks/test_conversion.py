@@ -20,6 +20,7 @@ from qsd.callbacks import ConvertToSpikeDriven
 from qsd.commands import convert as convert_command
 from qsd.commands import run as run_command
 from qsd.data import DigitsData
+from qsd.runs import RunRecord
 from qsd.tasks import ClassificationTask, load_task
 from tests.helpers import ROOT, long, sample
 
@@ -120,6 +121,9 @@ def test_a_conversion_that_fails_loses_nothing_and_says_so(monkeypatch, capsys):
     assert message.startswith(f"qsd: error: the trained network is safe in {run / 'checkpoints/best.ckpt'}")
     assert "its conversion failed: RuntimeError: out of something" in message
     assert {file.name for file in run.iterdir()} >= {"checkpoints", "metrics.csv"}
+    record = RunRecord.read(run / "run.json")
+    assert (record.stage, record.epochs, record.best) == ("fit", 1, "checkpoints/best.ckpt")
+    assert "val/accuracy" in record.metrics
     assert not {*report.FILES, *(f.name for f in run.glob(".unfinished*"))} & {file.name for file in run.iterdir()}
     for name in ("best", "last"):
         assert load_task(next(Path().rglob(f"{name}.ckpt"))).model is not None

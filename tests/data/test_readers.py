@@ -259,6 +259,10 @@ def test_mistakes_are_one_line(stores, tmp_path):
         with pytest.raises(QsdError, match=message) as error:
             ReaderData(**arguments, **SMALL).load_part("train")
         assert "\n" not in str(error.value)
+    (tmp_path / "zipped" / "train").mkdir(parents=True)
+    (tmp_path / "zipped" / "train" / "0000.tar.gz").write_bytes(b"\x1f\x8b" + bytes(2000))
+    with pytest.raises(QsdError, match=r"0000\.tar\.gz is compressed, .*; unpack it to a \.tar, as gunzip does"):
+        ReaderData("wds/", str(tmp_path / "zipped"), **SMALL).load_part("train")
     source = ReaderData("hfds/", str(tmp_path / "paths"), **SMALL).load_part("train")
     assert "does not hold the image itself" in source.load(0).reason  # a path in a file is not opened
     (tmp_path / "saved" / "train").mkdir(parents=True)
@@ -395,6 +399,12 @@ def test_a_saved_data_set_without_a_split_does_not_validate_on_what_it_trains(tm
     module = HubImages(dataset, "image", "label", "train")  # rows in an order of their own
     assert [module.load(i).getpixel((0, 0))[0] for i in range(3)] == [3, 1, 0]
     assert pickle.loads(pickle.dumps(module)).load(0).getpixel((0, 0))[0] == 3
+
+
+def test_parquet_files_in_folders_whose_names_are_patterns(tmp_path):
+    for name in ("run [1]", "a*b", "c{1,2}", "d?e", "f#g", "h%20i"):
+        hub_split(tmp_path / name, "train", [0, 1], ["ant", "bee"])
+        assert len(ReaderData("hfds/", str(tmp_path / name), **SMALL).load_part("train")) == 2, name
 
 
 def test_parquet_files_of_other_programs_with_texts_as_labels(tmp_path):
