@@ -13,8 +13,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from qsd import program, runs
-from qsd.callbacks import PredictionWriter
+from qsd import callbacks, program, runs
+from qsd.arguments import argument_message
 from qsd.configurations import with_found_configurations
 from qsd.data.base import data_modules
 from qsd.data.loading import WORKER_ENDED
@@ -27,6 +27,8 @@ from qsd.tasks import ClassificationTask
 from qsd_launcher import TRAINING, main, run, run_lightning
 
 __all__ = ["Parser", "QsdCLI", "SaveConfig", "main", "run", "run_lightning", "train"]
+
+_CALLBACKS = [getattr(callbacks, name) for name in callbacks.__all__]
 
 # Errors of PyTorch that need other words.
 _OTHER_WORDS = {
@@ -69,7 +71,8 @@ class Parser(LightningArgumentParser):
         for action in self._actions:  # an option that no parser knows is reported by that of the whole command
             parsers += action.choices.values() if isinstance(action.choices, dict) else []
         options = {option for parser in parsers for option in parser._option_string_actions}
-        raise QsdError(program.parser_message(message, options, (ClassificationTask, *data_modules()))) from ex
+        classes = {"model": [ClassificationTask], "data": data_modules(), "trainer.callbacks": _CALLBACKS}
+        raise QsdError(argument_message(message, options, classes)) from ex
 
 
 class QsdCLI(LightningCLI):
@@ -147,9 +150,9 @@ class QsdCLI(LightningCLI):
         if self.subcommand != "fit" and chosen.get("ckpt_path") is None and initial is None:
             raise QsdError(f"{self.subcommand} needs trained weights; pass --ckpt_path or --model.init_from.")
         if self.subcommand == "predict":
-            callbacks = config.callbacks if isinstance(config.callbacks, list) else []
-            if not any("PredictionWriter" in str(callback) for callback in callbacks):
-                self.trainer_defaults["callbacks"] = [PredictionWriter()]
+            named = config.callbacks if isinstance(config.callbacks, list) else []
+            if not any("PredictionWriter" in str(callback) for callback in named):
+                self.trainer_defaults["callbacks"] = [callbacks.PredictionWriter()]
 
     def instantiate_classes(self) -> None:
         """Build trainer, task and data; an error here is the mistake of an argument."""

@@ -5,7 +5,6 @@ This module imports neither torch nor a training framework, so that every front 
 
 import argparse
 import difflib
-import inspect
 import itertools
 import re
 import signal
@@ -125,33 +124,22 @@ def one_line(text: object) -> str:
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ..."
 
 
-def parser_message(message: str, options: Iterable[str], classes: Iterable[type] = ()) -> str:
+def parser_message(message: str, options: Iterable[str]) -> str:
     """The message of a parser in one line, with the option that a mistyped one resembles.
 
     Args:
         message: The message, which names the mistyped option.
         options: The known options.
-        classes: The classes whose constructors' parameters are options too, as ``--data.NAME`` or ``--model.NAME``.
     """
     known = {option for option in options if option.startswith("--")}
-    # jsonargparse tells a wrong argument of a class in several sentences, among them these two.
-    # Old versions show the rejected argument alone.
-    key = re.search(r'key "([\w.]+)"', message)
-    rejected = re.search(r"Option '([\w.]+)' is not accepted|NestedArg\(key='([\w.]+)'", message)
-    if key and rejected:
-        parameters = {name for kind in classes for base in kind.__mro__ for name in _parameters(base)}
-        known |= {f"--{key[1]}.{name}" for name in parameters}
-        message = f"unrecognized arguments: --{key[1]}.{rejected[1] or rejected[2]}"
     for word in re.findall(r"--[\w.+-]+", message):
-        near = difflib.get_close_matches(word.rstrip("+."), known, n=1, cutoff=0.7)
+        whole, first = word.rstrip("+."), word.partition(".")[0]
+        near = difflib.get_close_matches(whole, known, n=1, cutoff=0.7)
+        if not near and first not in known:
+            near = difflib.get_close_matches(first, known, n=1, cutoff=0.7)
         if near and word not in known:
             return f"{one_line(message)}; did you mean {near[0]}?"
     return one_line(message)
-
-
-def _parameters(kind: type) -> Iterable[str]:
-    constructor = vars(kind).get("__init__")
-    return inspect.signature(constructor).parameters if callable(constructor) else ()
 
 
 def add_traceback_argument(parser: argparse.ArgumentParser) -> None:

@@ -12,12 +12,13 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import instantiate_class
 
+from qsd.arguments import argument_message
 from qsd.commands.devices import device_name
 from qsd.configurations import find_configuration
 from qsd.data import ImageData
 from qsd.data.base import data_modules
 from qsd.errors import QsdError
-from qsd.program import add_traceback_argument, parser_message
+from qsd.program import add_traceback_argument
 
 PARTS = {"train": "training", "val": "validation", "test": "test"}
 
@@ -35,7 +36,7 @@ class DataParser(jsonargparse.ArgumentParser):
         Raises:
             QsdError: Always.
         """
-        raise QsdError(parser_message(message, self._option_string_actions, data_modules())) from ex
+        raise QsdError(argument_message(message, self._option_string_actions, {"data": data_modules()})) from ex
 
 
 def add_data_arguments(parser: DataParser, config: str | Path | None) -> None:

@@ -249,8 +249,8 @@ class ReaderData(PhotographData):
         found = [path for path in self.root.rglob("*") if _COMPRESSED.fullmatch(path.name)]
         if found:
             raise QsdError(
-                f"{shown(min(found))} is compressed, and images within it cannot be read alone; unpack it to a .tar, as "
-                "gunzip does."
+                f"{shown(min(found))} is compressed, and images in it cannot be read one by one; unpack it to a .tar, "
+                "as gunzip does."
             )
 
     def _listed_names(self, count: int) -> list[str] | None:
