@@ -33,6 +33,8 @@ def argument_message(message: str, options: Iterable[str], classes: Mapping[str,
     """
     outer = re.search(r'key "([^"]+)"', message)
     if outer is None:
+        if missing := re.fullmatch(r"the following arguments are required: \w+\.(\w+)", message):  # of a subcommand
+            return f"--{missing[1]} is missing; give it, or --config FILE."
         rejected = _REJECTED.search(message)
         return parser_message(f"unrecognized arguments: --{rejected[1]}" if rejected else message, options)
     name = f"--{outer[1]}"
@@ -43,16 +45,29 @@ def argument_message(message: str, options: Iterable[str], classes: Mapping[str,
         return f"{name}.{missing[1]} is missing."
     if rejected := re.search(r"NestedArg\(key='([\w.]+)'", message):  # by old versions, which show nothing else
         return f"unrecognized arguments: {name}.{rejected[1]}"
-    if unknown := re.search(r"dot import path string: ([^\n]+)|given class_path '([^'\n]+)'", message):
-        word = unknown[1] or unknown[2]
+    if problem := class_problem(message):
+        word, reason = problem
         kinds = [kind.__name__ for kind in classes.get(outer[1], ())]
         near = difflib.get_close_matches(word.rpartition(".")[2], kinds, n=1, cutoff=0.5)
-        return f"{name}={word} names no class{f'; did you mean {near[0]}?' if near else '.'}"
+        return f"{name}={word} {reason}{f'; did you mean {near[0]}?' if near else '.'}"
     if other := re.search(r"does not correspond to a subclass of (\w+)", message):
         return f"{name} names a class that is no {other[1]}."
     if file := re.search(r"Unable to load config '([^'\n]*)'", message):
         return f"{name}={file[1]} is no file of settings."
     return _wrong_value(name, message[outer.end() :]) or one_line(message)
+
+
+def class_problem(message: str) -> tuple[str, str] | None:
+    """The class that jsonargparse cannot find or build, and why, if that is what a message tells.
+
+    Args:
+        message: The message.
+    """
+    if unknown := re.search(r"dot import path string: ([^\n]+)", message):
+        return unknown[1], "names no class"
+    if problem := re.search(r"given class_path '([^'\n]+)':\s*([^\n]+)", message):
+        return problem[1], f"cannot be used: {one_line(problem[2]).removesuffix('.')}"
+    return None
 
 
 def _wrong_value(name: str, text: str) -> str | None:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from qsd import callbacks, program, runs
-from qsd.arguments import argument_message
+from qsd.arguments import argument_message, class_problem
 from qsd.configurations import with_found_configurations
 from qsd.data.base import data_modules
 from qsd.data.loading import WORKER_ENDED
@@ -28,7 +28,7 @@ from qsd_launcher import TRAINING, main, run, run_lightning
 
 __all__ = ["Parser", "QsdCLI", "SaveConfig", "main", "run", "run_lightning", "train"]
 
-_CALLBACKS = [getattr(callbacks, name) for name in callbacks.__all__]
+_CALLBACKS: list[type] = [getattr(callbacks, name) for name in callbacks.__all__]
 
 # Errors of PyTorch that need other words.
 _OTHER_WORDS = {
@@ -71,6 +71,7 @@ class Parser(LightningArgumentParser):
         for action in self._actions:  # an option that no parser knows is reported by that of the whole command
             parsers += action.choices.values() if isinstance(action.choices, dict) else []
         options = {option for parser in parsers for option in parser._option_string_actions}
+        classes: dict[str, Sequence[type]]
         classes = {"model": [ClassificationTask], "data": data_modules(), "trainer.callbacks": _CALLBACKS}
         raise QsdError(argument_message(message, options, classes)) from ex
 
@@ -165,6 +166,9 @@ class QsdCLI(LightningCLI):
                 cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
                 if isinstance(cause, QsdError):
                     break
+            problem = class_problem(str(error).replace("\\n", "\n"))  # which jsonargparse has quoted
+            if problem is not None and not isinstance(cause, QsdError):
+                raise QsdError(f"{' '.join(problem)}.") from error
             raise QsdError(str(cause if isinstance(cause, QsdError) else error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

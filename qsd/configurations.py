@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from qsd.errors import QsdError
 
 _OPTIONS = ("--config", "-c")
@@ -37,6 +39,40 @@ def find_configuration(path: str | Path) -> Path:
     raise QsdError(f"configuration {path} does not exist{f'; did you mean configs/{near[0]}?' if near else '.'}")
 
 
+def check_configuration(path: Path) -> None:
+    """Refuse a file that is no configuration in YAML, and names that stand twice, of which the parser takes the last.
+
+    Args:
+        path: The file.
+
+    Raises:
+        QsdError: Naming the file and the place in it.
+    """
+    try:
+        content = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if not isinstance(content, yaml.MappingNode):
+            raise QsdError(f"configuration {path} has no sections, such as model: and data:.")
+        _check_names(path, content)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        place = str(error).replace("<unicode string>", str(path))
+        raise QsdError(f"configuration {path} is no YAML: {' '.join(place.split())[:300]}.") from error
+
+
+def _check_names(path: Path, node: yaml.Node) -> None:
+    """Look for names that stand twice, in all sections."""
+    children = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        names = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in names:
+                line = key.start_mark.line + 1
+                raise QsdError(f"configuration {path} names {key.value!r} twice, again in line {line}; join the two.")
+            names.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+            children.append(value)
+    for child in children:
+        _check_names(path, child)
+
+
 def with_found_configurations(words: Sequence[str]) -> list[str]:
     """Replace the value of each ``--config`` among the arguments by the path of the file.
 
@@ -44,7 +80,7 @@ def with_found_configurations(words: Sequence[str]) -> list[str]:
         words: The arguments of a command line.
 
     Raises:
-        QsdError: If a configuration does not exist.
+        QsdError: If a configuration does not exist, or is none.
     """
     found = list(words)
     for index, word in enumerate(words):
@@ -57,5 +93,8 @@ def with_found_configurations(words: Sequence[str]) -> list[str]:
 
 
 def _found(value: str) -> str:
-    # jsonargparse also takes a configuration as text instead of a path.
-    return value if "\n" in value or value.lstrip().startswith("{") else str(find_configuration(value))
+    if "\n" in value or value.lstrip().startswith("{"):  # jsonargparse also takes a configuration as text
+        return value
+    path = find_configuration(value)
+    check_configuration(path)
+    return str(path)

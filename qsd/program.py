@@ -168,7 +168,10 @@ def refuse_existing(paths: Iterable[str | Path], force: bool) -> None:
 
 def _report(error: Exception) -> str:
     if exit_code(error) == MISTAKE:
-        return f"{' '.join(str(error).split())} (--traceback shows where)"
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:  # without the error's number
+            text = f"{error.filename}: {error.strerror}."
+        return f"{' '.join(text.split())} (--traceback shows where)"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="qsd-traceback-", suffix=".txt", delete=False) as file:
             traceback.print_exception(error, file=file)

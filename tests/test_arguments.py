@@ -29,6 +29,8 @@ MISTAKES = [
     ([CALLBACK, "--trainer.callbacks.stagez=a"], "unrecognized arguments: --trainer.callbacks.stagez; did you mean "
      "--trainer.callbacks.stages?"),
     ([CALLBACK[:-3]], "names no class; did you mean ConvertToSpikeDriven?"),
+    (["--data=foo.Bar"], "--data=foo.Bar cannot be used: No module named 'foo'."),
+    (["--data=qsd.data.Digits"], "module 'qsd.data' has no attribute 'Digits'; did you mean DigitsData?"),
 ]  # fmt: skip
 FILES = [
     ("data: {class_path: DigitsData, init_args: {batch_size: abc}}", "--data.batch_size=abc does not fit; give a"),
@@ -40,6 +42,12 @@ FILES = [
         "--trainer.callbacks.step_images=abc does not fit; give a whole number.",
     ),
     ("trainer: {callbacks: [{class_path: SpikeStatistic}]}", "names no class; did you mean SpikeStatistics?"),
+    ("", "configuration own.yaml has no sections, such as model: and data:"),
+    ("- 1", "configuration own.yaml has no sections"),
+    ("a: [1", 'configuration own.yaml is no YAML: while parsing a flow sequence in "own.yaml", line 1, column 4'),
+    ("a: &a {b: *a}", "configuration own.yaml is no YAML: maximum recursion depth exceeded"),
+    ("trainer: {max_epochs: 1}\ntrainer: {devices: 1}", "names 'trainer' twice, again in line 2; join the two."),
+    ("trainer:\n  logger: [{init_args: {name: a, name: b}}]", "names 'name' twice, again in line 2; join the two."),
 ]
 
 
@@ -64,11 +72,16 @@ def test_wrong_entries_of_a_configuration_are_told_alike(capsys, tmp_path, monke
         assert message in refused(capsys, "fit", "--config", "configs/digits.yaml", "--config", "own.yaml"), text
 
 
+def test_what_every_training_needs_is_asked_for(capsys):
+    assert "--data is missing; give it, or --config FILE." in refused(capsys, "fit", "--model.model", "qsd_tiny")
+
+
 def test_commands_that_read_images_tell_them_alike(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for option, message in (
         ("--data.batch_size=abc", "--data.batch_size=abc does not fit; give a whole number."),
         ("--data.batch_sise=3", "did you mean --data.batch_size?"),
+        ("--data=Digit", "--data=Digit names no class; did you mean DigitsData?"),
     ):
         assert message in refused(capsys, "convert", "x.ckpt", "--config", "configs/digits.yaml", option)
 

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import instantiate_class
 
 from qsd.arguments import argument_message
 from qsd.commands.devices import device_name
-from qsd.configurations import find_configuration
+from qsd.configurations import check_configuration, find_configuration
 from qsd.data import ImageData
 from qsd.data.base import data_modules
 from qsd.errors import QsdError
@@ -107,10 +107,11 @@ def data_from_arguments(options: Namespace) -> ImageData:
 
 
 def _data_of(config: Path) -> Any:
+    check_configuration(config)
     try:
-        content = yaml.safe_load(config.read_text())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
-        raise QsdError(f"{config} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or "data" not in content:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as a date that is none
+        raise QsdError(f"configuration {config} is no YAML: {' '.join(str(error).split())}") from error
+    if "data" not in content:
         raise QsdError(f"{config} has no data section; name the images with --data.")
     return content["data"]
