@@ -1,11 +1,14 @@
 """Training and testing with mmdet and mmseg, from their configurations and from OpenMMLab's usual options."""
 
 import argparse
+import difflib
+import inspect
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
@@ -22,13 +25,17 @@ from qsd.mm.hooks import register_training_hooks, stop_hook
 from qsd.mm.loading import move_data
 from qsd.mm.resuming import check_resumable, check_same_training, checkpoint_to_resume
 from qsd.mm.work_dir import only_training_in, own_folder
-from qsd.program import Parser
+from qsd.program import Parser, one_line
 from qsd.reading import regular_file
 
 _WORKER_ENDED = (
     "a data-loading process was ended by the system, most likely for lack of memory or of shared memory (/dev/shm); "
     "lower {part}_dataloader.num_workers or {part}_dataloader.batch_size."
 )
+# Errors of mmengine and of constructors whose arguments do not fit.
+_OF_SETTINGS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def train(name: str, framework: str, args: Sequence[str]) -> None:
@@ -82,11 +89,20 @@ def _process_group() -> Iterator[None]:
             distributed.destroy_process_group()
 
 
+class _Settings(DictAction):  # type: ignore[misc]
+    """mmengine's ``KEY=VALUE``, which tells a word that is none."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if word := next((word for word in values if not word.partition("=")[1]), None):
+            parser.error(f"{option_string} {word} is no KEY=VALUE")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def _parser(name: str, description: str) -> Parser:
     parser = Parser(prog=name, description=description)
     parser.add_argument("config", help="configuration file, or configs/NAME.py of this package")
     parser.add_argument("--work-dir", help="folder of logs and checkpoints; the default is runs/<configuration>")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override settings")
+    parser.add_argument("--cfg-options", nargs="+", action=_Settings, metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="set by older launchers")
     return parser
@@ -106,15 +122,38 @@ def _train(options: argparse.Namespace, framework: str) -> None:
     with only_training_in(config.work_dir, goes_on=config.resume):
         if config.resume:
             _resume(config, options.resume)
-        runner = build_runner(config, ("train", "val"))
+        with told_mistakes(options):
+            runner = build_runner(config, ("train", "val"))
         if config.resume and config.load_from is not None:
             check_weights(runner.model, config.load_from)
         try:
             stop_hook(runner).begin()
-            with ended_workers("train"):
+            with told_mistakes(options, runner), ended_workers("train"):
                 runner.train()
         finally:
             stop_hook(runner).end()
+
+
+@contextmanager
+def told_mistakes(options: argparse.Namespace, runner: Runner | None = None) -> Iterator[None]:
+    """Tell an error of OpenMMLab before the first step in one line: a setting does not fit.
+
+    Args:
+        options: The parsed options, which name the configuration and what replaces its settings.
+        runner: The runner that begins to train; ``None`` while it is built.
+
+    Raises:
+        QsdError: In place of the error.
+    """
+    try:
+        yield
+    except _OF_SETTINGS as error:
+        # Running out of memory has a message of its own.
+        if isinstance(error, QsdError | torch.OutOfMemoryError) or (runner is not None and stop_hook(runner).stepped):
+            raise
+        given = "".join(f", {name}={value}" for name, value in (options.cfg_options or {}).items())
+        reason = str(error) if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: {error}"
+        raise QsdError(f"configuration {options.config}{given}: {one_line(reason).removesuffix('.')}.") from error
 
 
 @contextmanager
@@ -148,7 +187,8 @@ def _test(options: argparse.Namespace, framework: str) -> None:
     regular_file(options.checkpoint, "checkpoint")
     config = load_config(options, framework)
     config.load_from = options.checkpoint
-    runner = build_runner(config, ("test",))
+    with told_mistakes(options):
+        runner = build_runner(config, ("test",))
     check_weights(runner.model, options.checkpoint)
     with ended_workers("test"):
         runner.test()
@@ -171,6 +211,7 @@ def load_config(options: argparse.Namespace, framework: str) -> Config:
         config = Config.fromfile(path)
         root = config.get("data_root")
         if options.cfg_options:
+            _check_names(options.cfg_options, config)
             config.merge_from_dict(options.cfg_options)
     except (SyntaxError, KeyError, TypeError, AttributeError, NameError) as error:
         raise QsdError(f"configuration {path}: {type(error).__name__}: {error}") from error
@@ -185,6 +226,16 @@ def load_config(options: argparse.Namespace, framework: str) -> Config:
     if options.launcher != "none":  # elsewhere it would make Lightning, in this process, wait for others
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     return config
+
+
+def _check_names(settings: Mapping[str, Any], config: Config) -> None:
+    """Refuse a mistyped setting, which mmengine would add and nobody read."""
+    known = {*config, *inspect.signature(Runner).parameters, "lean", "integer_operands"}
+    for name in settings:
+        first = name.partition(".")[0]
+        near = difflib.get_close_matches(first, known, n=1, cutoff=0.75)
+        if first not in known and near:
+            raise QsdError(f"--cfg-options {name}: there is no setting {first!r}; did you mean {near[0]!r}?")
 
 
 def build_runner(config: Config, parts: tuple[str, ...]) -> Runner:

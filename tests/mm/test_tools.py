@@ -182,6 +182,18 @@ def wrong_file(path):
         ("mmseg_train", ["digits_det"], "is for mmdet, not for mmseg"),
         ("mmdet_train", ["coco_qsd"], "data/coco does not exist; give yours with --cfg-options data_root=DIR"),
         ("mmdet_train", ["coco_qsd", "--amp", "--cfg-options", "data_root=COCO"], "--amp needs a CUDA device"),
+        ("mmdet_train", ["coco_qsd", "--cfg-options", "modle.type=a"], "no setting 'modle'; did you mean 'model'?"),
+        ("mmdet_train", ["coco_qsd", "--cfg-options", "model.type"], "--cfg-options model.type is no KEY=VALUE"),
+        (
+            "mmdet_train",
+            ["digits_det", "--cfg-options", "data_root=SCENES", "model.backbone.modle=a"],
+            ", model.backbone.modle=a: TypeError: SpikeTransformerBackbone.__init__() got an unexpected keyword",
+        ),
+        (
+            "mmseg_train",  # found when the training begins
+            ["digits_seg", "--cfg-options", "data_root=SCENES", "optim_wrapper.optimizer.lr=a"],
+            ", optim_wrapper.optimizer.lr=a: TypeError: can't multiply",
+        ),
         ("mmdet_train", ["coco_qsd", "--resume", "no.pth", "--cfg-options", "data_root=COCO"], "no.pth does not exist"),
         ("mmdet_test", ["coco_qsd", "no.pth"], "checkpoint no.pth does not exist"),
         ("mmdet_test", ["digits_det", "text.pth", "--cfg-options", "data_root=SCENES"], "text.pth cannot be read"),

@@ -28,6 +28,9 @@ class SaveOnStopHook(Hook):
     The counterpart of `qsd.runs.SaveOnStop`. ``--resume`` goes on from this file with the batch that would have come
     next. A validation is cut short, and left out of the resumed training; several processes finish it first.
     ``tools/mmdet_train.py`` and ``tools/mmseg_train.py`` add this hook to every training.
+
+    Attributes:
+        stepped: Whether this process has done a training step.
     """
 
     priority = "LOWEST"
@@ -35,6 +38,7 @@ class SaveOnStopHook(Hook):
     def __init__(self) -> None:
         self._request = StopRequest()
         self._training = False
+        self.stepped = False
 
     def begin(self) -> None:
         """Remember signals from now on."""
@@ -50,6 +54,7 @@ class SaveOnStopHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
         """Stop if that was asked for, in all processes after the same batch."""
+        self.stepped = True
         asked = torch.tensor(float(self._request.received is not None))
         if dist.get_world_size() > 1:
             asked = asked.to(dist.get_comm_device())
