@@ -89,7 +89,7 @@ def _process_group() -> Iterator[None]:
             distributed.destroy_process_group()
 
 
-class _Settings(DictAction):  # type: ignore[misc]
+class _Settings(DictAction):
     """mmengine's ``KEY=VALUE``, which tells a word that is none."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
