@@ -78,7 +78,8 @@ def _wrong_value(name: str, text: str) -> str | None:
         text: The types that were tried, and the value behind them.
     """
     tried, _, value = text.rpartition("value: ")
-    tried = (re.search(r"Subtypes: ([^\n]*)", tried) or re.search(r".*", tried, re.DOTALL) or [""])[0]
+    union = re.search(r"Subtypes: ([^\n]*)", tried)
+    tried = union[1] if union else tried
     if re.search(r"<class '(?!\w+')(?!collections)", tried):
         return None
     kinds = [words for pattern, words in _KINDS.items() if re.search(pattern, tried)]

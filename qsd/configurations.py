@@ -9,6 +9,7 @@ import yaml
 from qsd.errors import QsdError
 
 _OPTIONS = ("--config", "-c")
+_MOST_ENTRIES = 1_000_000  # of a configuration; references to references could stand for any number
 
 
 def configuration_folder() -> Path:
@@ -39,38 +40,64 @@ def find_configuration(path: str | Path) -> Path:
     raise QsdError(f"configuration {path} does not exist{f'; did you mean configs/{near[0]}?' if near else '.'}")
 
 
-def check_configuration(path: Path) -> None:
-    """Refuse a file that is no configuration in YAML, and names that stand twice, of which the parser takes the last.
+def read_configuration(path: Path) -> str:
+    """The text of a configuration.
 
     Args:
         path: The file.
 
     Raises:
+        QsdError: If it is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QsdError(f"configuration {path} is no YAML: it is no text in UTF-8.") from error
+
+
+def check_configuration(path: Path, text: str) -> None:
+    """Refuse a text that is no configuration in YAML, and names that stand twice, of which the parser takes the last.
+
+    Args:
+        path: The file, for messages.
+        text: Its content.
+
+    Raises:
         QsdError: Naming the file and the place in it.
     """
     try:
-        content = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        content = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(content, yaml.MappingNode):
             raise QsdError(f"configuration {path} has no sections, such as model: and data:.")
-        _check_names(path, content)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        if _entries(path, content, {}) > _MOST_ENTRIES:
+            raise QsdError(f"configuration {path} stands for more than {_MOST_ENTRIES} entries, by references.")
+    except (yaml.YAMLError, RecursionError) as error:
         place = str(error).replace("<unicode string>", str(path))
         raise QsdError(f"configuration {path} is no YAML: {' '.join(place.split())[:300]}.") from error
 
 
-def _check_names(path: Path, node: yaml.Node) -> None:
-    """Look for names that stand twice, in all sections."""
-    children = list(node.value) if isinstance(node, yaml.SequenceNode) else []
-    if isinstance(node, yaml.MappingNode):
-        names = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in names:
+def _entries(path: Path, node: yaml.Node, known: dict[int, int]) -> int:
+    """The number of entries that a section stands for, if no name in it stands twice and it does not hold itself.
+
+    Args:
+        path: The file, for messages.
+        node: The section.
+        known: The numbers of sections that were counted before, to which several names may refer.
+    """
+    if id(node) not in known and isinstance(node, yaml.CollectionNode):
+        known[id(node)], entries, names = 0, 1, set()
+        for entry in node.value:
+            key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
+            if isinstance(key, yaml.ScalarNode):
                 line = key.start_mark.line + 1
-                raise QsdError(f"configuration {path} names {key.value!r} twice, again in line {line}; join the two.")
-            names.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
-            children.append(value)
-    for child in children:
-        _check_names(path, child)
+                if key.value in names:
+                    raise QsdError(f"configuration {path} names {key.value!r} twice, again in line {line}; join them.")
+                names.add(key.value)
+            entries += _entries(path, value, known)
+        known[id(node)] = entries
+    if known.setdefault(id(node), 1) == 0:
+        raise QsdError(f"configuration {path} has a section that holds itself, in line {node.start_mark.line + 1}.")
+    return known[id(node)]
 
 
 def with_found_configurations(words: Sequence[str]) -> list[str]:
@@ -96,5 +123,6 @@ def _found(value: str) -> str:
     if "\n" in value or value.lstrip().startswith("{"):  # jsonargparse also takes a configuration as text
         return value
     path = find_configuration(value)
-    check_configuration(path)
+    if path.is_file():  # A pipe can be read once.
+        check_configuration(path, read_configuration(path))
     return str(path)

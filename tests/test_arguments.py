@@ -1,8 +1,13 @@
 """Wrong values and names of options and of configurations: one line that names the option as it is typed."""
 
+import os
+from pathlib import Path
+
 import pytest
 
+from qsd import QsdError
 from qsd.arguments import argument_message
+from qsd.configurations import check_configuration, with_found_configurations
 from qsd_launcher import main
 
 CALLBACK = "--trainer.callbacks+=ConvertToSpikeDriven"
@@ -45,9 +50,8 @@ FILES = [
     ("", "configuration own.yaml has no sections, such as model: and data:"),
     ("- 1", "configuration own.yaml has no sections"),
     ("a: [1", 'configuration own.yaml is no YAML: while parsing a flow sequence in "own.yaml", line 1, column 4'),
-    ("a: &a {b: *a}", "configuration own.yaml is no YAML: maximum recursion depth exceeded"),
-    ("trainer: {max_epochs: 1}\ntrainer: {devices: 1}", "names 'trainer' twice, again in line 2; join the two."),
-    ("trainer:\n  logger: [{init_args: {name: a, name: b}}]", "names 'name' twice, again in line 2; join the two."),
+    ("trainer: {max_epochs: 1}\ntrainer: {devices: 1}", "names 'trainer' twice, again in line 2; join them."),
+    ("trainer:\n  logger: [{init_args: {name: a, name: b}}]", "names 'name' twice, again in line 2; join them."),
 ]
 
 
@@ -70,6 +74,28 @@ def test_wrong_entries_of_a_configuration_are_told_alike(capsys, tmp_path, monke
     for text, message in FILES:
         (tmp_path / "own.yaml").write_text(text)
         assert message in refused(capsys, "fit", "--config", "configs/digits.yaml", "--config", "own.yaml"), text
+
+
+def test_references_in_a_configuration():
+    levels = [f"l{n}: &l{n} [*l{n - 1}, *l{n - 1}, *l{n - 1}]" for n in range(1, 60)]
+    for text, message in (
+        ("a: &a {b: [*a]}", "configuration own.yaml has a section that holds itself, in line 1."),
+        ("\n".join(["l0: &l0 [a]", *levels]), "stands for more than 1000000 entries"),  # 3^60
+    ):
+        with pytest.raises(QsdError, match=message):
+            check_configuration(Path("own.yaml"), text)
+    check_configuration(Path("own.yaml"), "\n".join(["l0: &l0 [a]", *levels[:5]]))
+
+
+def test_a_configuration_may_come_from_a_pipe(tmp_path):
+    read, write = os.pipe()
+    os.write(write, b"data: {init_args: {batch_size: 3}}")
+    os.close(write)
+    try:
+        assert with_found_configurations(["--config", f"/dev/fd/{read}"]) == ["--config", f"/dev/fd/{read}"]
+        assert os.read(read, 100)  # nothing was taken from it
+    finally:
+        os.close(read)
 
 
 def test_what_every_training_needs_is_asked_for(capsys):

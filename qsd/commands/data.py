@@ -14,7 +14,7 @@ from lightning.pytorch.cli import instantiate_class
 
 from qsd.arguments import argument_message
 from qsd.commands.devices import device_name
-from qsd.configurations import check_configuration, find_configuration
+from qsd.configurations import check_configuration, find_configuration, read_configuration
 from qsd.data import ImageData
 from qsd.data.base import data_modules
 from qsd.errors import QsdError
@@ -107,9 +107,10 @@ def data_from_arguments(options: Namespace) -> ImageData:
 
 
 def _data_of(config: Path) -> Any:
-    check_configuration(config)
+    text = read_configuration(config)
+    check_configuration(config, text)
     try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as a date that is none
         raise QsdError(f"configuration {config} is no YAML: {' '.join(str(error).split())}") from error
     if "data" not in content:
