@@ -105,7 +105,7 @@ class _FixedSpikes(torch.autograd.Function):
         ctx: Any, x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule
     ) -> Tensor:
         drive = fixed_drive(x, time_steps, threshold)
-        ctx.slope = slope(time_steps, threshold, amplitude)
+        ctx.neuron = time_steps, threshold, amplitude
         ctx.save_for_backward(passes(drive, time_steps, rule.closed))
         counts = round_counts(drive, time_steps, rule.slack or 0.0, rule.half_even)
         return counts if amplitude == 1 else counts * amplitude
@@ -114,7 +114,7 @@ class _FixedSpikes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (mask,) = ctx.saved_tensors
-        return times_slope(_masked(grad, mask), *ctx.slope), None, None, None, None
+        return times_slope(_masked(grad, mask), *slope(*ctx.neuron)), None, None, None, None
 
 
 def times_slope(grad: Tensor, time_steps: int, threshold: float | None, amplitude: float) -> Tensor:

@@ -24,7 +24,7 @@ MISTAKES = [
         ["--data=TorchvisionData", "--data.root=x", "--data.name=foo"],
         "--data.name=foo does not fit; give 'mnist', 'fashion_mnist', 'kmnist', ",
     ),
-    (["--data=Digit"], "--data=Digit names no class; did you mean DigitsData?"),
+    (["--data=DigitData"], "--data=DigitData names no class; did you mean DigitsData?"),
     (["--data=torch.nn.Linear"], "--data names a class that is no LightningDataModule."),
     (["--trainer.max_epochs=abc"], "--trainer.max_epochs=abc does not fit; give a whole number or null."),
     (["--trainer.precision=foo"], "--trainer.precision=foo does not fit; give 64, 32, 16, 'transformer-engine', "),
@@ -35,7 +35,7 @@ MISTAKES = [
      "--trainer.callbacks.stages?"),
     ([CALLBACK[:-3]], "names no class; did you mean ConvertToSpikeDriven?"),
     (["--data=foo.Bar"], "--data=foo.Bar cannot be used: No module named 'foo'."),
-    (["--data=qsd.data.Digits"], "module 'qsd.data' has no attribute 'Digits'; did you mean DigitsData?"),
+    (["--data=qsd.data.DigitData"], "module 'qsd.data' has no attribute 'DigitData'; did you mean DigitsData?"),
 ]  # fmt: skip
 FILES = [
     ("data: {class_path: DigitsData, init_args: {batch_size: abc}}", "--data.batch_size=abc does not fit; give a"),
@@ -107,7 +107,7 @@ def test_commands_that_read_images_tell_them_alike(capsys, tmp_path, monkeypatch
     for option, message in (
         ("--data.batch_size=abc", "--data.batch_size=abc does not fit; give a whole number."),
         ("--data.batch_sise=3", "did you mean --data.batch_size?"),
-        ("--data=Digit", "--data=Digit names no class; did you mean DigitsData?"),
+        ("--data=DigitData", "--data=DigitData names no class; did you mean DigitsData?"),
     ):
         assert message in refused(capsys, "convert", "x.ckpt", "--config", "configs/digits.yaml", option)
 

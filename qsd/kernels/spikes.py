@@ -45,7 +45,7 @@ class _FixedSpikes(torch.autograd.Function):
     ) -> Tensor:
         bounds, ctx.bits = window(x.dtype, time_steps, closed), code_bits(time_steps)
         output, codes, _ = fire(x, time_steps, threshold, amplitude, bounds, slack, half_even, ctx.bits)
-        ctx.slope = slope(time_steps, threshold, amplitude)
+        ctx.neuron = time_steps, threshold, amplitude
         ctx.shape, ctx.stride = output.shape, output.stride()
         ctx.save_for_backward(codes)
         return output
@@ -56,7 +56,7 @@ class _FixedSpikes(torch.autograd.Function):
         (codes,) = ctx.saved_tensors
         if grad.stride() != ctx.stride:
             grad = grad.new_empty_strided(ctx.shape, ctx.stride).copy_(grad)
-        return pass_fixed(codes, grad, ctx.bits, *ctx.slope), *[None] * 6
+        return pass_fixed(codes, grad, ctx.bits, *slope(*ctx.neuron)), *[None] * 6
 
 
 def fixed_spikes(

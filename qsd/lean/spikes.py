@@ -30,7 +30,7 @@ class _FixedSpikes(torch.autograd.Function):
         ctx: Any, x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule
     ) -> Tensor:
         output, ctx.layout, packed = fire(x, time_steps, threshold, amplitude, rule)
-        ctx.slope = slope(time_steps, threshold, amplitude)
+        ctx.neuron = time_steps, threshold, amplitude
         ctx.shape, ctx.stride, ctx.has_codes = output.shape, output.stride(), packed is not None
         if packed is None:
             packed = passes(fixed_drive(x, time_steps, threshold), time_steps, rule.closed)
@@ -48,12 +48,12 @@ class _FixedSpikes(torch.autograd.Function):
             if switch.devices and ctx.layout.in_kernels(saved):
                 from qsd.kernels import neurons
 
-                neuron = (*ctx.slope, ctx.layout.bad)
+                neuron = (*slope(*ctx.neuron), ctx.layout.bad)
                 return neurons.pass_fixed(saved, grad, ctx.layout.bits, *neuron), None, None, None, None
             passed = ctx.layout.masked(saved, flat(grad))[0].as_strided(ctx.shape, ctx.stride)
         else:
             passed = saved.to(grad.dtype).mul_(grad)
-        return times_slope(passed, *ctx.slope), None, None, None, None
+        return times_slope(passed, *slope(*ctx.neuron)), None, None, None, None
 
 
 def fixed_spikes(
