@@ -6,12 +6,14 @@ option as it is typed, its value, and the values that fit.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from qsd.program import one_line, parser_message
 
 _LONGEST_VALUE = 80
-_REJECTED = re.compile(r"(?:^Option|does not accept option) '([\w.]+)'")
+# The words of jsonargparse 4.53, and those of 4.39.
+_REJECTED = re.compile(r"(?:^Option|does not accept (?:option|nested key)) '([\w.]+)'|Key '([\w.]+)' is not expected")
+_MISSING = re.compile(r"arguments are required: ([\w.]+)|Key \"([\w.]+)\" is required")
 # In the order in which they are told.
 _KINDS = {
     r"<class 'int'>": "a whole number",
@@ -23,7 +25,7 @@ _KINDS = {
 }
 
 
-def argument_message(message: str, options: Iterable[str], classes: Mapping[str, Iterable[type]]) -> str:
+def argument_message(message: str, options: Collection[str], classes: Mapping[str, Iterable[type]]) -> str:
     """The message of jsonargparse in one line.
 
     Args:
@@ -33,18 +35,17 @@ def argument_message(message: str, options: Iterable[str], classes: Mapping[str,
     """
     outer = re.search(r'key "([^"]+)"', message)
     if outer is None:
-        if missing := re.fullmatch(r"the following arguments are required: \w+\.(\w+)", message):  # of a subcommand
-            return f"--{missing[1]} is missing; give it, or --config FILE."
-        rejected = _REJECTED.search(message)
-        return parser_message(f"unrecognized arguments: --{rejected[1]}" if rejected else message, options)
+        if missing := _MISSING.search(message):
+            section, _, name = (missing[1] or missing[2]).rpartition(".")
+            if f"--{name}" in options:  # else it is no option, such as the checkpoint of qsd convert
+                return f"--{name} is missing{'; give it, or --config FILE' if section else ''}."
+        if rejected := _REJECTED.search(message):
+            message = f"unrecognized arguments: --{rejected[1] or rejected[2]}"
+        return parser_message(message, options)
     name = f"--{outer[1]}"
     # The parser of a class has told this mistake already, by the option's name within the class.
     if inner := re.search(r"^\s*- ((unrecognized arguments: )?--\w[^\n]*)$", message, re.MULTILINE):
         return re.sub(r"--(?=\w)", f"{name}.", inner[1])
-    if missing := re.search(r"following arguments are required: ([\w.]+)", message):
-        return f"{name}.{missing[1]} is missing."
-    if rejected := re.search(r"NestedArg\(key='([\w.]+)'", message):  # by old versions, which show nothing else
-        return f"unrecognized arguments: {name}.{rejected[1]}"
     if problem := class_problem(message):
         word, reason = problem
         kinds = [kind.__name__ for kind in classes.get(outer[1], ())]

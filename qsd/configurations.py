@@ -41,39 +41,25 @@ def find_configuration(path: str | Path) -> Path:
 
 
 def read_configuration(path: Path) -> str:
-    """The text of a configuration.
+    """The text of a configuration in YAML, in which no name stands twice: the parser would take the last one alone.
 
     Args:
         path: The file.
 
     Raises:
-        QsdError: If it is no text.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise QsdError(f"configuration {path} is no YAML: it is no text in UTF-8.") from error
-
-
-def check_configuration(path: Path, text: str) -> None:
-    """Refuse a text that is no configuration in YAML, and names that stand twice, of which the parser takes the last.
-
-    Args:
-        path: The file, for messages.
-        text: Its content.
-
-    Raises:
         QsdError: Naming the file and the place in it.
     """
     try:
+        text = path.read_text(encoding="utf-8")
         content = yaml.compose(text, Loader=yaml.SafeLoader)
-        if not isinstance(content, yaml.MappingNode):
-            raise QsdError(f"configuration {path} has no sections, such as model: and data:.")
-        if _entries(path, content, {}) > _MOST_ENTRIES:
-            raise QsdError(f"configuration {path} stands for more than {_MOST_ENTRIES} entries, by references.")
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         place = str(error).replace("<unicode string>", str(path))
         raise QsdError(f"configuration {path} is no YAML: {' '.join(place.split())[:300]}.") from error
+    if not isinstance(content, yaml.MappingNode):
+        raise QsdError(f"configuration {path} has no sections, such as model: and data:.")
+    if _entries(path, content, {}) > _MOST_ENTRIES:
+        raise QsdError(f"configuration {path} stands for more than {_MOST_ENTRIES} entries, by references.")
+    return text
 
 
 def _entries(path: Path, node: yaml.Node, known: dict[int, int]) -> int:
@@ -124,5 +110,5 @@ def _found(value: str) -> str:
         return value
     path = find_configuration(value)
     if path.is_file():  # A pipe can be read once.
-        check_configuration(path, read_configuration(path))
+        read_configuration(path)  # which refuses a wrong one with its name, as the parser does not
     return str(path)

@@ -7,7 +7,7 @@ import pytest
 
 from qsd import QsdError
 from qsd.arguments import argument_message
-from qsd.configurations import check_configuration, with_found_configurations
+from qsd.configurations import read_configuration, with_found_configurations
 from qsd_launcher import main
 
 CALLBACK = "--trainer.callbacks+=ConvertToSpikeDriven"
@@ -76,15 +76,18 @@ def test_wrong_entries_of_a_configuration_are_told_alike(capsys, tmp_path, monke
         assert message in refused(capsys, "fit", "--config", "configs/digits.yaml", "--config", "own.yaml"), text
 
 
-def test_references_in_a_configuration():
+def test_references_in_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     levels = [f"l{n}: &l{n} [*l{n - 1}, *l{n - 1}, *l{n - 1}]" for n in range(1, 60)]
     for text, message in (
         ("a: &a {b: [*a]}", "configuration own.yaml has a section that holds itself, in line 1."),
         ("\n".join(["l0: &l0 [a]", *levels]), "stands for more than 1000000 entries"),  # 3^60
     ):
+        Path("own.yaml").write_text(text)
         with pytest.raises(QsdError, match=message):
-            check_configuration(Path("own.yaml"), text)
-    check_configuration(Path("own.yaml"), "\n".join(["l0: &l0 [a]", *levels[:5]]))
+            read_configuration(Path("own.yaml"))
+    Path("own.yaml").write_text("\n".join(["l0: &l0 [a]", *levels[:5]]))
+    assert read_configuration(Path("own.yaml")) == Path("own.yaml").read_text()
 
 
 def test_a_configuration_may_come_from_a_pipe(tmp_path):

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import instantiate_class
 
 from qsd.arguments import argument_message
 from qsd.commands.devices import device_name
-from qsd.configurations import check_configuration, find_configuration, read_configuration
+from qsd.configurations import find_configuration, read_configuration
 from qsd.data import ImageData
 from qsd.data.base import data_modules
 from qsd.errors import QsdError
@@ -108,7 +108,6 @@ def data_from_arguments(options: Namespace) -> ImageData:
 
 def _data_of(config: Path) -> Any:
     text = read_configuration(config)
-    check_configuration(config, text)
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as a date that is none

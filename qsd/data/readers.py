@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from qsd.data.base import Part
 from qsd.data.dataset import ImageSource, ImageSubset
 from qsd.data.hub import HubImages, has_split, hub_splits, load_split
 from qsd.data.photographs import PhotographData
-from qsd.data.shard_files import find_shards, listed_images
+from qsd.data.shard_files import find_compressed, find_shards, listed_images
 from qsd.data.shards import Index, ShardImages, index_shard
 from qsd.errors import QsdError
 from qsd.limits import check_number
@@ -24,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 _VALIDATION = ("validation", "val", "valid")
 _READERS = ("hfds", "wds", "tar")
-_COMPRESSED = re.compile(r".+\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4|Z))")
 
 
 class ReaderData(PhotographData):
@@ -232,7 +230,11 @@ class ReaderData(PhotographData):
         assert self.root is not None
         paths = find_shards(self.root, split)
         if not paths:
-            self._refuse_compressed()
+            if (compressed := find_compressed(self.root, split)) is not None:
+                raise QsdError(
+                    f"{shown(compressed)} is compressed, and images in it cannot be read one by one; unpack it to a "
+                    ".tar, as gunzip does."
+                )
             raise QsdError(f"{shown(self.root)} has no tar files of the split {split}; name them with --data.*_split.")
         key = self._label_key if self.reader == "wds" else None
         read = track(paths, f"tar files of the split {split}", transient=True)
@@ -242,16 +244,6 @@ class ReaderData(PhotographData):
             logger.warning("the list of the split %s has %d images, and its tar files hold %d.", split, listed, found)
         self._shards[split] = paths
         return paths, indices
-
-    def _refuse_compressed(self) -> None:
-        """Tell why tar files are not found that a user sees in the folder."""
-        assert self.root is not None
-        found = [path for path in self.root.rglob("*") if _COMPRESSED.fullmatch(path.name)]
-        if found:
-            raise QsdError(
-                f"{shown(min(found))} is compressed, and images in it cannot be read one by one; unpack it to a .tar, "
-                "as gunzip does."
-            )
 
     def _listed_names(self, count: int) -> list[str] | None:
         if self._class_file is None:

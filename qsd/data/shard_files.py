@@ -12,6 +12,7 @@ from qsd.reading import regular_file, shown
 _LISTS = ("_info.json", "info.json")  # timm's names
 _LARGEST_LIST = 1 << 26  # bytes
 _MOST_FILES = 1_000_000
+_COMPRESSED = r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4|Z))"
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
@@ -39,9 +40,27 @@ def find_shards(root: Path, split: str) -> list[Path]:
         return [root / f"{split}.tar"]
     if (root / split).is_dir():
         return sorted((root / split).glob("*.tar"))
-    # The split is a word of the name: "train" in imagenet-train-0001.tar, but not in constrained-0001.tar.
-    word = re.compile(rf"(.*[^a-zA-Z])?{re.escape(split)}([^a-zA-Z].*)?\.tar")
+    word = _word(split, r"\.tar")
     return sorted(path for path in root.glob("*.tar") if word.fullmatch(path.name))
+
+
+def find_compressed(root: Path, split: str) -> Path | None:
+    """A compressed tar file of a split, of which no image can be read alone; ``None`` if there is none.
+
+    Args:
+        root: Folder of the tar files.
+        split: Name of the split.
+    """
+    word = _word(split, _COMPRESSED)
+    found = [path for path in root.iterdir() if word.fullmatch(path.name)]
+    if (root / split).is_dir():
+        found += [path for path in (root / split).iterdir() if re.fullmatch(f".+{_COMPRESSED}", path.name)]
+    return min(found, default=None)
+
+
+def _word(split: str, ending: str) -> re.Pattern[str]:
+    """File names of which a split is a word: "train" of imagenet-train-0001.tar, but not of constrained-0001.tar."""
+    return re.compile(rf"(.*[^a-zA-Z])?{re.escape(split)}([^a-zA-Z].*)?{ending}")
 
 
 def _files(root: Path, name: str) -> list[Path]:
