@@ -39,24 +39,6 @@ class CountRule(NamedTuple):
 HALF_UP = CountRule()
 
 
-class _SpikeCount(torch.autograd.Function):
-    """Keeps one bit of information per element for the backward pass (a bool), never the membrane itself.
-
-    Without a method `setup_context`, for speed, as in `qsd.lsq`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, drive: Tensor, time_steps: int, half_even: bool, closed: bool, slack: float) -> Tensor:
-        ctx.save_for_backward(passes(drive, time_steps, closed))
-        return round_counts(drive, time_steps, slack, half_even)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (mask,) = ctx.saved_tensors
-        return _masked(grad, mask), None, None, None, None
-
-
 def passes(drive: Tensor, time_steps: int, closed: bool) -> Tensor:
     """Where the gradient of a count passes, as booleans: strictly between 0 and T, or at both ends too (closed)."""
     return (drive >= 0) & (drive <= time_steps) if closed else (drive > 0) & (drive < time_steps)
@@ -80,7 +62,7 @@ def spike_count(drive: Tensor, time_steps: int, rule: CountRule = HALF_UP) -> Te
     slack = rule.slack or 0.0
     if not (torch.is_grad_enabled() and drive.requires_grad):
         return round_counts(drive, time_steps, slack, rule.half_even)  # without the mask of the backward pass
-    return _SpikeCount.apply(drive, time_steps, rule.half_even, rule.closed, slack)
+    return _FixedSpikes.apply(drive, time_steps, 1.0, 1.0, rule)
 
 
 def fixed_drive(x: Tensor, time_steps: int, threshold: float | None) -> Tensor:
@@ -98,13 +80,16 @@ def fixed_drive(x: Tensor, time_steps: int, threshold: float | None) -> Tensor:
 
 
 class _FixedSpikes(torch.autograd.Function):
-    """As `_SpikeCount`, with threshold and amplitude."""
+    """Keeps one bit of information per element for the backward pass (a bool), never the membrane itself.
+
+    Without a method `setup_context`, for speed, as in `qsd.lsq`.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, time_steps: int, threshold: float | None, amplitude: float, rule: CountRule
     ) -> Tensor:
-        drive = fixed_drive(x, time_steps, threshold)
+        drive = x if threshold == 1 else fixed_drive(x, time_steps, threshold)
         ctx.neuron = time_steps, threshold, amplitude
         ctx.save_for_backward(passes(drive, time_steps, rule.closed))
         counts = round_counts(drive, time_steps, rule.slack or 0.0, rule.half_even)
@@ -298,15 +283,44 @@ def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
         return left.to(dtype) @ right.to(dtype)
 
 
+class _PadFrame(torch.autograd.Function):
+    """`pad_frame` without a mask of the image, and with one pass over the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frame: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        value = frame.to(x.dtype).view(1, -1, 1, 1)
+        padded = F.pad(x, [1, 1, 1, 1])
+        padded[:, :, :: height + 1] = value
+        padded[:, :, 1:-1, :: width + 1] = value
+        return padded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return inside_frame(grad), None
+
+
 def pad_frame(x: Tensor, frame: Tensor) -> Tensor:
     """Put one pixel around an image, of a value by channel: ``[B, C, H, W]`` to ``[B, C, H + 2, W + 2]``.
 
     Args:
         x: The image.
-        frame: ``[C]``; it takes the dtype of ``x``.
+        frame: ``[C]``; it takes the dtype of ``x``, and gets no gradient.
     """
+    if not torch.compiler.is_compiling():
+        return _PadFrame.apply(x, frame)
+    # Compiled by PyTorch 2.11, a Function whose output was changed in place gives no gradient.
     is_image = F.pad(x.new_ones(x.shape[-2:], dtype=torch.bool), [1, 1, 1, 1])
-    return torch.where(is_image, F.pad(x, [1, 1, 1, 1]), frame.to(x.dtype).view(1, -1, 1, 1))
+    return torch.where(is_image, F.pad(x, [1, 1, 1, 1]), frame.detach().to(x.dtype).view(1, -1, 1, 1))
+
+
+def inside_frame(padded: Tensor) -> Tensor:
+    """The inverse of `pad_frame`, which is its derivative, too: a dense copy of the image in the frame.
+
+    Args:
+        padded: ``[B, C, H + 2, W + 2]``.
+    """
+    return padded[:, :, 1:-1, 1:-1].clone()
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:

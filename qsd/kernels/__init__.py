@@ -2,9 +2,9 @@
 
 Each kernel computes what `qsd.functional`, `qsd.lsq` or `qsd.lean.codes` compute with several of PyTorch's operators,
 and reads and writes each tensor once. PyTorch's operators are the definition: results of the kernels have the same bits
-as theirs on a processor. `qsd.kernels.programs` and `qsd.kernels.weight_programs` have the programs,
-`qsd.kernels.neurons` and `qsd.kernels.weights` the operators that launch them. All of these import Triton, and are
-imported by the functions that use them when `qsd.kernels.switch` says so.
+as theirs on a processor. `qsd.kernels.programs`, `qsd.kernels.norm_programs` and `qsd.kernels.weight_programs` have the
+programs, `qsd.kernels.neurons`, `qsd.kernels.norms` and `qsd.kernels.weights` the operators that launch them. All of
+these import Triton, and are imported by the functions that use them when `qsd.kernels.switch` says so.
 
 The programs were tested in Triton's interpreter and on an H100.
 """

@@ -7,7 +7,7 @@ functions that call them do. All tensors are dense and read in the order of thei
 import torch
 from torch import Tensor
 
-from qsd.kernels.operators import operator, wrap_triton
+from qsd.kernels.operators import BLOCK, grid, operator, wrap_triton
 from qsd.kernels.programs import compare as compare_program
 from qsd.kernels.programs import decode as decode_program
 from qsd.kernels.programs import fire as fire_program
@@ -17,17 +17,11 @@ from qsd.kernels.switch import KINDS
 
 # One number, or a tensor without dimensions.
 Scalar = float | Tensor
-# Places of a program: bytes of codes, else elements.
-BLOCK = 1024
 
 
 def bytes_of(size: int, bits: int) -> int:
     """The number of bytes of the codes of ``size`` elements."""
     return size - size // 2 if bits == 4 else size
-
-
-def _grid(places: int) -> tuple[int]:
-    return (-(-places // BLOCK),)
 
 
 def _split(number: Scalar) -> tuple[float, Tensor | None]:
@@ -56,8 +50,8 @@ def _fire(
         x = torch.empty_like(x).copy_(x)
     places = bytes_of(size, bits)
     codes = torch.empty(places if bits else 0, dtype=torch.uint8, device=x.device)
-    bad = torch.zeros(1 if check else 0, dtype=torch.int32, device=x.device)
-    wrap_triton(fire_program)[_grid(places)](
+    bad = (torch.zeros if check else torch.empty)(int(check), dtype=torch.int32, device=x.device)
+    wrap_triton(fire_program)[grid(places)](
         x,
         output,
         codes,
@@ -143,9 +137,9 @@ def _pass_codes(
 ) -> tuple[Tensor, Tensor]:
     output, size = torch.empty_like(grad), grad.numel()
     places = bytes_of(size, bits)
-    grid = _grid(places)
-    sums = torch.empty(grid[0] if count_sum else 0, dtype=torch.float32, device=grad.device)
-    wrap_triton(pass_codes_program)[grid](
+    programs = grid(places)
+    sums = torch.empty(programs[0] if count_sum else 0, dtype=torch.float32, device=grad.device)
+    wrap_triton(pass_codes_program)[programs](
         codes,
         grad,
         output,
@@ -214,12 +208,12 @@ def total(sums: Tensor) -> Tensor:
 
 @operator("qsd::pass_learned")
 def _pass_learned(
-    x: Tensor, grad: Tensor, threshold: Tensor, amplitude: Tensor | None, most: float
+    x: Tensor, grad: Tensor, threshold: Tensor, amplitude: Tensor | None, most: float, is_step: bool
 ) -> tuple[Tensor, Tensor]:
     output = torch.empty_like(grad)
-    grid = _grid(grad.numel())
-    sums = torch.empty(2, grid[0], dtype=torch.float32, device=grad.device)
-    wrap_triton(pass_learned_program)[grid](
+    programs = grid(grad.numel())
+    sums = torch.empty(1 if is_step else 2, programs[0], dtype=torch.float32, device=grad.device)
+    wrap_triton(pass_learned_program)[programs](
         x,
         grad,
         output,
@@ -229,6 +223,7 @@ def _pass_learned(
         1.0 if amplitude is None else amplitude,
         most,
         AMPLITUDE_IS_TENSOR=amplitude is not None,
+        IS_STEP=is_step,
         KIND=KINDS[grad.dtype],
         BLOCK=BLOCK,
     )
@@ -244,13 +239,17 @@ def pass_learned(
         x: Input of the neuron, dense.
         grad: Gradient of the output, with the strides of ``x``.
         threshold: Threshold of the forward pass, without dimensions.
-        amplitude: Amplitude of the forward pass, or ``None``.
+        amplitude: Amplitude of the forward pass, or ``None``. If it is the threshold itself, a step, the threshold's
+            gradient is that of both.
         time_steps: T.
     """
-    passed, sums = _pass_learned(x, grad, threshold, amplitude, float(time_steps))
-    by_drive, by_count = total(sums).unbind()
-    slope = None if amplitude is threshold else (1 if amplitude is None else amplitude) / threshold
-    return passed, -by_drive if slope is None else -by_drive * slope, None if amplitude is None else by_count
+    is_step = amplitude is threshold
+    passed, sums = _pass_learned(x, grad, threshold, amplitude, float(time_steps), is_step)
+    totals = total(sums).unbind()
+    if is_step:
+        return passed, totals[0], None
+    slope = (1 if amplitude is None else amplitude) / threshold
+    return passed, totals[0] * slope, None if amplitude is None else totals[1]
 
 
 @operator("qsd::decode")
@@ -265,7 +264,7 @@ def _decode(
     dtype: torch.dtype,
 ) -> Tensor:
     output, places = torch.empty(size, dtype=dtype, device=codes.device), bytes_of(size, bits)
-    wrap_triton(decode_program)[_grid(places)](
+    wrap_triton(decode_program)[grid(places)](
         codes,
         output,
         codes if bad is None else bad,
@@ -316,7 +315,7 @@ def _compare(
     kind: torch.dtype,
 ) -> Tensor:
     differs, places = torch.zeros(1, dtype=torch.int32, device=x.device), bytes_of(x.numel(), bits)
-    wrap_triton(compare_program)[_grid(places)](
+    wrap_triton(compare_program)[grid(places)](
         codes,
         x,
         differs,

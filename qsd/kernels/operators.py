@@ -12,7 +12,20 @@ from qsd.kernels.switch import CLASSES
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Places of a program: elements, or bytes of codes.
+BLOCK = 1024
+
 _direct = threading.local()
+
+
+def grid(places: int, block: int = BLOCK) -> tuple[int]:
+    """The programs of a launch.
+
+    Args:
+        places: Number of places.
+        block: Places of a program.
+    """
+    return (-(-places // block),)
 
 
 def wrap_triton(program: Any) -> Any:

@@ -228,12 +228,14 @@ def pass_learned(
     amplitude,
     most,
     AMPLITUDE_IS_TENSOR: tl.constexpr,
+    IS_STEP: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The backward pass of a learned threshold from the neuron's input.
 
-    ``sums`` gets two rows of sums by program: of passed gradient times drive, and of gradient times count.
+    ``sums`` gets two rows of sums by program: of passed gradient times drive, negative, and of gradient times count. A
+    step, which is threshold and amplitude, gets one row, of both together.
     """
     threshold, amplitude, most = scalar(threshold, True), scalar(amplitude, AMPLITUDE_IS_TENSOR), single(most)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -243,9 +245,12 @@ def pass_learned(
     passed = tl.where((drive <= 0.0) | (drive >= most), 0.0, g)
     gradient = rounded(passed * tl.div_rn(amplitude, threshold), KIND)
     tl.store(out + place, gradient.to(out.dtype.element_ty), mask=mask)
-    tl.store(sums + tl.program_id(0), tl.sum(passed * drive, 0))
-    counts = count_of(drive, most, 0.5, False)
-    tl.store(sums + tl.num_programs(0) + tl.program_id(0), tl.sum(g * counts, 0))
+    by_count = g * count_of(drive, most, 0.5, False)
+    if IS_STEP:
+        tl.store(sums + tl.program_id(0), tl.sum(by_count - passed * drive, 0))
+    else:
+        tl.store(sums + tl.program_id(0), -tl.sum(passed * drive, 0))
+        tl.store(sums + tl.num_programs(0) + tl.program_id(0), tl.sum(by_count, 0))
 
 
 @triton.jit

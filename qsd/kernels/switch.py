@@ -55,18 +55,8 @@ def computes(x: Tensor, *others: Tensor | float | None) -> bool:
     """
     if type(x) not in CLASSES and not torch.compiler.is_compiling():
         return False  # of a subclass, without memory for example
-    return fit(x.device, x.dtype, x.numel(), *others)
-
-
-def fit(device: torch.device, dtype: torch.dtype, size: int, *others: Tensor | float | None) -> bool:
-    """Whether kernels compute with tensors of a device, type and size.
-
-    Args:
-        device: Device of the tensors.
-        dtype: Type of the values.
-        size: Number of elements.
-        others: Thresholds and amplitudes, see `computes`.
-    """
-    if device.type not in devices or dtype not in KINDS or not 0 < size < _MOST:
+    if x.device.type not in devices or x.dtype not in KINDS or not 0 < x.numel() < _MOST:
         return False
-    return all(not isinstance(t, Tensor) or (t.dtype == torch.float32 and t.device == device) for t in others)
+    return len(others) == 0 or all(
+        not isinstance(t, Tensor) or (t.dtype == torch.float32 and t.device == x.device) for t in others
+    )

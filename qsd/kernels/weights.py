@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor
 
-from qsd.kernels.operators import operator, wrap_triton
+from qsd.kernels.operators import BLOCK, grid, operator, wrap_triton
 from qsd.kernels.switch import KINDS
 from qsd.kernels.weight_programs import quantize as quantize_program
 from qsd.kernels.weight_programs import quantize_backward as quantize_backward_program
 from qsd.rounding import neighbours
-
-BLOCK = 1024
 
 
 def are_rows(weight: Tensor, step: Tensor) -> bool:
@@ -35,7 +33,7 @@ def quantize(weight: Tensor, step: Tensor, q_min: int, q_max: int, dtype: torch.
         dtype: Type of the result.
     """
     output, size = torch.empty_like(weight, dtype=dtype), weight.numel()
-    wrap_triton(quantize_program)[(-(-size // BLOCK),)](
+    wrap_triton(quantize_program)[grid(size)](
         weight,
         step,
         output,

@@ -55,7 +55,7 @@ class Layout(NamedTuple):
             packed: Codes, uint8.
             dtype: Type that the output is rounded to.
         """
-        if switch.devices and self.in_kernels(packed) and dtype in switch.KINDS:
+        if self.in_kernels() and dtype in switch.KINDS:
             from qsd.kernels import neurons
 
             return neurons.decode(packed, self.numel, self.bits, self.amplitude, self.dtype, dtype, self.bad)
@@ -64,13 +64,9 @@ class Layout(NamedTuple):
             _unpack(codes, self.bits, out, self.amplitude)
         return self._with_nan(result).to(dtype)
 
-    def in_kernels(self, packed: Tensor) -> bool:
-        """Whether kernels read the codes, which have to be packed as one block.
-
-        Args:
-            packed: Codes, uint8.
-        """
-        return self.numel <= self.block and switch.fit(packed.device, self.dtype, self.numel, self.amplitude)
+    def in_kernels(self) -> bool:
+        """Whether kernels read the codes: a kernel made them, as one block, and none was switched off since."""
+        return self.bad is not None and bool(switch.devices) and self.numel <= self.block
 
     def _with_nan(self, values: Tensor) -> Tensor:
         return values if self.bad is None or not self.bad.item() else values.fill_(torch.nan)
@@ -120,7 +116,7 @@ class Layout(NamedTuple):
         """
         if isinstance(x, FakeTensor) or x.dtype not in switch.KINDS:
             return None
-        if x.untyped_storage().nbytes() != self.numel * x.element_size() or not self.in_kernels(packed):
+        if x.untyped_storage().nbytes() != self.numel * x.element_size() or not self.in_kernels():
             return None
         from qsd.kernels import neurons
 

@@ -35,6 +35,20 @@ class Geometry(NamedTuple):
     groups: int
 
 
+class Grid(NamedTuple):
+    """The weights of a layer on their grid.
+
+    Attributes:
+        values: Weights that the layer multiplies by, in the type of its input.
+        scaled: Weights in steps, see `qsd.lsq.lsq_grid`; ``None`` if there are no steps, or a kernel computes them.
+        integers: Integers on the grid, or ``None``; overwritten by `Synapse.backward`.
+    """
+
+    values: Tensor
+    scaled: Tensor | None = None
+    integers: Tensor | None = None
+
+
 class Synapse(NamedTuple):
     """The static configuration of a convolution or linear layer with quantized weights.
 
@@ -58,7 +72,24 @@ class Synapse(NamedTuple):
         rounded = weight.to(x.dtype) if step is None else lsq_values(weight, step, *self.levels, x.dtype)
         return F.linear(x, rounded, bias) if self.geometry is None else F.conv2d(x, rounded, bias, *self.geometry)
 
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, step: Tensor | None, mask: list[bool]) -> Gradients:
+    def grid(self, weight: Tensor, step: Tensor | None, dtype: torch.dtype) -> Grid:
+        """The weights of `forward` again, with the intermediate results that `backward` needs.
+
+        Args:
+            weight: Float weights.
+            step: Step sizes, or ``None``.
+            dtype: Type of the layer's input.
+        """
+        if step is None:
+            return Grid(weight.to(dtype))
+        if switch.devices and switch.computes(weight):  # A kernel computes the rest of the grid once more.
+            return Grid(lsq_values(weight, step, *self.levels, dtype))
+        scaled, integers = lsq_grid(weight, step, *self.levels)
+        return Grid(on_grid(integers, step).to(dtype), scaled, integers)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, step: Tensor | None, grid: Grid, mask: list[bool]
+    ) -> Gradients:
         """The gradients of `forward`: of input, float weights, bias and step sizes.
 
         Args:
@@ -66,22 +97,15 @@ class Synapse(NamedTuple):
             x: Input of `forward`.
             weight: Float weights.
             step: Step sizes, or ``None``.
+            grid: Their `grid`.
             mask: Whether the gradients of input, weights and bias are needed.
         """
-        scaled = integers = None
-        if step is None:
-            rounded = weight.to(x.dtype)
-        elif switch.devices and switch.computes(weight):  # A kernel computes the rest of the grid once more.
-            rounded = lsq_values(weight, step, *self.levels, x.dtype)
-        else:
-            scaled, integers = lsq_grid(weight, step, *self.levels)
-            rounded = on_grid(integers, step).to(x.dtype)
-        x_grad, weight_grad, bias_grad = self._transposed(grad, x, rounded, mask)
+        x_grad, weight_grad, bias_grad = self._transposed(grad, x, grid.values, mask)
         step_grad = None
         if weight_grad is not None:
             weight_grad = weight_grad.to(weight.dtype)
-            if scaled is not None and integers is not None:
-                weight_grad, step_grad = lsq_gradients(weight_grad, scaled, integers, *self.levels)
+            if grid.scaled is not None and grid.integers is not None:
+                weight_grad, step_grad = lsq_gradients(weight_grad, grid.scaled, grid.integers, *self.levels)
             elif step is not None:
                 weight_grad, step_grad = lsq_backward(weight_grad, weight, step, *self.levels)
         return x_grad, weight_grad, bias_grad, step_grad
@@ -125,7 +149,8 @@ class _SynapseFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         mask = [needs[0], needs[1] or needs[3], needs[2]]
         x = ctx.operand.restore(saved)
-        return *ctx.synapse.backward(grad.to(x.dtype), x, weight, step, mask), None, None
+        grid = ctx.synapse.grid(weight, step, x.dtype)
+        return *ctx.synapse.backward(grad.to(x.dtype), x, weight, step, grid, mask), None, None
 
 
 def apply_synapse(

@@ -48,6 +48,17 @@ def block_length(count: int, size: int) -> int:
     return max(8, math.ceil(count / max(1, round(count / size)) / 8) * 8)
 
 
+def images_of_block(x: Tensor) -> int:
+    """The number of images that stay in the cache of a processor; all of them on other devices.
+
+    Args:
+        x: ``[B, ...]``.
+    """
+    if not x.is_cpu or not x.numel():
+        return max(1, len(x))
+    return max(1, block_length(x.numel(), BLOCK * torch.get_num_threads()) * len(x) // x.numel())
+
+
 def same_bits_(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of the same shape are equal, bit by bit if they have the same strides.
 
@@ -87,6 +98,15 @@ def dense(x: Tensor, stride: tuple[int, ...]) -> Tensor:
         stride: Strides of a dense tensor of that shape.
     """
     return x if x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the memory of images ``[B, C, H, W]`` has no gaps and is contiguous or channels-last.
+
+    Args:
+        x: Any tensor.
+    """
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def flat(x: Tensor) -> Tensor:

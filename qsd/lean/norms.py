@@ -5,14 +5,14 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from qsd.functional import pad_frame
+from qsd.functional import inside_frame, pad_frame
+from qsd.kernels import switch
 from qsd.lean.layers import Synapse
+from qsd.lean.memory import dense, images_of_block, is_dense
 from qsd.lean.operands import GRADIENTS, NORMS, NormOrigin
 from qsd.lean.statistics import Norm, Running, Values, group_of, norm_gradients, normalised
 from qsd.lean.switch import hooks_of
-from qsd.lsq import lsq_quantize
 
 
 def is_ordinary(norm: nn.Module | None) -> TypeGuard[Norm]:
@@ -41,6 +41,7 @@ class _Norm(torch.autograd.Function):
         ctx.eps, ctx.call = eps, call
         output, mean, inverse = torch.native_batch_norm(x, weight, bias, mean, var, True, share, eps)
         ctx.mark_non_differentiable(mean, inverse)
+        ctx.set_materialize_grads(False)  # zeros for the two that have none
         ctx.save_for_backward(x, weight, mean, inverse)
         return output, mean, inverse
 
@@ -125,31 +126,59 @@ class _TwoNorms(torch.autograd.Function):
         ctx: Any, x: Tensor, g1: Tensor, b1: Tensor, g2: Tensor, b2: Tensor, first: Running, second: Running
     ) -> Tensor:
         mean, var, values = first.batch(x)
-        between = g1.square() * (var / (var + first.eps))
-        inverse = (between + second.eps).rsqrt()
+        ctx.in_kernels = _in_kernels(x, first)
+        if ctx.in_kernels and isinstance(values, int):
+            from qsd.kernels import norms
+
+            weight, inverse, spread = norms.merge(g1, g2, var, first.eps, second.eps, values)
+        else:
+            between = g1.square() * (var / (var + first.eps))
+            inverse = (between + second.eps).rsqrt()
+            weight, spread = g1 * g2 * inverse, between * (values / (values - 1))
         if second.mean is not None and second.var is not None:
             second.mean.lerp_(b1, second.share)
-            second.var.lerp_(between * (values / (values - 1)), second.share)
+            second.var.lerp_(spread, second.share)
         ctx.eps, ctx.values, ctx.group = (first.eps, second.eps), values, first.group
-        ctx.save_for_backward(x, g1, g2, mean, var, inverse)
-        return normalised(x, g1 * g2 * inverse, b2, mean, var, first.eps)
+        ctx.save_for_backward(x, g1, g2, mean, var, weight, inverse)
+        return normalised(x, weight, b2, mean, var, first.eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, g1, g2, mean, var, inverse = ctx.saved_tensors
-        e1, e2 = ctx.eps
-        weight = g1 * g2 * inverse
+        x, g1, g2, mean, var, weight, inverse = ctx.saved_tensors
+        (e1, e2), values = ctx.eps, ctx.values
         # The gradients of an ordinary norm whose weight w is a constant.
-        x_grad, weight_grad, b2_grad, total = norm_gradients(grad, x, weight, mean, var, ctx.values, e1, ctx.group)
+        x_grad, weight_grad, b2_grad, total = norm_gradients(grad, x, weight, mean, var, values, e1, ctx.group)
         # Then w's own dependence on the variance, small where e1 is small against v:
         # dw/dv = -1/2 g1 g2 i^3 g1^2 dr/dv = -1/2 w i^2 g1^2 e1 / (v + e1)^2, and dv/dx = 2 (x - m) / values.
-        var_grad = total * weight * inverse.square() * g1.square() * (-0.5 * e1) / (var + e1).square()
-        slope = (var_grad * (2 / ctx.values)).view(1, -1, 1, 1)
-        x_grad.addcmul_(x, slope).sub_(slope * mean.view(1, -1, 1, 1))
         # dw/dg1 = g2 i - g1^2 g2 r i^3 = g2 i^3 (1/i^2 - g1^2 r) = g2 i^3 e2. The bias b1 cancels out.
-        g1_grad = weight_grad * g2 * inverse**3 * e2
-        return x_grad, g1_grad, torch.zeros_like(g1), weight_grad * g1 * inverse, b2_grad, None, None
+        if ctx.in_kernels:
+            from qsd.kernels import norms
+
+            slope, shift, g1_grad, g2_grad = norms.merge_backward(
+                weight_grad, weight, g1, g2, mean, var, inverse, e1, e2, values
+            )
+            x_grad = norms.add_by_channel(dense(x_grad, x.stride()), x, slope, shift)
+        else:
+            slope = total * weight * inverse.square() * g1.square() * (-e1 / values) / (var + e1).square()
+            _add_by_channel_(x_grad, x, slope, slope * mean)
+            g1_grad, g2_grad = weight_grad * g2 * inverse**3 * e2, weight_grad * g1 * inverse
+        return x_grad, g1_grad, torch.zeros_like(g1), g2_grad, b2_grad, None, None
+
+
+def _in_kernels(x: Tensor, running: Running) -> bool:
+    """Whether kernels compute what two norms in a row have beyond an ordinary norm."""
+    if not switch.devices or running.group is not None or x.dtype != torch.float32:
+        return False
+    return is_dense(x) and switch.computes(x)
+
+
+def _add_by_channel_(grad: Tensor, x: Tensor, slope: Tensor, shift: Tensor) -> None:
+    """Add ``slope * x - shift`` to a gradient ``[B, C, H, W]``, a few images at a time, which stay in the cache."""
+    slope, shift = slope.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+    images = images_of_block(x)
+    for part, values in zip(grad.split(images), x.split(images)):
+        part.addcmul_(values, slope).sub_(shift)
 
 
 def two_norms(x: Tensor, first: Norm, second: Norm, scale: Tensor | None = None) -> Tensor:
@@ -182,41 +211,30 @@ class _FramedConvs(torch.autograd.Function):
         first: Synapse,
         second: Synapse,
     ) -> Tensor:
-        ctx.eps, ctx.group, ctx.values = running.eps, running.group, 0
         assert running.mean is not None
         assert running.var is not None
-        shared: tuple[Tensor, ...] = ()
-        if running.group is None:
-            y = F.batch_norm(x, running.mean, running.var, gamma, beta, True, running.share, running.eps)
-        else:
-            mean, var, ctx.values = running.batch(x)
-            shared = mean, var
-            y = normalised(x, gamma, beta, mean, var, running.eps)
+        mean, var, ctx.values = running.batch(x)
+        y = normalised(x, gamma, beta, mean, var, running.eps)
         # After this batch's update of the statistics.
         frame = beta - running.mean * (gamma / torch.sqrt(running.var + running.eps))
         hidden = first.forward(pad_frame(y, frame), weight1, step1)
-        ctx.first, ctx.second = first, second
-        ctx.save_for_backward(x, gamma, beta, weight1, step1, weight2, step2, frame, *shared)
+        ctx.eps, ctx.group, ctx.first, ctx.second = running.eps, running.group, first, second
+        ctx.save_for_backward(x, gamma, beta, mean, var, frame, weight1, step1, weight2, step2)
         return second.forward(hidden, weight2, step2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, weight1, step1, weight2, step2, frame, *shared = ctx.saved_tensors
-        inputs = [t.detach().requires_grad_() for t in (x, gamma, beta, weight1)]
-        steps = [] if step1 is None else [step1.detach().requires_grad_()]
-        with torch.enable_grad():
-            if shared:
-                y = _SharedNorm.apply(*inputs[:3], *shared, ctx.values, ctx.eps, ctx.group)
-            else:
-                y = F.batch_norm(inputs[0], None, None, inputs[1], inputs[2], True, 0.0, ctx.eps)
-            rounded = lsq_quantize(inputs[3], steps[0], *ctx.first.levels) if steps else inputs[3]
-            hidden = ctx.first.forward(pad_frame(y, frame), rounded, None)
-        hidden_grad, weight2_grad, _, step2_grad = ctx.second.backward(
-            grad, hidden.detach(), weight2, step2, [True, True, False]
-        )
-        gradients = torch.autograd.grad(hidden, [*inputs, *steps], hidden_grad)
-        return *gradients, *([] if steps else [None]), weight2_grad, step2_grad, None, None, None
+        x, gamma, beta, mean, var, frame, weight1, step1, weight2, step2 = ctx.saved_tensors
+        first, second, mask = ctx.first, ctx.second, [True, True, False]
+        grid1, grid2 = first.grid(weight1, step1, x.dtype), second.grid(weight2, step2, x.dtype)
+        framed = pad_frame(normalised(x, gamma, beta, mean, var, ctx.eps), frame)
+        hidden = first.forward(framed, grid1.values, None)
+        hidden_grad, weight2_grad, _, step2_grad = second.backward(grad, hidden, weight2, step2, grid2, mask)
+        framed_grad, weight1_grad, _, step1_grad = first.backward(hidden_grad, framed, weight1, step1, grid1, mask)
+        y_grad = inside_frame(framed_grad)
+        gradients = norm_gradients(y_grad, x, gamma, mean, var, ctx.values, ctx.eps, ctx.group)[:3]
+        return *gradients, weight1_grad, step1_grad, weight2_grad, step2_grad, None, None, None
 
 
 def framed_convolutions(

@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensor
 from qsd.errors import QsdError
 from qsd.kernels import switch
 from qsd.lean.codes import Layout
-from qsd.lean.memory import BLOCK, block_length, same_bits_
+from qsd.lean.memory import images_of_block, same_bits_
 
 
 class Codes(NamedTuple):
@@ -238,8 +238,7 @@ def _gives(origin: NormOrigin, output: Tensor) -> bool:
     scale = inverse * weight
     shift = torch.addcmul(bias, mean, scale, value=-1)
     zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
-    # A few images at a time, which stay in the cache.
-    images = max(1, block_length(x.numel(), BLOCK * torch.get_num_threads()) * len(x) // x.numel())
+    images = images_of_block(x)
     for part, expected in reversed([*zip(x.split(images), output.split(images))]):  # the end is there still
         again = torch.native_batch_norm(part, scale, shift, zeros, ones, False, 0.0, 0.0)[0]
         if not same_bits_(again, expected):

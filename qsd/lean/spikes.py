@@ -17,7 +17,6 @@ from qsd.functional import (
     passes,
     times_slope,
 )
-from qsd.kernels import switch
 from qsd.lean.codes import fire
 from qsd.lean.memory import dense, flat
 from qsd.lean.operands import CODES, GRADIENTS, Codes, NormGradients, norm_origin
@@ -45,7 +44,7 @@ class _FixedSpikes(torch.autograd.Function):
         (saved,) = ctx.saved_tensors
         if ctx.has_codes:
             grad = dense(grad, ctx.stride)
-            if switch.devices and ctx.layout.in_kernels(saved):
+            if ctx.layout.in_kernels():
                 from qsd.kernels import neurons
 
                 neuron = (*slope(*ctx.neuron), ctx.layout.bad)
@@ -115,7 +114,7 @@ class _LearnedSpikes(torch.autograd.Function):
             return *learned_gradients(grad, drive, threshold, amplitude, ctx.time_steps, needed), None
         packed, *kept = ctx.saved_tensors
         grad = dense(grad, ctx.stride)
-        if switch.devices and ctx.eps is None and kept and ctx.layout.in_kernels(packed):
+        if ctx.eps is None and kept and ctx.layout.in_kernels():
             from qsd.kernels import neurons
 
             return *neurons.pass_learned(dense(kept[0], ctx.stride), grad, threshold, amplitude, ctx.time_steps), None
@@ -132,7 +131,7 @@ class _LearnedSpikes(torch.autograd.Function):
 def _passed(ctx: Any, packed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     """The gradient where it passes, before the factor of the neuron, and the amplitude's gradient if it is needed."""
     needed = ctx.needs_input_grad[2]
-    if switch.devices and ctx.layout.in_kernels(packed):
+    if ctx.layout.in_kernels():
         from qsd.kernels import neurons
 
         passed, amplitude_gradient = neurons.pass_masked(packed, grad, ctx.layout.bits, True, needed, ctx.layout.bad)

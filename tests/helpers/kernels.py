@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MODULES = ("triton.language", "triton.language.core", "triton.language.standard", "triton.language.math")
-OURS = ("qsd.kernels.programs", "qsd.kernels.neurons", "qsd.kernels.weight_programs", "qsd.kernels.weights")
+_NAMES = ("programs", "neurons", "norm_programs", "norms", "weight_programs", "weights")
+OURS = tuple(f"qsd.kernels.{name}" for name in _NAMES)
 
 
 def interpreted(monkeypatch):

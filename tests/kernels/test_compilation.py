@@ -13,6 +13,7 @@ from tests.helpers import long
 
 NEURON = {"size": "i32", "low": "i32", "columns": "i32"}
 NEURON |= {"codes": "*u8", "bad": "*i32", "differs": "*i32", "sums": "*fp32"}
+NEURON |= {"inner": "i32", "channels": "i32", "values": "i32"}
 
 
 def instructions(program, kind, pointers, constants, number="fp32"):
@@ -30,7 +31,7 @@ def instructions(program, kind, pointers, constants, number="fp32"):
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
 def test_programs_divide_correctly_rounded_and_contract_nothing(kind, tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    from qsd.kernels import programs, weight_programs
+    from qsd.kernels import norm_programs, programs, weight_programs
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     form = {"KIND": kind, "BLOCK": 1024}
@@ -48,14 +49,21 @@ def test_programs_divide_correctly_rounded_and_contract_nothing(kind, tmp_path, 
     instructions(programs.compare, kind, ["x"], neuron | {"OUT": kind})
     passing = form | {"BITS": 8, "CHECK": True, "SELECT": False, "DIVIDE": True, "SUM": True}
     assert "div.rn.f32" in instructions(programs.pass_codes, kind, ["grad", "out"], passing)
-    learned = form | {"AMPLITUDE_IS_TENSOR": False}
-    code = instructions(programs.pass_learned, kind, ["x", "grad", "out", "threshold"], learned)
-    assert "div.full" not in code
+    for is_step in (False, True):
+        learned = form | {"AMPLITUDE_IS_TENSOR": False, "IS_STEP": is_step}
+        code = instructions(programs.pass_learned, kind, ["x", "grad", "out", "threshold"], learned)
+        assert "div.full" not in code
     code = instructions(weight_programs.quantize, kind, ["weight", "step", "out"], form | {"OUT": kind})
     assert "div.rn.f32" in code
     assert "fma" not in code
     code = instructions(weight_programs.quantize_backward, kind, ["grad", "weight", "step", "out", "step_grad"], form)
     assert "div.rn.f32" in code
+    for program in (norm_programs.merge, norm_programs.merge_backward):
+        pointers = program.arg_names[: program.arg_names.index("size")]
+        code = instructions(program, "fp32", pointers, {"BLOCK": 128})
+        assert "div.rn.f32" in code
+        assert "div.full" not in code
+    instructions(norm_programs.add_by_channel, "fp32", ["grad", "x", "slope", "shift", "out"], {"BLOCK": 1024})
 
 
 @pytest.fixture
@@ -100,7 +108,7 @@ def test_compiled_training_calls_the_operators_of_kernels_in_both_passes(compile
 def test_the_compiler_sees_the_programs_of_all_operators(compiled):
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-    from qsd.kernels import neurons, weights
+    from qsd.kernels import neurons, norms, weights
 
     def every(x, weight, step, threshold):
         output, codes, bad = neurons.fire(x, 4, None, threshold, (0, 4), bits=4, check=True)
@@ -109,7 +117,10 @@ def test_the_compiler_sees_the_programs_of_all_operators(compiled):
         passed = neurons.pass_fixed(codes, output, 4, 4, None, 0.25, bad)
         learned = neurons.pass_learned(x, output, threshold, threshold, 4)
         quantized = weights.quantize(weight, step, -8, 7, torch.bfloat16)
+        merged = norms.merge(step, step, step, 1e-5, 1e-5, 32)
+        slope, shift, *_ = norms.merge_backward(step, merged[0], step, step, step, step, merged[1], 1e-5, 1e-5, 32)
         return (
+            norms.add_by_channel(x, x, slope[:3], shift[:3]),
             output,
             bad,
             decoded,
@@ -124,9 +135,12 @@ def test_the_compiler_sees_the_programs_of_all_operators(compiled):
     nodes = compiled(every, [torch.empty(shape, device="cuda") for shape in shapes], lowered=True)
     programs = [kernel_side_table.get_kernel(n.kwargs["kernel_idx"]) for n in nodes if "kernel_idx" in n.kwargs]
     assert sorted(program.fn.__name__ for program in programs) == [
+        "add_by_channel",
         "compare",
         "decode",
         "fire",
+        "merge",
+        "merge_backward",
         "pass_codes",
         "pass_learned",
         "quantize",

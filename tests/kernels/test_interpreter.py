@@ -1,5 +1,6 @@
 """The kernels in Triton's interpreter, on a processor, against PyTorch's operators."""
 
+import copy
 from itertools import product
 
 import pytest
@@ -137,26 +138,29 @@ def test_a_nan_in_a_neurons_input_makes_all_its_gradients_nan(kernels, neuron):
     assert not neuron(x.detach()).flatten()[1:].isnan().any()
 
 
+@pytest.mark.parametrize("amplitude", [None, torch.tensor(0.7), "step"])
 @pytest.mark.parametrize("package", [functional, lean])
-def test_neurons_with_a_learned_threshold(kernels, package):
-    generator = torch.Generator().manual_seed(3)
+def test_neurons_with_a_learned_threshold(kernels, package, amplitude):
+    generator, threshold = torch.Generator().manual_seed(3), torch.tensor(0.3)
+    is_step = amplitude == "step"
     for dtype, (time_steps, index) in product(TYPES, ((4, 0), (7, 1), (12, 2))):
         x = tensors(dtype, time_steps, generator)[index]
-        steps = [torch.tensor(0.3)] if index == 1 else [torch.tensor(0.3), torch.tensor(0.7)]
 
-        def neuron(x, threshold, amplitude=None):
-            return package.learned_spikes(x, threshold, amplitude, time_steps)
+        def neuron(x, threshold, amplitude=None, time_steps=time_steps):
+            return package.learned_spikes(x, threshold, threshold if is_step else amplitude, time_steps)
 
-        plain, fused = both(kernels, lambda: gradients(neuron, x, *steps))
+        steps = [threshold] if amplitude is None or is_step else [threshold, amplitude]
+        plain, fused = both(kernels, lambda neuron=neuron, x=x, steps=steps: gradients(neuron, x, *steps))
         for a, b in zip(plain[:2], fused[:2]):
             assert same(a, b)
         # The sums of float64, with the rounded drives and gradients that PyTorch's operators sum.
         grad = cotangent(torch.empty_like(x)).double()
-        drive = (x / steps[0]).double()
+        drive = (x / threshold).double()
         counts = functional.round_counts(drive, time_steps)
         passed = grad * ((drive > 0) & (drive < time_steps))
-        slope = (steps[1] if len(steps) == 2 else torch.tensor(1.0)).double() / steps[0].double()
-        exact = -(passed * drive).sum() * slope, (grad * counts).sum()
+        slope = 1 if is_step else (torch.tensor(1.0) if amplitude is None else amplitude).double() / threshold.double()
+        by_threshold, by_amplitude = -(passed * drive).sum() * slope, (grad * counts).sum()
+        exact = [by_threshold + by_amplitude] if is_step else [by_threshold, by_amplitude]
         for a, b, c in zip(fused[2:], plain[2:], exact):
             assert a.dtype == b.dtype
             assert (a - c).abs() <= (b - c).abs().maximum(4e-7 * c.abs()), (dtype, time_steps)
@@ -181,6 +185,34 @@ def test_weights_and_their_steps(kernels):
         exact = by_element.flatten(1).sum(1) * (weight.numel() * q_max) ** -0.5
         worst = [(g[2] - exact).abs().max() for g in (plain, fused)]
         assert worst[1] <= worst[0].maximum(torch.finfo(dtype).eps * exact.abs().max()), (dtype, shape, bits)
+
+
+def test_two_norms_in_a_row(kernels):
+    """Against both norms one after the other, in float64. The epsilons are large, so that no part is negligible."""
+    torch.manual_seed(6)
+    for shape, memory_format in (((3, 5, 4, 6), torch.contiguous_format), ((2, 130, 3, 3), torch.channels_last)):
+        first, second = (nn.BatchNorm2d(shape[1], eps=eps) for eps in (0.3, 0.2))
+        for parameter in (*first.parameters(), *second.parameters()):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        x = torch.randn(shape).contiguous(memory_format=memory_format)
+
+        def step(function, dtype, first=first, second=second, x=x):
+            norms = [copy.deepcopy(norm).to(dtype) for norm in (first, second)]
+            leaf = x.to(dtype).requires_grad_()
+            output = function(leaf, *norms)
+            leaves = [leaf, *norms[0].parameters(), *norms[1].parameters()]
+            return [
+                output,
+                norms[1].running_mean,
+                norms[1].running_var,
+                *torch.autograd.grad(output.exp().sum(), leaves),
+            ]
+
+        exact = step(lambda x, first, second: second(first(x)), torch.float64)
+        plain, fused = both(kernels, lambda step=step: step(lean.two_norms, torch.float32))
+        for a, b, c in zip(fused, plain, exact):
+            assert a.stride() == b.stride()
+            assert (a - c).abs().max() <= (b - c).abs().max() * 1.2 + 2e-7 * c.abs().max()
 
 
 def test_a_lean_network_has_the_same_outputs_and_gradients(kernels):
