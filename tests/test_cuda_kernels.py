@@ -9,6 +9,7 @@ import qsd
 from qsd import functional, lean
 from qsd.functional import CountRule
 from qsd.lsq import lsq_quantize
+from tests.helpers.kernels import assert_no_further, through_two_norms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,21 +59,39 @@ def test_counts_and_gradients_have_the_bits_of_a_processor(package, dtype):
         assert same(here[1], there[1]), neuron
 
 
+@pytest.mark.parametrize("is_step", [False, True])
 @pytest.mark.parametrize("package", [functional, lean])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_learned_thresholds_have_the_bits_of_a_processor(package, dtype):
-    x, steps = inputs(dtype, 4), (torch.tensor(0.3), torch.tensor(0.7))
-    here, there = (
-        gradients(lambda x, t, a: package.learned_spikes(x, t, a, 4), device, x, *steps) for device in ("cpu", "cuda")
-    )
+def test_learned_thresholds_have_the_bits_of_a_processor(package, dtype, is_step):
+    x, threshold = inputs(dtype, 4), torch.tensor(0.3)
+    amplitude = threshold if is_step else torch.tensor(0.7)
+
+    def neuron(x, threshold, amplitude=None):
+        return package.learned_spikes(x, threshold, threshold if is_step else amplitude, 4)
+
+    steps = [threshold] if is_step else [threshold, amplitude]
+    here, there = (gradients(neuron, device, x, *steps) for device in ("cpu", "cuda"))
     assert same(here[0], there[0])
     assert same(here[1], there[1])
     # The sums of float64, of the rounded drives and gradients.
-    grad, drive = torch.linspace(-1, 1, x.numel()).to(dtype).double(), (x / steps[0]).double()
+    grad, drive = torch.linspace(-1, 1, x.numel()).to(dtype).double(), (x / threshold).double()
     passed = grad * ((drive > 0) & (drive < 4))
-    exact = -(passed * drive).sum() * (steps[1] / steps[0]), (grad * functional.round_counts(drive, 4)).sum()
+    by_threshold = -(passed * drive).sum() * (amplitude / threshold)
+    by_amplitude = (grad * functional.round_counts(drive, 4)).sum()
+    exact = [by_threshold + by_amplitude] if is_step else [by_threshold, by_amplitude]
     for a, b, c in zip(here[2:], there[2:], exact):
         assert abs(b.item() - c) <= max(abs(a.item() - c), 1e-5 * abs(c)), "no further than a processor's"
+
+
+def test_two_norms_in_a_row():
+    generator = torch.Generator().manual_seed(5)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(4, 130, 15, 9, generator=generator).contiguous(memory_format=memory_format)
+        exact = through_two_norms(lambda x, first, second: second(first(x)), x.double())
+        fused = through_two_norms(lean.two_norms, x.cuda())
+        qsd.set_kernels(False)
+        assert_no_further(fused, through_two_norms(lean.two_norms, x.cuda()), exact)
+        qsd.set_kernels(True)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -34,7 +34,7 @@ class Layout(NamedTuple):
         block: Number of elements that are packed together. With four bits, the first half of a block is in the low
             halves of its bytes and the second half of the block in the high halves.
         dtype: Floating-point type in which counts and amplitude are multiplied.
-        amplitude: Factor between counts and the neuron's output; its own copy if it is a tensor.
+        amplitude: Factor between counts and the neuron's output.
         bad: Whether the neuron's input had NaNs, int32 ``[1]``, where a kernel made the codes: the processor does not
             wait for it. Then the codes say nothing, and NaN stands for all values. ``None`` if there were none.
     """
@@ -179,7 +179,7 @@ def fire(
         x: Accumulated input, any shape.
         time_steps: T, at most 127.
         threshold: The divisor of the input; ``None`` for ``1 / T``, as a product with T.
-        amplitude: Factor of the counts.
+        amplitude: Factor of the counts, which the layout keeps; a tensor has to be one that nobody changes.
         rule: Rounding of halves, and the window of the gradient.
 
     Returns:
@@ -198,8 +198,7 @@ def fire(
     bounds = window(x.dtype, time_steps, True) if rule.closed else (0.0, float(time_steps))
     operation, factor = (torch.mul, time_steps) if threshold is None else (torch.div, threshold)
     packed = torch.empty(-(-count * bits // 8), dtype=torch.uint8, device=x.device)
-    kept = amplitude.detach().clone() if isinstance(amplitude, Tensor) else amplitude
-    coded, layout = count > 0, Layout(bits, count, block, x.dtype, kept)
+    coded, layout = count > 0, Layout(bits, count, block, x.dtype, amplitude)
     # One buffer for all blocks: fresh memory is slow on a CPU.
     blocks = [(packed, source, target)] if count <= block else layout._blocks(packed, source, target)
     buffer = x.new_empty(count) if count <= block else scratch(block, x.dtype, x)
@@ -227,7 +226,6 @@ def _fire_by_kernel(
     output, codes, bad = neurons.fire(
         x, time_steps, threshold, amplitude, bounds, slack, rule.half_even, bits, check=True
     )
-    amplitude = amplitude.detach().clone() if isinstance(amplitude, Tensor) else amplitude
     return output, Layout(bits, x.numel(), 2 * x.numel(), x.dtype, amplitude, bad), codes
 
 

@@ -87,12 +87,12 @@ class _LearnedSpikes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, threshold: Tensor, amplitude: Tensor | None, time_steps: int) -> Tensor:
         origin = norm_origin(x) if ctx.needs_input_grad[1] else None  # first: it leaves the beginning in the cache
-        output, ctx.layout, packed = fire(x, time_steps, threshold, 1.0 if amplitude is None else amplitude)
-        ctx.time_steps, ctx.shape, ctx.stride = time_steps, output.shape, output.stride()
-        ctx.has_codes, ctx.eps = packed is not None, None
         # Copies, which a step of the optimizer or a change through ``.data`` leaves alone.
         copy = threshold.clone()
         ctx.steps = copy, copy if amplitude is threshold else None if amplitude is None else amplitude.clone()
+        output, ctx.layout, packed = fire(x, time_steps, copy, 1.0 if ctx.steps[1] is None else ctx.steps[1])
+        ctx.time_steps, ctx.shape, ctx.stride = time_steps, output.shape, output.stride()
+        ctx.has_codes, ctx.eps = packed is not None, None
         if packed is None:
             ctx.save_for_backward(x)
             return output

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +24,32 @@ def interpreted(monkeypatch):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
+
+
+def through_two_norms(function, x):
+    """Output, running statistics and gradients of a function of images and two norms, on their device, in their type.
+
+    The epsilons are large, so that no part of the gradients is negligible.
+    """
+    generator = torch.Generator().manual_seed(6)
+    norms = [nn.BatchNorm2d(x.shape[1], eps=eps) for eps in (0.3, 0.2)]
+    for norm in norms:
+        for parameter in norm.parameters():
+            nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
+        norm.to(x.device, x.dtype)
+    leaf = x.detach().requires_grad_()
+    output = function(leaf, *norms)
+    leaves = [leaf, *norms[0].parameters(), *norms[1].parameters()]
+    statistics = norms[1].running_mean, norms[1].running_var
+    return [output.detach(), *statistics, *torch.autograd.grad(output.exp().sum(), leaves)]
+
+
+def assert_no_further(found, others, exact):
+    """Each tensor is as close to the exact one as another computation of float32 is."""
+    for a, b, c in zip(found, others, exact):
+        assert a.stride() == b.stride()
+        error, bound = ((t.cpu().double() - c).abs().max() for t in (a, b))
+        assert error <= 1.2 * bound + 2e-7 * c.abs().max()
 
 
 def _bytes(values):
