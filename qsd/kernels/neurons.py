@@ -7,6 +7,7 @@ functions that call them do. All tensors are dense and read in the order of thei
 import torch
 from torch import Tensor
 
+from qsd.functional import learned_slope
 from qsd.kernels.operators import BLOCK, grid, operator, wrap_triton
 from qsd.kernels.programs import compare as compare_program
 from qsd.kernels.programs import decode as decode_program
@@ -243,12 +244,11 @@ def pass_learned(
             gradient is that of both.
         time_steps: T.
     """
-    is_step = amplitude is threshold
-    passed, sums = _pass_learned(x, grad, threshold, amplitude, float(time_steps), is_step)
+    slope = learned_slope(threshold, amplitude)
+    passed, sums = _pass_learned(x, grad, threshold, amplitude, float(time_steps), slope is None)
     totals = total(sums).unbind()
-    if is_step:
+    if slope is None:
         return passed, totals[0], None
-    slope = (1 if amplitude is None else amplitude) / threshold
     return passed, totals[0] * slope, None if amplitude is None else totals[1]
 
 
