@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from qsd.kernels import switch
 from qsd.lsq import lsq_quantize as lsq_quantize
-from qsd.rounding import HALF_TYPES, round_counts, slope, tie_slack
+from qsd.rounding import HALF_TYPES, learned_slope, round_counts, slope, tie_slack
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -188,16 +188,6 @@ def learned_gradients(
     if needed[2]:
         amplitude_gradient = dot(grad, round_counts(drive, time_steps, tie_slack(drive, time_steps, threshold)))
     return passed if factor is None else passed.mul_(factor), threshold_gradient, amplitude_gradient
-
-
-def learned_slope(threshold: Tensor, amplitude: Tensor | None) -> Tensor | None:
-    """Amplitude over threshold, or ``None`` for one, where both are the same step.
-
-    Args:
-        threshold: Threshold, without dimensions.
-        amplitude: Amplitude, or ``None`` for bare counts.
-    """
-    return None if amplitude is threshold else (1 if amplitude is None else amplitude) / threshold
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -100,3 +100,13 @@ def slope(time_steps: int, threshold: float | None, amplitude: float) -> tuple[i
     if amplitude == (1 / time_steps if threshold is None else threshold):
         return 1, None, 1.0
     return time_steps, threshold, amplitude
+
+
+def learned_slope(threshold: Tensor, amplitude: Tensor | None) -> Tensor | None:
+    """Amplitude over threshold, or ``None`` for one, where both are the same step.
+
+    Args:
+        threshold: Threshold, without dimensions.
+        amplitude: Amplitude, or ``None`` for bare counts.
+    """
+    return None if amplitude is threshold else (1 if amplitude is None else amplitude) / threshold

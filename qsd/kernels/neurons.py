@@ -7,7 +7,6 @@ functions that call them do. All tensors are dense and read in the order of thei
 import torch
 from torch import Tensor
 
-from qsd.functional import learned_slope
 from qsd.kernels.operators import BLOCK, grid, operator, wrap_triton
 from qsd.kernels.programs import compare as compare_program
 from qsd.kernels.programs import decode as decode_program
@@ -15,6 +14,7 @@ from qsd.kernels.programs import fire as fire_program
 from qsd.kernels.programs import pass_codes as pass_codes_program
 from qsd.kernels.programs import pass_learned as pass_learned_program
 from qsd.kernels.switch import KINDS
+from qsd.rounding import learned_slope
 
 # One number, or a tensor without dimensions.
 Scalar = float | Tensor

@@ -13,14 +13,13 @@ from qsd.functional import (
     dot,
     fixed_drive,
     learned_gradients,
-    learned_slope,
     passes,
     times_slope,
 )
 from qsd.lean.codes import fire
 from qsd.lean.memory import dense, flat
 from qsd.lean.operands import CODES, GRADIENTS, Codes, NormGradients, norm_origin
-from qsd.rounding import slope
+from qsd.rounding import learned_slope, slope
 
 
 class _FixedSpikes(torch.autograd.Function):
