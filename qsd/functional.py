@@ -297,9 +297,10 @@ def pad_frame(x: Tensor, frame: Tensor) -> Tensor:
         x: The image.
         frame: ``[C]``; it takes the dtype of ``x``, and gets no gradient.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         return _PadFrame.apply(x, frame)
-    # Compiled by PyTorch 2.11, a Function whose output was changed in place gives no gradient.
+    # Transforms of `torch.func` do not know the Function. Compiled by PyTorch 2.11, a Function whose output was changed
+    # in place gives no gradient.
     is_image = F.pad(x.new_ones(x.shape[-2:], dtype=torch.bool), [1, 1, 1, 1])
     return torch.where(is_image, F.pad(x, [1, 1, 1, 1]), frame.detach().to(x.dtype).view(1, -1, 1, 1))
 

@@ -51,6 +51,19 @@ def test_frame_holds_the_updated_statistics_image_of_zero_and_no_gradient():
     assert x.grad.abs().sum() == 0
 
 
+def test_a_frame_passes_the_gradient_of_its_inside_and_bears_transforms_of_functions():
+    layer = randomize_norms(BatchNormPad2d(3)).eval()
+    images = torch.randn(4, 1, 3, 5, 6)
+    cotangent = torch.randn(1, 3, 7, 8)
+    scale = layer.norm.weight / (layer.norm.running_var + 1e-5).sqrt()
+    expected = (cotangent[:, :, 1:-1, 1:-1] * scale[:, None, None]).expand_as(images)
+    leaf = images.clone().requires_grad_()
+    sum((layer(image) * cotangent).sum() for image in leaf).backward()
+    torch.testing.assert_close(leaf.grad, expected)
+    by_image = torch.func.vmap(torch.func.grad(lambda image: (layer(image) * cotangent).sum()))(images)
+    torch.testing.assert_close(by_image, expected)
+
+
 def test_the_frame_survives_the_conversion_to_synchronised_norms():
     block = nn.SyncBatchNorm.convert_sync_batchnorm(TransformerBlock(16))
     assert isinstance(block.attn.q_proj.norm_pad, BatchNormPad2d)
