@@ -13,10 +13,10 @@ from qsd.errors import QsdError
 Choice = bool | Literal["auto"]
 
 # The number of elements of a layer's input from which on "auto" trains it in the memory-lean way on a processor. The
-# codes of a smaller tensor save less than 1.2 MB, and take as long for the calls of PyTorch as for the elements: with all
-# layers memory-lean, a step of qsd_tiny (32 pixels, one thread) takes 1.17 times as long as with none at batch 32 and
-# 1.08 times at batch 128; with this bound, 1.01 and 1.02 times, and 1.01 and 1.04 with two threads. At 224 pixels and
-# batch 8, every layer of qsd_15m and csdformer_8_384 but the classifier is above the bound.
+# codes of a smaller tensor save less than 1.2 MB, and take as long for the calls of PyTorch as for the elements: with
+# all layers memory-lean, a step of qsd_tiny (32 pixels, one thread) takes 1.17 times as long as with none at batch 32
+# and 1.08 times at batch 128; with this bound, 1.01 and 1.02 times, and 1.01 and 1.04 with two threads. At 224 pixels
+# and batch 8, every layer of qsd_15m and csdformer_8_384 but the classifier is above the bound.
 SMALLEST = 2**18
 # Tensors of other classes may not have the memory that codes are compared with.
 _TENSORS = (Tensor, nn.Parameter, FakeTensor)
@@ -65,8 +65,8 @@ def set_lean(model: nn.Module, enable: Choice = "auto") -> None:
     Args:
         model: Any module; neurons, layers and chains are found at any depth.
         enable: Whether layers train in the memory-lean way. ``"auto"``, the setting of a new network, is ``False`` for
-            inputs on CUDA devices and inputs of fewer than 262,144 elements, and else ``True``, decided by each layer in
-            each forward pass.
+            inputs on CUDA devices and inputs of fewer than 262,144 elements, and else ``True``, decided by each layer
+            in each forward pass.
 
     Raises:
         QsdError: For any other setting.
